@@ -1,0 +1,75 @@
+// What one instruction set offers: a struct of plain functions. One constant of it per ISA, chosen once at run time.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace kt {
+
+// Weight formats, with GGUF's type numbers, so that a tensor's type is its format.
+enum class Format : int32_t {
+  kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ4_1 = 3, kQ5_0 = 6, kQ5_1 = 7, kQ8_0 = 8,
+  kQ2_K = 10, kQ3_K = 11, kQ4_K = 12, kQ5_K = 13, kQ6_K = 14, kIQ4_NL = 20, kIQ4_XS = 23, kBF16 = 30,
+};
+
+// How a product's input rows are presented to gemm; it depends on the weight's format and on the table.
+//   kInt8: per row: int8[cols], then for each group of 32 a float scale and an int32 sum of the group's int8
+enum class Activation : int32_t { kF32, kBF16, kInt8 };
+
+// Rows of a panel: the outputs that share one packed stream. Every table of today uses the same packed layout, so a
+// packed weight may be read by any of them; tables with tiles (AMX) will have their own, which is why pack is in here.
+inline constexpr int64_t kPanelRows = 16;
+
+// Tokens of a KV block are folded by attention as one tile, at absolute positions.
+inline constexpr int64_t kBlockTokens = 16;
+
+// The KV of one layer and one kv head in one block, 2 * head_dim * kBlockTokens float16:
+//   keys   [head_dim][kBlockTokens]   (transposed: 16 scores are one vector)
+//   values [kBlockTokens][head_dim]
+struct AttentionTask {
+  const float* q;          // row r, head g of the group at q + r * q_stride + g * head_dim
+  float* out;              // same layout as q with out_stride
+  int64_t q_stride, out_stride;
+  int64_t rows;            // query rows (consecutive positions of one sequence)
+  int64_t first_position;  // absolute position of row 0
+  int64_t group;           // query heads that share this kv head
+  int64_t head_dim;        // multiple of 16, <= 512
+  const uint16_t* kv;      // pool base of this layer and kv head: block b at kv + b * block_stride
+  int64_t block_stride;    // in float16 elements
+  const int32_t* blocks;   // block table of the sequence
+  float scale, softcap;    // softcap 0: none
+  int64_t window;          // 0: none; else position p sees (p - window, p]
+};
+
+struct KernelTable {
+  const char* name;
+
+  // ---- weights. Panels [begin, end) of kPanelRows outputs each; the last panel is padded with zeros.
+  size_t (*packed_bytes)(Format, int64_t rows, int64_t cols);  // 0: format or shape not supported
+  void (*pack)(Format, const uint8_t* src, int64_t rows, int64_t cols, int64_t begin, int64_t end, uint8_t* packed);
+  void (*unpack_row)(Format, const uint8_t* packed, int64_t rows, int64_t cols, int64_t row, float* out);
+
+  // ---- products. y[r * ldy + o] = sum_k x[r][k] w[o][k] (+ bias[o]) for panels [begin, end). The order along k is
+  // fixed and the same for any number of rows: work is split by output, never by k.
+  Activation (*activation)(Format);
+  size_t (*activation_bytes)(Activation, int64_t cols);  // of one row
+  void (*quantize)(Activation, const float* x, int64_t ldx, int64_t rows, int64_t cols, uint8_t* act);
+  void (*gemm)(Format, const uint8_t* packed, int64_t out_rows, int64_t cols, const uint8_t* act, int64_t rows,
+               int64_t begin, int64_t end, const float* bias, float* y, int64_t ldy);
+
+  // ---- rows
+  void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
+  void (*rope)(float* x, int64_t heads, int64_t head_dim, const float* cos_sin, int64_t pairs, bool interleaved);
+  void (*silu_mul)(const float* gate, const float* up, int64_t n, float* y);
+  void (*gelu_tanh_mul)(const float* gate, const float* up, int64_t n, float* y);
+  void (*add)(const float* a, const float* b, int64_t n, float* y);
+  void (*softcap)(float* x, int64_t n, float cap);
+
+  // ---- attention
+  void (*store_kv)(const float* k, const float* v, int64_t head_dim, int64_t offset_in_block, uint16_t* block);
+  size_t (*attention_scratch_floats)(const AttentionTask&);
+  void (*attention)(const AttentionTask&, float* scratch);
+};
+
+extern const KernelTable kReference, kAvx2, kAvx512, kAvx512Bf16;
+
+}  // namespace kt

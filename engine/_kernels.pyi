@@ -1,0 +1,97 @@
+"""The C++ module: everything heavy. Arrays are C-contiguous numpy arrays; the GIL is released in every long call.
+
+Errors: ValueError for a shape, format or buffer that does not fit, with its name; MemoryError.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+U8 = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+
+LAYOUT_VERSION: int
+BLOCK_TOKENS: int
+
+def isas() -> list[str]:
+    """Names of the kernel tables usable by this process, best first; KT_MAX_ISA caps the list. Never empty."""
+
+class ThreadPool:
+    """`threads` workers, the calling thread among them; they sleep when there is no work."""
+
+    def __init__(self, threads: int) -> None: ...
+    @property
+    def threads(self) -> int: ...
+
+class Weight:
+    """A packed weight, read-only, tied to the table that packed it."""
+
+    @property
+    def isa(self) -> str: ...
+    @property
+    def format(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def row(self, i: int) -> F32:
+        """Dequantised row [cols]."""
+
+def pack(pool: ThreadPool, isa: str, format: int, rows: int, cols: int, data: U8) -> Weight:  # noqa: A002
+    """Repack `rows` x `cols` elements in a GGUF format; `data` may be freed afterwards."""
+
+def gemm(pool: ThreadPool, weight: Weight, x: F32) -> F32:
+    """x [n, cols] -> [n, rows]: quantises x as the weight's format asks, then the product. For tests and benchmarks."""
+
+def sample(
+    logits: F32,
+    temperature: F32, top_k: I32, top_p: F32, min_p: F32, repetition: F32, presence: F32, frequency: F32,
+    seed: I64, position: I64, logprobs: I32,
+    history_starts: I32, history: I32, history_output: I32,
+    bias_starts: I32, bias_tokens: I32, bias_values: F32,
+    token: I32, logprob: F32, top_tokens: I32, top_logprobs: F32,
+) -> None:
+    """Draw one token for each row of logits [R, vocab] (left as they were); the last four are outputs. See engine.batch."""
+
+class Program:
+    """A compiled program with its KV pool.
+
+    `ops` are tuples (kind, fields in the order of engine.program's dataclasses); linear parts are tuples.
+    """
+
+    def __init__(
+        self,
+        pool: ThreadPool,
+        isa: str,
+        ops: list[tuple[object, ...]],
+        widths: list[int],
+        weights: list[Weight],
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        blocks: int,
+        max_tokens: int,
+        max_rows: int,
+    ) -> None: ...
+    @property
+    def block_bytes(self) -> int: ...
+    def step(
+        self,
+        tokens: I32, starts: I32, context: I32, block_starts: I32, blocks: I32, logit_rows: I32,
+        temperature: F32, top_k: I32, top_p: F32, min_p: F32, repetition: F32, presence: F32, frequency: F32,
+        seed: I64, position: I64, logprobs: I32,
+        history_starts: I32, history: I32, history_output: I32,
+        bias_starts: I32, bias_tokens: I32, bias_values: F32,
+        token: I32, logprob: F32, top_tokens: I32, top_logprobs: F32,
+    ) -> None:
+        """One step: compute, write KV, draw."""
+    def logits(
+        self,
+        tokens: I32, starts: I32, context: I32, block_starts: I32, blocks: I32, logit_rows: I32,
+    ) -> F32:
+        """One step without drawing: [R, vocab]."""
+    def profile(self) -> list[tuple[int, float]]:
+        """For each op: calls and seconds so far (all zero unless KT_PROFILE is set)."""

@@ -1,0 +1,91 @@
+"""One step's input to an executor, as flat arrays, and what comes back."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
+
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class Batch:
+    """T tokens of S sequences; token t of sequence s stands at position context[s] + t - starts[s]."""
+
+    tokens: I32
+    """[T]"""
+    starts: I32
+    """[S + 1] where each sequence's tokens begin"""
+    context: I32
+    """[S] tokens whose KV is in the cache already"""
+    block_starts: I32
+    """[S + 1] where each sequence's block table begins in `blocks`"""
+    blocks: I32
+    """Block ids, by position; each table covers context[s] + its tokens of this step"""
+    logit_rows: I32
+    """[R] ascending indices into tokens: the rows that draw a token"""
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """Parameters of the R draws (see engine.protocol.Sampling), one array a parameter, so that one C++ call does them all."""
+
+    temperature: F32
+    top_k: I32
+    top_p: F32
+    min_p: F32
+    repetition: F32
+    presence: F32
+    frequency: F32
+    seed: I64
+    position: I64
+    """Absolute position of the token being drawn: the random number is philox(seed, position)."""
+    logprobs: I32
+    """-1 .. 20"""
+    history_starts: I32
+    """[R + 1] ranges in `history`; empty when a row has no penalty"""
+    history: I32
+    history_output: I32
+    """[R] where the output begins within the row's history (presence and frequency count from there)"""
+    bias_starts: I32
+    """[R + 1] ranges in `bias_tokens` and `bias_values`; -inf bans a token"""
+    bias_tokens: I32
+    bias_values: F32
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """R drawn tokens."""
+
+    token: I32
+    """[R]; -1 where the logits were not finite"""
+    logprob: F32
+    """[R] of the raw distribution"""
+    top_tokens: I32
+    """[R, MAX_LOGPROBS], likeliest first; -1 beyond what was asked for"""
+    top_logprobs: F32
+
+
+class Executor(Protocol):
+    """Runs a program. Owns the packed weights and the KV pool."""
+
+    isa: str
+    blocks: int
+    block_tokens: int
+
+    def step(self, batch: Batch, sampling: SamplingBatch) -> Drawn:
+        """Compute all tokens of the batch, write their KV, draw one token for each logit row."""
+        ...
+
+    def logits(self, batch: Batch) -> F32:
+        """The same step, but give the logits [R, vocab] instead of drawing (tests, scoring)."""
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
+        ...

@@ -1,0 +1,28 @@
+"""Settings of one engine process."""
+
+from typing import Literal
+
+import msgspec
+
+from ktransformers.kvcache.config import CacheConfig
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One model on one machine."""
+
+    model: str
+    """Path of a GGUF file."""
+    executor: Literal["native", "torch"] = "native"
+    device: str = "cpu"
+    """torch device; only the torch executor reads it."""
+    threads: int | None = None
+    """Compute threads; None is one for each CPU this process may run on."""
+    context: int | None = None
+    """Longest sequence in tokens; None is what the model was trained for, capped by the KV pool."""
+    max_batch_tokens: int = 512
+    """Most tokens that one step computes."""
+    max_sequences: int = 64
+    """Slots: sequences that may hold KV at once."""
+    cache: CacheConfig = CacheConfig()
+    socket: str = ""
+    """Path of the engine's unix socket; the supervisor fills it in."""

@@ -1,0 +1,161 @@
+"""A model compiled to a flat list of ops over numbered values: the one thing that executors run.
+
+Values are two-dimensional float32, one row for each token of the batch (after GatherRows: for each row that needs
+logits); `Program.widths[v]` is the row length of value v. Weights are named tensors in the format of their file,
+`[rows, cols]` with one output in each row. Ops run in order; a later op sees what an earlier one wrote. An architecture
+adds no code to executors as long as its mathematics is here.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+ValueId = int
+WeightId = int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A weight as its file has it. `format` is the GGUF type number; `data` the raw bytes of `rows` x `cols` elements."""
+
+    name: str
+    format: int
+    rows: int
+    cols: int
+    data: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Embed:
+    """out[t] = scale * table[token[t]]"""
+
+    table: WeightId
+    out: ValueId
+    scale: float
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """Each slice of `group` elements of a row: x / sqrt(mean(x^2) + eps) * weight; weight is F32 of length `group`."""
+
+    x: ValueId
+    weight: WeightId
+    out: ValueId
+    group: int
+    eps: float
+
+
+@dataclass(frozen=True)
+class LinearPart:
+    """out = x @ weight.T + bias; bias is F32 [1, rows] or None."""
+
+    weight: WeightId
+    bias: WeightId | None
+    out: ValueId
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One or more products of the same input (q, k and v; gate and up), so that it is quantised once."""
+
+    x: ValueId
+    parts: tuple[LinearPart, ...]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """In place: rotate the first `2 * len(inv_freq)` elements of each head by position * inv_freq, times `scale`.
+
+    Pairs are (i, i + n) with n = len(inv_freq) ("neox"), or (2i, 2i + 1) when `interleaved`. inv_freq is F32 [1, n], any
+    context extension already in it.
+    """
+
+    x: ValueId
+    heads: int
+    head_dim: int
+    inv_freq: WeightId
+    interleaved: bool
+    scale: float
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Write k and v of this step to the cache of `layer`, then causal attention of q over all positions so far.
+
+    q head h reads kv head h // (heads // kv_heads). Scores are `scale * q.k`, then softcap * tanh(s / softcap) when
+    softcap > 0; with window > 0 position p sees (p - window, p]. Folded in tiles aligned to absolute positions.
+    """
+
+    q: ValueId
+    k: ValueId
+    v: ValueId
+    out: ValueId
+    layer: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int
+    softcap: float
+
+
+@dataclass(frozen=True)
+class Gated:
+    """out = act(gate) * up"""
+
+    gate: ValueId
+    up: ValueId
+    out: ValueId
+    act: Literal["silu", "gelu_tanh"]
+
+
+@dataclass(frozen=True)
+class Add:
+    """out = a + b (out may be a)"""
+
+    a: ValueId
+    b: ValueId
+    out: ValueId
+
+
+@dataclass(frozen=True)
+class GatherRows:
+    """out[i] = x[logit_rows[i]]: from here on only the rows that need logits are computed."""
+
+    x: ValueId
+    out: ValueId
+
+
+@dataclass(frozen=True)
+class Logits:
+    """out = x @ weight.T, then softcap * tanh(l / softcap) when softcap > 0. The last op."""
+
+    x: ValueId
+    weight: WeightId
+    out: ValueId
+    softcap: float
+
+
+Op = Embed | RmsNorm | Linear | Rope | Attention | Gated | Add | GatherRows | Logits
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """KV of one token: `layers` times keys and values of `kv_heads` x `head_dim`."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """The ops of one model, with what they read."""
+
+    ops: tuple[Op, ...]
+    widths: tuple[int, ...]
+    weights: tuple[Tensor, ...]
+    cache: CacheShape
+    vocab: int

@@ -1,0 +1,145 @@
+"""What crosses the socket between the scheduler and the engine.
+
+The engine knows slots, token ids and block ids: never requests, never tenants. KV bytes never leave it.
+Every message is a frozen, tagged msgspec struct; frame 0 of each multipart message is the sender's epoch.
+"""
+
+import msgspec
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """How the next token of a sequence is drawn. The defaults change nothing; temperature 0 is greedy.
+
+    The draw is a function of (`seed`, absolute position of the token), so it does not depend on the batch.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    """0 keeps all."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Over prompt and output, the last `repetition_window` tokens of them (0: all)."""
+    repetition_window: int = 0
+    presence_penalty: float = 0.0
+    """Over output only, as frequency_penalty."""
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    """0 .. 2**63 - 1."""
+    stop_tokens: tuple[int, ...] = ()
+    """Tokens that end the sequence with finish "stop" (the model's own end tokens among them unless ignore_eos)."""
+    min_tokens: int = 0
+    """Stop tokens cannot be drawn before this many output tokens."""
+    max_tokens: int = 0
+    """Output tokens after which the sequence ends with finish "length"; >= 1."""
+    logprobs: int = -1
+    """-1: none; 0: of the drawn token; n: and of the n likeliest (<= 20). Of the raw distribution, before any penalty."""
+
+
+# ---- scheduler -> engine
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """First message after (re)connecting and once a second after; answered by Loading, Ready or Fault."""
+
+
+class NewSeq(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence enters a slot. `tokens[:n_prompt]` is the prompt, what follows was generated before a preemption."""
+
+    slot: int
+    tokens: list[int]
+    n_prompt: int
+    computed: int
+    """Leading tokens whose KV the first blocks hold already (a prefix hit); a multiple of the block size, < len(tokens)."""
+    sampling: Sampling
+
+
+class Go(msgspec.Struct, frozen=True, array_like=True):
+    """Compute the next `n_tokens` of a slot. When that reaches the slot's last known token, one token is drawn.
+
+    A slot that has finished by itself (stop token, max_tokens, numerical error) ignores a Go that was planned before the
+    scheduler could know.
+    """
+
+    slot: int
+    n_tokens: int
+    new_blocks: list[int]
+    """Block ids appended to the slot's block table first (a prefix hit's blocks come with the first Go)."""
+
+
+class Step(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """One step, done in this order: `gone` leave, `new` enter, `go_on` are computed as one batch."""
+
+    n: int
+    gone: list[int]
+    new: list[NewSeq]
+    go_on: list[Go]
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Finish the step in hand and exit."""
+
+
+ToEngine = Hello | Step | Shutdown
+
+
+# ---- engine -> scheduler
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """The model is being loaded; `done` advances as long as it is alive."""
+
+    done: int
+    total: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """The engine takes steps. Numbers that the scheduler plans with."""
+
+    pid: int
+    blocks: int
+    block_tokens: int
+    block_bytes: int
+    max_len: int
+    """Longest sequence (prompt and output) in tokens."""
+    max_sequences: int
+    max_batch_tokens: int
+    vocab: int
+    isa: str
+    steps: int
+    """Steps done since start."""
+    fingerprint: bytes
+    """Digest of everything that changes KV bytes: weights, configuration, KV layout."""
+
+
+class SlotToken(msgspec.Struct, frozen=True, array_like=True):
+    """What one slot drew."""
+
+    slot: int
+    token: int
+    finish: str = ""
+    """"" goes on; "stop", "length" or "error" (numerical_error: the logits were not finite; token is -1)."""
+    logprob: float = 0.0
+    top: list[tuple[int, float]] = []
+
+
+class StepDone(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Step `n` is done. Slots that did not reach their last token draw nothing and are not listed."""
+
+    n: int
+    tokens: list[SlotToken]
+    seconds: float
+    computed: int
+    """Tokens that were really computed."""
+
+
+class Fault(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """The engine refuses a message or cannot go on. n is the step, or -1."""
+
+    n: int
+    kind: str
+    message: str
+
+
+FromEngine = Loading | Ready | StepDone | Fault

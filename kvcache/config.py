@@ -1,0 +1,16 @@
+"""Settings of the KV cache."""
+
+import msgspec
+
+
+class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much KV there may be, and in what pieces.
+
+    A block is `block_tokens` consecutive positions of one sequence, all layers, keys and values. It is the unit of
+    allocation, of prefix reuse and, by position, of the attention kernel's order of summation.
+    """
+
+    block_tokens: int = 16
+    device_bytes: int | None = None
+    """Bytes of the device pool; None takes a share of the memory that is free once the weights are loaded."""
+    prefix_reuse: bool = True

@@ -1,0 +1,17 @@
+"""Settings of the scheduler process."""
+
+import msgspec
+
+from ktransformers.engine.config import EngineConfig
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who may wait, for how long, and how the engine's step is filled."""
+
+    engine: EngineConfig
+    max_waiting: int = 1024
+    """Requests that may wait; the next one is refused as overloaded."""
+    max_waiting_tokens: int = 4_194_304
+    """Prompt tokens that may wait."""
+    socket: str = ""
+    """Path of the scheduler's unix socket; the supervisor fills it in."""

@@ -1,0 +1,123 @@
+"""What crosses the socket between the API process and the scheduler.
+
+Law: every Submit is answered by exactly one terminal event, a TokenEvent with `finish` set or a Failed, whatever dies in
+between (the client side invents it when the scheduler itself is gone).
+"""
+
+import msgspec
+
+from ktransformers.engine.protocol import Sampling
+
+__all__ = ["Cancel", "Drain", "Failed", "FromScheduler", "Hello", "Logprobs", "Sampling", "Status", "Submit", "ToScheduler",
+           "TokenEvent", "Tokens"]
+
+
+# ---- server -> scheduler
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Generate from `tokens`."""
+
+    id: str
+    tenant: str
+    tokens: list[int]
+    sampling: Sampling
+    deadline: float
+    """Seconds from now after which the request fails with code "deadline"; 0: none."""
+    cache_scope: bytes
+    """Prefix blocks are shared only between requests of one scope (the tenant's salt)."""
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Forget a request. Unknown ids are ignored; a cancelled request is answered by finish "cancelled" unless it had ended."""
+
+    id: str
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """First message after (re)connecting and once a second after; answered by Status. Three seconds without one and the
+    scheduler cancels what that front end had submitted."""
+
+
+class Drain(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Refuse new requests with code "draining"; running ones go on."""
+
+
+ToScheduler = Submit | Cancel | Hello | Drain
+
+
+# ---- scheduler -> server
+
+
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of one drawn token and of the likeliest ones."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
+    """News of one request."""
+
+    id: str
+    tokens: list[int]
+    logprobs: list[Logprobs]
+    """One for each token when they were asked for, else empty."""
+    finish: str = ""
+    """"" goes on; "stop", "length", "cancelled" end it. A stop token that was drawn is among `tokens`."""
+    cached_tokens: int = 0
+    """Prompt tokens that were not computed; set with the first event."""
+    queue_seconds: float = 0.0
+    """From Submit to its first step; set with the first event."""
+
+
+class Tokens(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """All news of one step for one front end."""
+
+    events: list[TokenEvent]
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """The terminal event of a request that could not be done.
+
+    Codes: "context_length_exceeded", "invalid_request" (client's fault, 400); "overloaded", "draining", "not_ready" (503, with
+    retry_after); "deadline" (408 / 504); "engine_restarted", "numerical_error", "internal" (500).
+    """
+
+    id: str
+    code: str
+    message: str
+    retry_after: float = 0.0
+
+
+class Status(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Once a second and on change of `ready`."""
+
+    ready: bool
+    """The engine is loaded and its step counter advances when there is work."""
+    detail: str
+    """What is missing when not ready: "loading 40 %", "engine restarting", ..."""
+    draining: bool
+    max_len: int
+    vocab: int
+    isa: str
+    waiting: int
+    running: int
+    blocks_total: int
+    blocks_used: int
+    """Held by a sequence; cached blocks that could be evicted at once are not counted."""
+    blocks_cached: int
+    steps: int
+    step_seconds: float
+    """Sum over all steps."""
+    computed_tokens: int
+    recomputed_tokens: int
+    """Computed a second time because of a preemption."""
+    generated_tokens: int
+    prefix_hit_tokens: int
+    prefix_query_tokens: int
+    preemptions: int
+    engine_restarts: int
+
+
+FromScheduler = Tokens | Failed | Status
