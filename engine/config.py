@@ -1,8 +1,9 @@
 """Settings of one engine process."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from ktransformers.kvcache.config import CacheConfig
 
@@ -15,13 +16,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     executor: Literal["native", "torch"] = "native"
     device: str = "cpu"
     """torch device; only the torch executor reads it."""
-    threads: int | None = None
+    threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
     """Compute threads; None is one for each CPU this process may run on."""
-    context: int | None = None
+    context: Annotated[int, Meta(ge=16, le=1 << 24)] | None = None
     """Longest sequence in tokens; None is what the model was trained for, capped by the KV pool."""
-    max_batch_tokens: int = 512
+    max_batch_tokens: Annotated[int, Meta(ge=1, le=65536)] = 512
     """Most tokens that one step computes."""
-    max_sequences: int = 64
+    max_sequences: Annotated[int, Meta(ge=1, le=4096)] = 64
     """Slots: sequences that may hold KV at once."""
     cache: CacheConfig = CacheConfig()
     socket: str = ""

@@ -1,6 +1,9 @@
 """Settings of the KV cache."""
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 
 class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -10,7 +13,7 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     allocation, of prefix reuse and, by position, of the attention kernel's order of summation.
     """
 
-    block_tokens: int = 16
-    device_bytes: int | None = None
+    block_tokens: Annotated[int, Meta(ge=1, le=1024)] = 16
+    device_bytes: Annotated[int, Meta(ge=1, le=1 << 60)] | None = None
     """Bytes of the device pool; None takes a share of the memory that is free once the weights are loaded."""
     prefix_reuse: bool = True
