@@ -38,7 +38,10 @@ class Embed:
 
 @dataclass(frozen=True)
 class RmsNorm:
-    """Each slice of `group` elements of a row: x / sqrt(mean(x^2) + eps) * weight; weight is F32 of length `group`."""
+    """Each slice of `group` elements of a row: x / sqrt(mean(x^2) + eps) * weight (out may be x).
+
+    The weight is F32 [1, group].
+    """
 
     x: ValueId
     weight: WeightId
@@ -103,7 +106,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Gated:
-    """out = act(gate) * up"""
+    """out = act(gate) * up (out may be gate)"""
 
     gate: ValueId
     up: ValueId
