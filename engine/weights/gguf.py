@@ -1,8 +1,8 @@
 """Reader of GGUF v2 and v3 files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) over mmap.
 
 A model file comes from strangers: every count, length, type and offset is checked against fixed caps and the
-size of the file before it is used, so a hostile file costs one GgufError and never an allocation larger than a
-small multiple of the file. Tensor data is not touched here.
+size of the file before it is used, so a hostile file costs one GgufError and never an allocation larger than
+a small multiple of the file. Tensor data is not touched here.
 """
 
 import math

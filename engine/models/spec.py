@@ -1,0 +1,110 @@
+"""What the decoder needs to know about a model: sizes, and which of the family's variations it has."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+
+class ModelError(ValueError):
+    """The file is well formed, but not a model that can be run. One line that says what is wrong."""
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN context extension (Peng et al. 2023, https://arxiv.org/abs/2309.00071, section 3)."""
+
+    factor: float
+    original_context: int
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary position embedding of the first `dims` elements of each head.
+
+    `interleaved`: pairs are neighbours (llama's permuted weights), else element i goes with i + dims / 2.
+    Frequencies are divided by `factor` (linear scaling), or stretched by `yarn`.
+    """
+
+    base: float
+    dims: int
+    interleaved: bool
+    factor: float = 1.0
+    yarn: Yarn | None = None
+
+    def inv_freq(self, divisors: npt.NDArray[np.float32] | None = None) -> npt.NDArray[np.float32]:
+        """Radians per position [dims / 2]; `divisors` [dims / 2] are a file's own factors (llama 3.1)."""
+        n = self.dims // 2
+        freq = self.base ** (-np.arange(n, dtype=np.float64) / n)
+        if self.yarn is not None:
+            freq *= self._yarn_stretch(self.yarn, n)
+        freq /= self.factor
+        if divisors is not None:
+            freq /= divisors
+        return freq.astype(np.float32)
+
+    def _yarn_stretch(self, yarn: Yarn, n: int) -> npt.NDArray[np.float64]:
+        """1 for pairs that turn beta_fast times or more in the original context, 1 / factor below beta_slow."""
+
+        def pair_that_turns(times: float) -> float:
+            return n * math.log(yarn.original_context / (times * 2 * math.pi)) / math.log(self.base)
+
+        low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
+        high = min(math.ceil(pair_that_turns(yarn.beta_slow)), 2 * n - 1)
+        ramp = np.clip((np.arange(n) - low) / max(high - low, 0.001), 0, 1)
+        return ramp / yarn.factor + (1 - ramp)
+
+    @property
+    def scale(self) -> float:
+        """By which rotated elements are multiplied: YaRN sharpens attention as the context grows."""
+        if self.yarn is None:
+            return 1.0
+        return self.yarn.attention_factor * (0.1 * math.log(self.yarn.factor) + 1.0)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A decoder-only transformer of the llama family.
+
+    Every layer is attention then a gated MLP, each behind an RMS norm and added to the residual.
+    """
+
+    architecture: str
+    layers: int
+    width: int
+    """Of the residual stream."""
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    """Width of the MLP."""
+    context: int
+    """Positions the model was trained for, context extension included."""
+    eps: float
+    rope: RopeSpec
+    attention_scale: float
+    local_rope: RopeSpec | None = None
+    """Of layers with a window; None: the same as the others."""
+    windows: tuple[int, ...] = ()
+    """For each layer how many positions it sees, 0: all."""
+    act: Literal["silu", "gelu_tanh"] = "silu"
+    embed_scale: float = 1.0
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    qkv_bias: bool = False
+    """Whether q, k and v must have biases. Any linear may have one."""
+    qk_norm: bool = False
+    """Each head of q and k is normalised before rope."""
+    post_norms: bool = False
+    """The outputs of attention and MLP are normalised before they are added."""
+
+    def rope_of(self, layer: int) -> RopeSpec:
+        """The rope of a layer."""
+        if self.local_rope is not None and self.windows[layer]:
+            return self.local_rope
+        return self.rope

@@ -1,0 +1,34 @@
+"""Names of the tensors in a GGUF file of the llama family."""
+
+from typing import Final
+
+EMBED: Final = "token_embd.weight"
+OUTPUT_NORM: Final = "output_norm.weight"
+OUTPUT: Final = "output.weight"
+"""Absent when the output is tied to the embedding."""
+ROPE_FREQS: Final = "rope_freqs.weight"
+"""F32 [dims / 2]: what each rope frequency is divided by (llama 3.1 context extension)."""
+
+ATTN_NORM: Final = "attn_norm"
+ATTN_Q: Final = "attn_q"
+ATTN_K: Final = "attn_k"
+ATTN_V: Final = "attn_v"
+ATTN_Q_NORM: Final = "attn_q_norm"
+ATTN_K_NORM: Final = "attn_k_norm"
+ATTN_OUT: Final = "attn_output"
+ATTN_POST_NORM: Final = "post_attention_norm"
+FFN_NORM: Final = "ffn_norm"
+FFN_GATE: Final = "ffn_gate"
+FFN_UP: Final = "ffn_up"
+FFN_DOWN: Final = "ffn_down"
+FFN_POST_NORM: Final = "post_ffw_norm"
+
+
+def weight(layer: int, name: str) -> str:
+    """Name of a layer's weight."""
+    return f"blk.{layer}.{name}.weight"
+
+
+def bias(layer: int, name: str) -> str:
+    """Name of a layer's bias."""
+    return f"blk.{layer}.{name}.bias"
