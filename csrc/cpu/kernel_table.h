@@ -56,7 +56,7 @@ struct KernelTable {
   void (*gemm)(Format, const uint8_t* packed, int64_t out_rows, int64_t cols, const uint8_t* act, int64_t rows,
                int64_t begin, int64_t end, const float* bias, float* y, int64_t ldy);
 
-  // ---- rows
+  // ---- rows; an output may be one of the inputs. cos_sin: `pairs` cosines, then as many sines, the scale in both.
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
   void (*rope)(float* x, int64_t heads, int64_t head_dim, const float* cos_sin, int64_t pairs, bool interleaved);
   void (*silu_mul)(const float* gate, const float* up, int64_t n, float* y);

@@ -1,0 +1,47 @@
+#include "cpu/isa.h"
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace kt {
+namespace {
+
+#if defined(__x86_64__)
+// XCR0: the register files that the operating system saves when it switches threads; 0 without XSAVE.
+uint64_t saved_state() {
+  uint32_t a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return 0;
+  uint32_t lo, hi;
+  __asm__("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
+  return (static_cast<uint64_t>(hi) << 32) | lo;
+}
+
+Isa detect() {
+  constexpr uint64_t kYmm = 0x6;    // SSE and AVX
+  constexpr uint64_t kZmm = 0xE6;   // and the mask registers, upper halves and upper 16 of AVX-512
+  const uint64_t saved = saved_state();
+  __builtin_cpu_init();
+  Isa isa{};
+  isa.avx2 = (saved & kYmm) == kYmm && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+  isa.avx512 = isa.avx2 && (saved & kZmm) == kZmm && __builtin_cpu_supports("avx512f") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  isa.avx512_bf16 = isa.avx512 && __builtin_cpu_supports("avx512bf16");
+  return isa;
+}
+#else
+Isa detect() { return {}; }
+#endif
+
+}  // namespace
+
+const Isa& isa() {
+  static const Isa detected = detect();
+  return detected;
+}
+
+}  // namespace kt

@@ -1,0 +1,10 @@
+#include "cpu/kernel_table.h"
+#include "kernels/vec_avx512.h"
+// In this order: each uses what is above it.
+#include "kernels/math.inl"
+#include "kernels/elementwise.inl"
+#include "kernels/table.inl"
+
+namespace kt {
+constinit const KernelTable kAvx512Bf16 = make_table("avx512_bf16");
+}

@@ -1,0 +1,20 @@
+// The table of this translation unit.
+#pragma once
+
+namespace kt {
+namespace {
+
+constexpr KernelTable make_table(const char* name) {
+  KernelTable t{};
+  t.name = name;
+  t.rms_norm = rms_norm;
+  t.rope = rope;
+  t.silu_mul = silu_mul;
+  t.gelu_tanh_mul = gelu_tanh_mul;
+  t.add = add;
+  t.softcap = softcap;
+  return t;
+}
+
+}  // namespace
+}  // namespace kt
