@@ -49,7 +49,7 @@ class RopeSpec:
         return freq.astype(np.float32)
 
     def _yarn_stretch(self, yarn: Yarn, n: int) -> npt.NDArray[np.float64]:
-        """1 for pairs that turn beta_fast times or more in the original context, 1 / factor below beta_slow."""
+        """1 for pairs that turn beta_fast times in the original context, 1 / factor for beta_slow."""
 
         def pair_that_turns(times: float) -> float:
             return n * math.log(yarn.original_context / (times * 2 * math.pi)) / math.log(self.base)

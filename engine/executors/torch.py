@@ -1,0 +1,249 @@
+"""Runs a program with torch in float32 on dequantised weights: the tests' oracle, and a way to other devices.
+
+It computes what the native executor computes, from the same ops, without sharing code with it. It is written
+to be checked by eye, not to be fast: attention materialises its scores, one sequence at a time. Unlike the
+native executor it does not promise that a token is independent of its batch to the last bit: torch may sum a
+product in another order for another number of rows.
+"""
+
+from collections.abc import Callable
+from typing import Final
+
+import gguf
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ktransformers.engine.batch import F32, MAX_LOGPROBS, Batch, Drawn, SamplingBatch
+from ktransformers.engine.program import (
+    Add,
+    Attention,
+    Embed,
+    Gated,
+    GatherRows,
+    Linear,
+    Logits,
+    Op,
+    Program,
+    RmsNorm,
+    Rope,
+    Tensor,
+    WeightId,
+)
+
+_BYTES: Final = 4
+
+
+def dequantise(tensor: Tensor) -> F32:
+    """The weight in float32 [rows, cols], by the format's own package."""
+    kind = gguf.GGMLQuantizationType(tensor.format)
+    # A copy: a mapped file gives no alignment, and torch wants to be able to write.
+    raw = tensor.data.copy().reshape(tensor.rows, -1)
+    out = gguf.quants.dequantize(raw, kind)
+    return np.ascontiguousarray(out, np.float32).reshape(tensor.rows, tensor.cols)
+
+
+class _Step:
+    """A batch on the device, with what several ops need of it."""
+
+    def __init__(self, batch: Batch, block_tokens: int, device: torch.device) -> None:
+        self.tokens = torch.from_numpy(batch.tokens).long().to(device)
+        self.logit_rows = torch.from_numpy(batch.logit_rows).long().to(device)
+        self.ranges: list[tuple[int, int]] = []
+        """For each sequence [begin, end) in tokens."""
+        self.cells: list[torch.Tensor] = []
+        """For each sequence [positions so far] where in the pool each position's KV lies."""
+        self.positions = torch.empty(len(batch.tokens), dtype=torch.float64)
+        for s, context in enumerate(batch.context.tolist()):
+            begin, end = int(batch.starts[s]), int(batch.starts[s + 1])
+            self.ranges.append((begin, end))
+            self.positions[begin:end] = torch.arange(context, context + end - begin)
+            blocks = batch.blocks[batch.block_starts[s] : batch.block_starts[s + 1]].astype(np.int64)
+            cells = (blocks[:, None] * block_tokens + np.arange(block_tokens)).reshape(-1)
+            self.cells.append(torch.from_numpy(cells[: context + end - begin]).to(device))
+
+
+def _check(batch: Batch, vocab: int, blocks: int, block_tokens: int) -> None:
+    """torch takes a negative index for one from the end: refuse what does not exist."""
+    if len(batch.tokens) and not 0 <= batch.tokens.min() <= batch.tokens.max() < vocab:
+        raise ValueError("tokens: outside the vocabulary")
+    if len(batch.blocks) and not 0 <= batch.blocks.min() <= batch.blocks.max() < blocks:
+        raise ValueError("blocks: outside the pool")
+    rows = batch.logit_rows
+    if len(rows) and not 0 <= rows.min() <= rows.max() < len(batch.tokens):
+        raise ValueError("logit_rows: outside the batch")
+    lengths = np.diff(batch.starts)
+    if (lengths < 0).any() or (batch.context < 0).any() or batch.starts[-1] != len(batch.tokens):
+        raise ValueError("starts: not ranges of tokens")
+    if (np.diff(batch.block_starts) * block_tokens < batch.context + lengths).any():
+        raise ValueError("block_starts: a block table is shorter than its sequence")
+
+
+class TorchExecutor:
+    """An engine.batch.Executor on a torch device."""
+
+    def __init__(
+        self,
+        program: Program,
+        *,
+        blocks: int,
+        block_tokens: int,
+        max_tokens: int,
+        device: str = "cpu",
+        threads: int | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Dequantise all weights to `device`; `progress` is told bytes of the file done and in total."""
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.isa = f"torch-{device}"
+        self.blocks = blocks
+        self.block_tokens = block_tokens
+        self.max_tokens = max_tokens
+        self.block_bytes = kv_block_bytes(program, block_tokens)
+        self._device = torch.device(device)
+        self._program = program
+        self._weights: list[torch.Tensor] = []
+        total = sum(w.data.nbytes for w in program.weights)
+        done = 0
+        for weight in program.weights:
+            self._weights.append(torch.from_numpy(dequantise(weight)).to(self._device))
+            done += weight.data.nbytes
+            progress(done, total)
+        c = program.cache
+        cells = blocks * block_tokens
+        # Zeroed, so that nothing of another process or an earlier model can be read from it.
+        self._kv = torch.zeros(c.layers, 2, cells, c.kv_heads, c.head_dim, device=self._device)
+        self._values: list[torch.Tensor] = []
+        self._angles: dict[WeightId, tuple[torch.Tensor, torch.Tensor]] = {}
+        """cos and sin [T, 1, pairs] of this step's positions, for each set of frequencies."""
+
+    def logits(self, batch: Batch) -> F32:
+        """One step; logits [R, vocab]. ValueError for a batch that names what does not exist."""
+        out: F32 = self._run(batch).cpu().numpy()
+        return out
+
+    def step(self, batch: Batch, sampling: SamplingBatch) -> Drawn:
+        """One step and its draws. ValueError as `logits`."""
+        from ktransformers.engine import _kernels  # the only part that needs the C++ module
+
+        logits = np.ascontiguousarray(self.logits(batch))
+        rows = len(logits)
+        drawn = Drawn(
+            token=np.full(rows, -1, np.int32),
+            logprob=np.zeros(rows, np.float32),
+            top_tokens=np.full((rows, MAX_LOGPROBS), -1, np.int32),
+            top_logprobs=np.zeros((rows, MAX_LOGPROBS), np.float32),
+        )
+        s = sampling
+        _kernels.sample(
+            logits,
+            s.temperature, s.top_k, s.top_p, s.min_p, s.repetition, s.presence, s.frequency,
+            s.seed, s.position, s.logprobs,
+            s.history_starts, s.history, s.history_output,
+            s.bias_starts, s.bias_tokens, s.bias_values,
+            drawn.token, drawn.logprob, drawn.top_tokens, drawn.top_logprobs,
+        )  # fmt: skip
+        return drawn
+
+    def close(self) -> None:
+        """Free weights and KV."""
+        self._weights = []
+        self._kv = torch.zeros(0)
+
+    @torch.inference_mode()
+    def _run(self, batch: Batch) -> torch.Tensor:
+        _check(batch, self._program.vocab, self.blocks, self.block_tokens)
+        if len(batch.tokens) > self.max_tokens:
+            raise ValueError(f"tokens: {len(batch.tokens)} in a step of at most {self.max_tokens}")
+        step = _Step(batch, self.block_tokens, self._device)
+        self._values = [torch.empty(0)] * len(self._program.widths)
+        self._angles = {}
+        for op in self._program.ops:
+            self._op(op, step)
+        out = self._values[_logits_of(self._program)]
+        self._values = []
+        return out
+
+    def _op(self, op: Op, step: _Step) -> None:
+        v, w = self._values, self._weights
+        match op:
+            case Embed():
+                v[op.out] = w[op.table][step.tokens] * op.scale
+            case RmsNorm():
+                x = v[op.x].reshape(len(v[op.x]), -1, op.group)
+                x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + op.eps) * w[op.weight][0]
+                v[op.out] = x.flatten(1)
+            case Linear():
+                for part in op.parts:
+                    bias = None if part.bias is None else w[part.bias][0]
+                    v[part.out] = F.linear(v[op.x], w[part.weight], bias)
+            case Rope():
+                v[op.x] = self._rope(op, step)
+            case Attention():
+                v[op.out] = self._attention(op, step)
+            case Gated():
+                gate = v[op.gate]
+                act = F.silu(gate) if op.act == "silu" else F.gelu(gate, approximate="tanh")
+                v[op.out] = act * v[op.up]
+            case Add():
+                v[op.out] = v[op.a] + v[op.b]
+            case GatherRows():
+                v[op.out] = v[op.x][step.logit_rows]
+            case Logits():
+                v[op.out] = _softcap(F.linear(v[op.x], w[op.weight]), op.softcap)
+
+    def _rope(self, op: Rope, step: _Step) -> torch.Tensor:
+        if op.inv_freq not in self._angles:
+            # In float64: at position 100,000 a float32 angle is wrong by 0.004.
+            angles = step.positions[:, None] * self._weights[op.inv_freq][0].cpu().double()
+            cos, sin = (f(angles).float().to(self._device)[:, None, :] for f in (torch.cos, torch.sin))
+            self._angles[op.inv_freq] = (cos, sin)
+        cos, sin = self._angles[op.inv_freq]
+        n = cos.shape[-1]
+        x = self._values[op.x].reshape(-1, op.heads, op.head_dim)
+        turned, rest = x[..., : 2 * n], x[..., 2 * n :]
+        if op.interleaved:
+            a, b = turned[..., 0::2], turned[..., 1::2]
+        else:
+            a, b = turned[..., :n], turned[..., n:]
+        a, b = (a * cos - b * sin) * op.scale, (a * sin + b * cos) * op.scale
+        turned = torch.stack((a, b), -1).flatten(-2) if op.interleaved else torch.cat((a, b), -1)
+        return torch.cat((turned, rest), -1).flatten(1)
+
+    def _attention(self, op: Attention, step: _Step) -> torch.Tensor:
+        keys, values = self._kv[op.layer]
+        q = self._values[op.q].reshape(-1, op.kv_heads, op.heads // op.kv_heads, op.head_dim)
+        k, v = (self._values[i].reshape(-1, op.kv_heads, op.head_dim) for i in (op.k, op.v))
+        out = torch.empty_like(q)
+        for (begin, end), cells in zip(step.ranges, step.cells, strict=True):
+            context = len(cells) - (end - begin)
+            keys[cells[context:]] = k[begin:end]
+            values[cells[context:]] = v[begin:end]
+            scores = torch.einsum("tkgd,ckd->kgtc", q[begin:end], keys[cells]) * op.scale
+            scores = _softcap(scores, op.softcap)
+            seen = torch.arange(len(cells), device=self._device)
+            now = seen[context:, None]
+            hidden = seen > now
+            if op.window:
+                hidden |= seen <= now - op.window
+            weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+            out[begin:end] = torch.einsum("kgtc,ckd->tkgd", weights, values[cells])
+        return out.flatten(1)
+
+
+def kv_block_bytes(program: Program, block_tokens: int) -> int:
+    """Bytes of one KV block in this executor's pool."""
+    c = program.cache
+    return c.layers * 2 * c.kv_heads * c.head_dim * block_tokens * _BYTES
+
+
+def _softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
+    return torch.tanh(x / cap) * cap if cap > 0 else x
+
+
+def _logits_of(program: Program) -> int:
+    last = program.ops[-1]
+    if not isinstance(last, Logits):
+        raise ValueError("ops: the last is not Logits")
+    return last.out
