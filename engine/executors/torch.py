@@ -171,7 +171,7 @@ class TorchExecutor:
             case Embed():
                 v[op.out] = w[op.table][step.tokens] * op.scale
             case RmsNorm():
-                x = v[op.x].reshape(len(v[op.x]), -1, op.group)
+                x = v[op.x].reshape(-1, self._program.widths[op.x] // op.group, op.group)
                 x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + op.eps) * w[op.weight][0]
                 v[op.out] = x.flatten(1)
             case Linear():
