@@ -247,3 +247,11 @@ def _logits_of(program: Program) -> int:
     if not isinstance(last, Logits):
         raise ValueError("ops: the last is not Logits")
     return last.out
+
+
+def free_memory(device: str) -> int | None:
+    """Free bytes of a device's own memory; None when it shares the machine's or does not say."""
+    if torch.device(device).type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free

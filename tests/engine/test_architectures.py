@@ -1,4 +1,4 @@
-"""Every architecture against `transformers`: small random checkpoints, written as GGUF the way converters do."""
+"""Every architecture against `transformers`: small random checkpoints, written as GGUF as converters do."""
 
 import math
 from collections.abc import Callable

@@ -1,0 +1,217 @@
+"""From a model file to a running executor: what the file holds, what fits in memory, what runs it."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from ktransformers.engine import machine
+from ktransformers.engine.batch import Executor
+from ktransformers.engine.config import EngineConfig
+from ktransformers.engine.models.decoder import compile_program
+from ktransformers.engine.models.registry import read_spec
+from ktransformers.engine.models.spec import ModelError, ModelSpec
+from ktransformers.engine.program import Logits, Program
+from ktransformers.engine.weights.gguf import GgufFile, read
+
+Progress = Callable[[int, int], None]
+"""Told bytes of weights done, and in total."""
+
+HEADROOM: Final = 0.25
+"""Share of the available memory that is left alone."""
+POOL_SHARE: Final = 0.4
+"""Largest share of the available memory that a KV pool takes by itself."""
+SMALLEST_CONTEXT: Final = 1024
+"""Tokens that must fit in a pool sized by itself (or the model's context, if that is shorter)."""
+_SAMPLES: Final = 64
+_SAMPLE_BYTES: Final = 256
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a model before it is loaded."""
+
+    name: str
+    """general.name, or the name of the file."""
+    spec: ModelSpec
+    weight_bytes: int
+    """Of the tensors that the program reads, in the file's formats."""
+    fingerprint: bytes
+    """See engine.protocol.Ready."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the executor is built with."""
+
+    threads: int
+    blocks: int
+    block_bytes: int
+    max_len: int
+    """Longest sequence in tokens."""
+    needs: tuple[tuple[str, int], ...]
+    """(what, bytes) of everything large."""
+    available: int
+    """Bytes of memory when the plan was made."""
+
+
+class CannotFit(ModelError):
+    """The model and the smallest useful KV pool need more memory than there is. The message is a table."""
+
+    def __init__(self, needs: tuple[tuple[str, int], ...], available: int) -> None:
+        rows = [
+            *needs,
+            ("needed", sum(n for _, n in needs)),
+            ("available", available),
+            (f"usable ({HEADROOM:.0%} stays free)", int(available * (1 - HEADROOM))),
+        ]
+        table = "\n".join(f"  {what:<28}{n / 2**20:>12,.1f} MiB" for what, n in rows)
+        super().__init__(
+            f"the model does not fit in memory:\n{table}\n"
+            "free memory, or lower cache.device_bytes, context, max_batch_tokens or max_sequences"
+        )
+
+
+def open_model(config: EngineConfig) -> tuple[Program, Facts]:
+    """Read and check the file of a model; takes milliseconds, as weights are only mapped.
+
+    GgufError for a broken file, ModelError for a model that is not supported.
+    """
+    file = read(config.model)
+    spec = read_spec(file.metadata)
+    program = compile_program(spec, file)
+    name = file.metadata.get("general.name")
+    facts = Facts(
+        name=name if isinstance(name, str) and name else file.path.stem,
+        spec=spec,
+        weight_bytes=sum(w.data.nbytes for w in program.weights),
+        fingerprint=fingerprint(file, kv_layout(config)),
+    )
+    return program, facts
+
+
+def kv_layout(config: EngineConfig) -> str:
+    """Names the layout and arithmetic of KV bytes, apart from the weights."""
+    if config.executor == "torch":
+        return f"torch {config.device} {config.cache.block_tokens}"
+    from ktransformers.engine import _kernels
+
+    return f"native {_kernels.LAYOUT_VERSION} {_kernels.isas()[0]} {config.cache.block_tokens}"
+
+
+def fingerprint(file: GgufFile, layout: str) -> bytes:
+    """SHA-256 of the layout, the header and size of each file, and a few bytes of tensors all over it.
+
+    Two models of the same shape and metadata differ in the samples. Hashing all of a large file would take
+    longer than loading it.
+    """
+    digest = hashlib.sha256(layout.encode())
+    for shard, header in zip(file.shards, file.header_bytes, strict=True):
+        digest.update(len(shard).to_bytes(8, "little"))
+        digest.update(shard[:header].tobytes())
+    names = list(file.tensors)
+    for name in names[:: max(1, len(names) // _SAMPLES)]:
+        data = file.tensor_bytes(name)
+        middle = len(data) // 2
+        digest.update(data[middle : middle + _SAMPLE_BYTES].tobytes())
+    return digest.digest()
+
+
+def plan(config: EngineConfig, program: Program, facts: Facts, available: int | None = None) -> Plan:
+    """Size the KV pool and cap the context. ModelError when the settings do not go together, CannotFit.
+
+    A pool with no size given holds what `max_sequences` full sequences need, within the free memory.
+    """
+    if available is None:
+        available = device_memory(config)
+    trained = facts.spec.context
+    wanted = trained if config.context is None else config.context
+    if wanted > trained:
+        raise ModelError(f"context: {wanted} is longer than the {trained} tokens this model was trained for")
+    size = config.cache.block_tokens
+    block = block_bytes(config, program)
+    needs = _fixed_needs(config, program, facts)
+    fixed = sum(n for _, n in needs)
+    # A context that was asked for must fit whole.
+    least = -(-(wanted if config.context is not None else min(wanted, SMALLEST_CONTEXT)) // size)
+    if config.cache.device_bytes is not None:
+        blocks = config.cache.device_bytes // block
+        if blocks < least:
+            what = f"{config.cache.device_bytes} bytes are {blocks} blocks of {block} bytes"
+            raise ModelError(f"cache.device_bytes: {what}; one sequence needs {least}")
+        usable = available - fixed
+    else:
+        usable = int(available * (1 - HEADROOM)) - fixed
+        useful = config.max_sequences * -(-wanted // size)
+        blocks = max(min(useful, int(available * POOL_SHARE) // block, usable // block), least)
+    needs = (*needs, (f"KV cache, {blocks} blocks", blocks * block))
+    if blocks * block > usable:
+        raise CannotFit(needs, available)
+    return Plan(
+        threads=config.threads or machine.cpus(),
+        blocks=blocks,
+        block_bytes=block,
+        max_len=min(wanted, blocks * size),
+        needs=needs,
+        available=available,
+    )
+
+
+def _fixed_needs(config: EngineConfig, program: Program, facts: Facts) -> tuple[tuple[str, int], ...]:
+    """Bytes of weights and of the values of the largest step."""
+    last = program.ops[-1]
+    wide = {last.out} if isinstance(last, Logits) else set()
+    row = sum(width for v, width in enumerate(program.widths) if v not in wide)
+    activations = 4 * (row * config.max_batch_tokens + program.vocab * config.max_sequences)
+    weights = facts.weight_bytes
+    if config.executor == "torch":
+        weights = 4 * sum(w.rows * w.cols for w in program.weights)
+    return ("weights", weights), ("activations", activations)
+
+
+def block_bytes(config: EngineConfig, program: Program) -> int:
+    """Bytes of one KV block: float16 in the native executor, float32 in torch's."""
+    c = program.cache
+    element = 4 if config.executor == "torch" else 2
+    return c.layers * 2 * c.kv_heads * c.head_dim * config.cache.block_tokens * element
+
+
+def device_memory(config: EngineConfig) -> int:
+    """Bytes free where the model will live."""
+    if config.executor == "torch" and config.device != "cpu":
+        from ktransformers.engine.executors.torch import free_memory
+
+        free = free_memory(config.device)
+        if free is not None:
+            return free
+    return machine.available_memory()
+
+
+def build_executor(config: EngineConfig, program: Program, plan: Plan, progress: Progress) -> Executor:
+    """Load the weights. ModelError for settings that this executor cannot honour."""
+    if config.executor == "torch":
+        from ktransformers.engine.executors.torch import TorchExecutor
+
+        return TorchExecutor(
+            program,
+            device=config.device,
+            threads=plan.threads,
+            blocks=plan.blocks,
+            block_tokens=config.cache.block_tokens,
+            max_tokens=config.max_batch_tokens,
+            progress=progress,
+        )
+    from ktransformers.engine import _kernels
+    from ktransformers.engine.executors.native import NativeExecutor
+
+    if config.cache.block_tokens != _kernels.BLOCK_TOKENS:
+        what = f"the native executor has blocks of {_kernels.BLOCK_TOKENS} tokens"
+        raise ModelError(f"cache.block_tokens: {config.cache.block_tokens} is not supported; {what}")
+    return NativeExecutor(
+        program,
+        threads=plan.threads,
+        blocks=plan.blocks,
+        max_tokens=config.max_batch_tokens,
+        max_rows=config.max_sequences,
+        progress=progress,
+    )
