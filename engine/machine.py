@@ -17,7 +17,7 @@ def cpus(root: Path = Path("/")) -> int:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that can be allocated without swapping or being killed: MemAvailable within control group limits."""
+    """Bytes that can be allocated without swapping or being killed, within control group limits."""
     available = _meminfo(root)["MemAvailable"]
     for folder in _cgroups(root, "memory"):
         for limit, usage, inactive in (
