@@ -1,8 +1,12 @@
 #include "cpu/kernel_table.h"
 #include "kernels/vec_ref.h"
 // In this order: each uses what is above it.
+#include "formats/formats.h"
 #include "kernels/math.inl"
 #include "kernels/elementwise.inl"
+#include "kernels/pack.inl"
+#include "kernels/quantize.inl"
+#include "kernels/gemm.inl"
 #include "kernels/table.inl"
 
 namespace kt {

@@ -7,6 +7,13 @@ namespace {
 constexpr KernelTable make_table(const char* name) {
   KernelTable t{};
   t.name = name;
+  t.packed_bytes = packed_bytes;
+  t.pack = pack;
+  t.unpack_row = unpack_row;
+  t.activation = activation;
+  t.activation_bytes = activation_bytes;
+  t.quantize = quantize;
+  t.gemm = gemm;
   t.rms_norm = rms_norm;
   t.rope = rope;
   t.silu_mul = silu_mul;

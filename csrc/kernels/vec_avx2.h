@@ -113,6 +113,10 @@ template <int N>
 inline Ints shift_right(Ints a) {
   return {_mm256_srli_epi32(a.lo, N), _mm256_srli_epi32(a.hi, N)};
 }
+inline Ints shift_right(Ints a, int n) {
+  const __m128i count = _mm_cvtsi32_si128(n);
+  return {_mm256_srl_epi32(a.lo, count), _mm256_srl_epi32(a.hi, count)};
+}
 inline Ints max(Ints a, Ints b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
 inline int32_t hsum(Ints a) {
   const __m256i w8 = _mm256_add_epi32(a.lo, a.hi);
@@ -165,7 +169,7 @@ inline __m256i dot_step(__m256i acc, __m256i w, __m256i a) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), _mm256_set1_epi16(1)));
 }
 inline Ints dot_u7(Ints acc, Bytes w, Bytes a) { return {dot_step(acc.lo, w.lo, a.lo), dot_step(acc.hi, w.hi, a.hi)}; }
-inline Ints start_biased128(const int32_t*) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Ints start_biased128(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 // Of 8 unsigned bits two products would not fit: the sign of the weight moves to the activation.
 inline __m256i dot_signed_step(__m256i acc, __m256i w, __m256i a) {
   const __m256i s = _mm256_xor_si256(w, _mm256_set1_epi8(-128));

@@ -81,6 +81,7 @@ template <int N>
 inline Ints shift_right(Ints a) {
   return {_mm512_srli_epi32(a.v, N)};
 }
+inline Ints shift_right(Ints a, int n) { return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(n))}; }
 inline Ints max(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }
 inline int32_t hsum(Ints a) { return _mm512_reduce_add_epi32(a.v); }
 inline int32_t hmax(Ints a) { return _mm512_reduce_max_epi32(a.v); }
@@ -115,9 +116,7 @@ inline Bytes broadcast4(const int8_t* p) {
 }
 inline Ints dot_u7(Ints acc, Bytes w, Bytes a) { return {_mm512_dpbusd_epi32(acc.v, w.v, a.v)}; }
 // vpdpbusd takes all of u8, so the bias is paid once, at the start.
-inline Ints start_biased128(const int32_t* sum) {
-  return {_mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(_mm512_set1_epi32(*sum), 7))};
-}
+inline Ints start_biased128(int32_t negative_sum) { return shift_left<7>(set1_int(negative_sum)); }
 inline Ints dot_biased128(Ints acc, Bytes w, Bytes a) { return {_mm512_dpbusd_epi32(acc.v, w.v, a.v)}; }
 
 #ifdef __AVX512BF16__

@@ -149,6 +149,9 @@ template <int N>
 inline Ints shift_right(Ints a) {
   return lanes<Ints>([&](int i) { return wrap(bits(a.v[i]) >> N); });
 }
+inline Ints shift_right(Ints a, int n) {
+  return lanes<Ints>([&](int i) { return wrap(bits(a.v[i]) >> n); });
+}
 inline Ints max(Ints a, Ints b) {
   return lanes<Ints>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
@@ -224,8 +227,8 @@ inline Ints dot_u7(Ints acc, Bytes w, Bytes a) {
   });
 }
 // The same for weights stored with 128 added: the sum of (w - 128) * a, provided that the chain began with
-// start_biased128(sum of all its a).
-inline Ints start_biased128(const int32_t*) { return set1_int(0); }
+// start_biased128(-(sum of all its a)).
+inline Ints start_biased128(int32_t) { return set1_int(0); }
 inline Ints dot_biased128(Ints acc, Bytes w, Bytes a) {
   return lanes<Ints>([&](int i) {
     int32_t sum = acc.v[i];

@@ -1,0 +1,45 @@
+// Every weight format, and the one place that goes from its number to its type.
+#pragma once
+#include "formats/quads.h"
+// In this order: each uses what is above it.
+#include "formats/block32.h"
+#include "formats/block256.h"
+#include "formats/float.h"
+
+namespace kt {
+namespace {
+
+// fn(the format's type, as a value); false, and no call, for a number that is none.
+template <class Fn>
+inline bool with_format(Format format, const Fn& fn) {
+  switch (format) {
+    case Format::kF32: fn(F32()); return true;
+    case Format::kF16: fn(F16()); return true;
+    case Format::kBF16: fn(BF16()); return true;
+    case Format::kQ4_0: fn(Q4_0()); return true;
+    case Format::kQ4_1: fn(Q4_1()); return true;
+    case Format::kQ5_0: fn(Q5_0()); return true;
+    case Format::kQ5_1: fn(Q5_1()); return true;
+    case Format::kQ8_0: fn(Q8_0()); return true;
+    case Format::kQ2_K: fn(Q2_K()); return true;
+    case Format::kQ3_K: fn(Q3_K()); return true;
+    case Format::kQ4_K: fn(Q4_K()); return true;
+    case Format::kQ5_K: fn(Q5_K()); return true;
+    case Format::kQ6_K: fn(Q6_K()); return true;
+    case Format::kIQ4_NL: fn(IQ4_NL()); return true;
+    case Format::kIQ4_XS: fn(IQ4_XS()); return true;
+  }
+  return false;
+}
+
+template <class F>
+constexpr bool kIsFloat = false;
+template <>
+constexpr bool kIsFloat<F32> = true;
+template <>
+constexpr bool kIsFloat<F16> = true;
+template <>
+constexpr bool kIsFloat<BF16> = true;
+
+}  // namespace
+}  // namespace kt

@@ -1,0 +1,188 @@
+// y = x w^T, written once over the formats and the vector vocabulary.
+//
+// A tile is one panel of 16 outputs by up to kTileRows rows. It goes along k once: the weights of a group are unpacked
+// in registers and used for every row, whose activations are broadcast from memory. Each output has its own chain of
+// sums in the order of k, the same whatever the number of rows, and all but dot_bf16 is equal on every instruction set.
+#pragma once
+
+namespace kt {
+namespace {
+
+// Activations of this many bytes stay in the second-level cache while all panels pass over them.
+constexpr int64_t kChunkBytes = 384 * 1024;
+
+template <class F>
+inline constexpr int kMaxTile = kTileRows;
+template <>
+inline constexpr int kMaxTile<F32> = kTileRowsFloat;
+template <>
+inline constexpr int kMaxTile<F16> = kTileRowsFloat;
+template <>
+inline constexpr int kMaxTile<BF16> = kTileRowsFloat;
+
+// The accumulators of one row and group at -bias * sum, since weights are stored with their bias.
+template <class F>
+inline void start(const ActivationGroup& a, Ints* acc) {
+  if constexpr (F::kBias == 0) {
+    for (int s = 0; s < F::kSubgroups; ++s) acc[s] = set1_int(0);
+  } else if constexpr (F::kBias == 128) {
+    static_assert(F::kSubgroups == 1);
+    acc[0] = start_biased128(a.negative_sum);
+  } else {
+    constexpr int kShift = __builtin_ctz(F::kBias);
+    const Ints all = shift_left<kShift>(set1_int(a.negative_sum));
+    if constexpr (F::kSubgroups == 1) {
+      acc[0] = all;
+    } else {
+      acc[0] = shift_left<kShift>(set1_int(a.negative_first_half));
+      acc[1] = all - acc[0];
+    }
+  }
+}
+
+template <class F>
+inline Floats finish(const ActivationGroup& a, const Ints* acc, const Scales& w, Floats sum) {
+  Floats t = to_floats(acc[0]) * w.d[0];
+  if constexpr (F::kSubgroups == 2) t = fma(to_floats(acc[1]), w.d[1], t);
+  sum = fma(t, set1(a.scale), sum);
+  if constexpr (F::kHasMin && F::kSubgroups == 1) sum = fma(w.m[0], set1(a.scaled_sum), sum);
+  if constexpr (F::kHasMin && F::kSubgroups == 2) {
+    const int32_t second = a.negative_first_half - a.negative_sum;
+    sum = fma(w.m[0], set1(a.scale * static_cast<float>(-a.negative_first_half)), sum);
+    sum = fma(w.m[1], set1(a.scale * static_cast<float>(second)), sum);
+  }
+  return sum;
+}
+
+// One group of a panel for R rows, `stride` bytes apart.
+template <class F, int R>
+inline void group_product(const Scales& w, const uint8_t* quads, const uint8_t* act, int64_t stride, Floats* sum) {
+  const auto row = [&](int r) -> const ActivationGroup& {
+    return *reinterpret_cast<const ActivationGroup*>(act + r * stride);
+  };
+  Ints acc[R][F::kSubgroups];
+  for (int r = 0; r < R; ++r) start<F>(row(r), acc[r]);
+  unroll<kGroup / 4>([&](auto q) {
+    constexpr int kQuad = q;
+    constexpr int kSub = kQuad * F::kSubgroups / (kGroup / 4);
+    const Bytes weights = F::template quad<kQuad>(quads);
+    for (int r = 0; r < R; ++r) {
+      const Bytes x = broadcast4(row(r).q + 4 * kQuad);
+      acc[r][kSub] = F::kBias == 128 ? dot_biased128(acc[r][kSub], weights, x) : dot_u7(acc[r][kSub], weights, x);
+    }
+  });
+  for (int r = 0; r < R; ++r) sum[r] = finish<F>(row(r), acc[r], w, sum[r]);
+}
+
+template <class F, int R>
+inline void integer_tile(const uint8_t* panel, const uint8_t* act, int64_t stride, int64_t cols, Floats* sum) {
+  for (int r = 0; r < R; ++r) sum[r] = set1(0.0f);
+  for (int64_t left = cols / kGroup; left > 0; left -= F::kGroups) {
+    const uint8_t* header = panel;
+    panel += F::kHeader;
+    for (int g = 0; g < F::kGroups && g < left; ++g) {
+      group_product<F, R>(F::scales(header, g), panel, act, stride, sum);
+      panel += F::Quads::kBytes;
+      act += sizeof(ActivationGroup);
+    }
+  }
+}
+
+// Even and odd elements have a sum each: two chains hide half of the latency for one row.
+template <class F, int R>
+inline void float_tile(const uint8_t* panel, const uint8_t* act, int64_t stride, int64_t cols, Floats* sum) {
+  Floats odd_sum[R];
+  for (int r = 0; r < R; ++r) sum[r] = odd_sum[r] = set1(0.0f);
+  for (int64_t k = 0; k < cols; k += 2, panel += F::kPairBytes) {
+    Floats even, odd;
+    F::pair(panel, even, odd);
+    for (int r = 0; r < R; ++r) {
+      const float* x = reinterpret_cast<const float*>(act + r * stride) + k;
+      sum[r] = fma(even, set1(x[0]), sum[r]);
+      odd_sum[r] = fma(odd, set1(x[1]), odd_sum[r]);
+    }
+  }
+  for (int r = 0; r < R; ++r) sum[r] = sum[r] + odd_sum[r];
+}
+
+#ifdef __AVX512BF16__
+template <int R>
+inline void bf16_tile(const uint8_t* panel, const uint8_t* act, int64_t stride, int64_t cols, Floats* sum) {
+  for (int r = 0; r < R; ++r) sum[r] = set1(0.0f);
+  for (int64_t k = 0; k < cols; k += 2, panel += BF16::kPairBytes) {
+    const Ints weights = load_ints(panel);
+    for (int r = 0; r < R; ++r) {
+      int32_t pair;
+      __builtin_memcpy(&pair, act + r * stride + 2 * k, sizeof pair);
+      sum[r] = dot_bf16(sum[r], weights, set1_int(pair));
+    }
+  }
+}
+#endif
+
+struct Product {
+  const uint8_t* packed;
+  int64_t out_rows, cols, panel_bytes;
+  const uint8_t* act;
+  int64_t stride;  // bytes between rows of act
+  const float* bias;
+  float* y;
+  int64_t ldy;
+};
+
+template <class F, int R>
+[[gnu::noinline]] void tile(const Product& p, int64_t panel, int64_t row) {
+  Floats sum[R];
+  const uint8_t* weights = p.packed + panel * p.panel_bytes;
+  const uint8_t* act = p.act + row * p.stride;
+  if constexpr (!kIsFloat<F>) {
+    integer_tile<F, R>(weights, act, p.stride, p.cols, sum);
+  } else if constexpr (F::kActivation == Activation::kF32) {
+    float_tile<F, R>(weights, act, p.stride, p.cols, sum);
+  } else {
+#ifdef __AVX512BF16__
+    bf16_tile<R>(weights, act, p.stride, p.cols, sum);
+#endif
+  }
+  const int64_t first = panel * kPanelRows;
+  const int outputs = static_cast<int>(p.out_rows - first < kPanelRows ? p.out_rows - first : kPanelRows);
+  for (int r = 0; r < R; ++r) {
+    if (p.bias) sum[r] = sum[r] + load_n(p.bias + first, outputs);
+    float* y = p.y + (row + r) * p.ldy + first;
+    if (outputs == kPanelRows) {
+      store(y, sum[r]);
+    } else {
+      store_n(y, sum[r], outputs);
+    }
+  }
+}
+
+// Rows [row, end) of one panel in the largest tiles that fit.
+template <class F, int R>
+inline void tiles(const Product& p, int64_t panel, int64_t row, int64_t end) {
+  for (; end - row >= R; row += R) tile<F, R>(p, panel, row);
+  if constexpr (R > 1) tiles<F, R == 12 ? 8 : R / 2>(p, panel, row, end);
+}
+
+template <class F>
+void product(const Product& p, int64_t rows, int64_t begin, int64_t end) {
+  constexpr int64_t kTile = kMaxTile<F>;
+  const int64_t fit = kChunkBytes / p.stride / kTile * kTile;
+  const int64_t chunk = fit > kTile ? fit : kTile;
+  for (int64_t r = 0; r < rows; r += chunk) {
+    const int64_t last = rows - r < chunk ? rows : r + chunk;
+    for (int64_t panel = begin; panel < end; ++panel) tiles<F, kMaxTile<F>>(p, panel, r, last);
+  }
+}
+
+void gemm(Format format, const uint8_t* packed, int64_t out_rows, int64_t cols, const uint8_t* act, int64_t rows,
+          int64_t begin, int64_t end, const float* bias, float* y, int64_t ldy) {
+  with_format(format, [&](auto f) {
+    using F = decltype(f);
+    const int64_t stride = static_cast<int64_t>(activation_bytes(activation(format), cols));
+    product<F>({packed, out_rows, cols, panel_bytes<F>(cols), act, stride, bias, y, ldy}, rows, begin, end);
+  });
+}
+
+}  // namespace
+}  // namespace kt

@@ -1,0 +1,128 @@
+// The bare product of one kernel table: GOPS, and GB/s of packed weights, for a shape, a format and a number of rows.
+//
+//   gemm ISA FORMAT OUT COLS ROWS [THREADS [COPIES]]
+//
+// Threads split the panels; they are started once and spin between rounds, so that only the kernel is timed. COPIES
+// weights are gone through in turn: enough of them to exceed the caches measure what streaming from memory costs.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+uint8_t* huge_pages(size_t bytes) {
+  constexpr size_t kHuge = size_t{2} << 20;
+  void* p = std::aligned_alloc(kHuge, (bytes + kHuge - 1) / kHuge * kHuge);
+  if (!p) std::abort();
+  madvise(p, bytes, MADV_HUGEPAGE);
+  std::memset(p, 0, bytes);
+  return static_cast<uint8_t*>(p);
+}
+
+struct Case {
+  const kt::KernelTable* table;
+  kt::Format format;
+  int64_t out, cols, rows;
+  const uint8_t* weights;
+  size_t weight_bytes;
+  const uint8_t* act;
+  float* y;
+};
+
+void run_share(const Case& c, int copies, int thread, int threads) {
+  const int64_t panels = (c.out + kt::kPanelRows - 1) / kt::kPanelRows;
+  const int64_t begin = panels * thread / threads, end = panels * (thread + 1) / threads;
+  for (int i = 0; i < copies; ++i) {
+    c.table->gemm(c.format, c.weights + static_cast<size_t>(i) * c.weight_bytes, c.out, c.cols, c.act, c.rows, begin, end,
+                  nullptr, c.y, c.out);
+  }
+}
+
+// Seconds of each round.
+std::vector<double> measure(const Case& c, int copies, int threads, int rounds) {
+  std::atomic<int> round{0}, done{0};
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; ++t) {
+    others.emplace_back([&, t] {
+      for (int i = 1; i <= rounds; ++i) {
+        while (round.load(std::memory_order_acquire) < i) {
+        }
+        run_share(c, copies, t, threads);
+        done.fetch_add(1, std::memory_order_release);
+      }
+    });
+  }
+  std::vector<double> seconds;
+  for (int i = 1; i <= rounds; ++i) {
+    const auto start = Clock::now();
+    round.store(i, std::memory_order_release);
+    run_share(c, copies, 0, threads);
+    while (done.load(std::memory_order_acquire) < i * (threads - 1)) {
+    }
+    seconds.push_back(std::chrono::duration<double>(Clock::now() - start).count());
+  }
+  for (auto& t : others) t.join();
+  return seconds;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 6) {
+    std::fprintf(stderr, "usage: gemm ISA FORMAT OUT COLS ROWS [THREADS [COPIES]]\n");
+    return 2;
+  }
+  Case c{};
+  c.table = kt::find_table(argv[1]);
+  c.format = static_cast<kt::Format>(std::atoi(argv[2]));
+  c.out = std::atoll(argv[3]);
+  c.cols = std::atoll(argv[4]);
+  c.rows = std::atoll(argv[5]);
+  const int threads = argc > 6 ? std::atoi(argv[6]) : 1, copies = argc > 7 ? std::atoi(argv[7]) : 1;
+  c.weight_bytes = c.table ? c.table->packed_bytes(c.format, c.out, c.cols) : 0;
+  if (!c.weight_bytes || c.rows < 1 || threads < 1 || copies < 1) {
+    std::fprintf(stderr, "gemm: an instruction set, format or shape that is not there\n");
+    return 2;
+  }
+  std::mt19937 random(1);
+  // Random bits are weights too, but for float16 scales that must not be huge: small integers serve.
+  uint8_t* weights = huge_pages(c.weight_bytes * static_cast<size_t>(copies));
+  for (size_t i = 0; i < c.weight_bytes * static_cast<size_t>(copies); ++i) weights[i] = random() & 0x3F;
+  c.weights = weights;
+  std::vector<float> x(static_cast<size_t>(c.rows * c.cols)), y(static_cast<size_t>(c.rows * c.out));
+  for (float& v : x) v = static_cast<float>(random()) * 0x1p-31f - 1.0f;
+  const kt::Activation kind = c.table->activation(c.format);
+  uint8_t* act = huge_pages(c.table->activation_bytes(kind, c.cols) * static_cast<size_t>(c.rows));
+  const auto start = Clock::now();
+  c.table->quantize(kind, x.data(), c.cols, c.rows, c.cols, act);
+  const double quantize = std::chrono::duration<double>(Clock::now() - start).count();
+  c.act = act;
+  c.y = y.data();
+
+  const double first = measure(c, copies, threads, 1)[0];
+  const int rounds = std::clamp(static_cast<int>(0.5 / first), 3, 2000);
+  std::vector<double> seconds = measure(c, copies, threads, rounds);
+  std::sort(seconds.begin(), seconds.end());
+  const double ops = 2.0 * static_cast<double>(c.out * c.cols * c.rows) * copies;
+  const double bytes = static_cast<double>(c.weight_bytes) * copies;
+  const double best = seconds.front(), median = seconds[seconds.size() / 2];
+  std::printf("%-12s format %2d  %lld x %lld  rows %lld  threads %d: best %.1f us, median %.1f us, "
+              "GOPS best %.0f median %.0f, GB/s best %.1f median %.1f, quantize %.2f ns/element\n",
+              c.table->name, static_cast<int>(c.format), static_cast<long long>(c.out), static_cast<long long>(c.cols),
+              static_cast<long long>(c.rows), threads, best * 1e6, median * 1e6, ops / best / 1e9, ops / median / 1e9,
+              bytes / best / 1e9, bytes / median / 1e9, quantize * 1e9 / static_cast<double>(c.rows * c.cols));
+  return 0;
+}
