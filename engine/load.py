@@ -75,11 +75,14 @@ class CannotFit(ModelError):
 def open_model(config: EngineConfig) -> tuple[Program, Facts]:
     """Read and check the file of a model; takes milliseconds, as weights are only mapped.
 
-    GgufError for a broken file, ModelError for a model that is not supported.
+    GgufError for a broken file, ModelError for a model that is not supported; both name the file.
     """
     file = read(config.model)
-    spec = read_spec(file.metadata)
-    program = compile_program(spec, file)
+    try:
+        spec = read_spec(file.metadata)
+        program = compile_program(spec, file)
+    except ModelError as e:
+        raise ModelError(f"{config.model}: {e}") from None
     name = file.metadata.get("general.name")
     facts = Facts(
         name=name if isinstance(name, str) and name else file.path.stem,

@@ -24,6 +24,13 @@ _DESCRIPTIVE: Final = frozenset({"rope.scaling.finetuned", "tensor_data_layout",
 """Keys that describe and do not change what is computed (the vocabulary is counted, not believed)."""
 
 
+def _brief(value: Value | None) -> str:
+    """A value of a file as a few printable words."""
+    if isinstance(value, list | np.ndarray):
+        return f"an array of {len(value)} values"
+    return repr(value[:40] + "..." if isinstance(value, str) and len(value) > 40 else value)
+
+
 class Keys:
     """The `<architecture>.*` keys of a file. Remembers which were asked for, to refuse the others."""
 
@@ -50,7 +57,7 @@ class Keys:
                 raise self.error(name, "is missing")
             return default
         if type(value) is not int or not low <= value <= high:
-            raise self.error(name, f"{value!r:.60} is not an integer from {low} to {high}")
+            raise self.error(name, f"{_brief(value)} is not an integer from {low} to {high}")
         return value
 
     def number(self, name: str, low: float, high: float, default: float | None = None) -> float:
@@ -61,14 +68,14 @@ class Keys:
                 raise self.error(name, "is missing")
             return default
         if type(value) not in (int, float) or not low <= value <= high:  # type: ignore[operator]
-            raise self.error(name, f"{value!r:.60} is not a number from {low} to {high}")
+            raise self.error(name, f"{_brief(value)} is not a number from {low} to {high}")
         return float(value)  # type: ignore[arg-type]
 
     def refuse(self, name: str, harmless: Value) -> None:
         """A key of a variation that is not implemented: it may be there if it says that it is not used."""
         value = self.get(name)
         if value is not None and not (type(value) is type(harmless) and value == harmless):
-            raise self.error(name, f"{value!r:.60} is not supported")
+            raise self.error(name, f"{_brief(value)} is not supported")
 
     def finish(self) -> None:
         """Refuse keys that nobody has asked for."""
@@ -83,6 +90,8 @@ def _rope(keys: Keys, head_dim: int, interleaved: bool) -> RopeSpec:
         raise keys.error("rope.dimension_count", f"{dims} is odd")
     rope = RopeSpec(keys.number("rope.freq_base", 1.001, 1e12, 10_000.0), dims, interleaved)
     kind = keys.get("rope.scaling.type")
+    if kind is not None and not isinstance(kind, str):
+        raise keys.error("rope.scaling.type", f"{_brief(kind)} is not a name")
     factor = keys.number("rope.scaling.factor", 1e-6, 1e6, 1.0)
     if kind is None or kind == "none" or kind == "linear":
         keys.refuse("rope.scaling.attn_factor", 1.0)
@@ -91,7 +100,7 @@ def _rope(keys: Keys, head_dim: int, interleaved: bool) -> RopeSpec:
             raise keys.error("rope.scaling.factor", f"{factor} without a scaling type")
         return replace(rope, factor=factor)
     if kind != "yarn":
-        raise keys.error("rope.scaling.type", f"{kind!r:.60} is not supported (none, linear and yarn are)")
+        raise keys.error("rope.scaling.type", f"{_brief(kind)} is not supported (none, linear and yarn are)")
     keys.refuse("rope.scaling.yarn_ext_factor", 1.0)
     keys.refuse("rope.scaling.yarn_log_multiplier", 0.0)
     attention = keys.number("rope.scaling.attn_factor", 1e-3, 1e3, 1.0)
@@ -221,13 +230,13 @@ ARCHITECTURES: Final[dict[str, Callable[[Keys], ModelSpec]]] = {
 def read_spec(metadata: Mapping[str, Value]) -> ModelSpec:
     """The spec of the model in a file. ModelError names the key that is missing, wrong or not supported."""
     kind = metadata.get("general.type", "model")
-    if kind != "model":
-        raise ModelError(f"key 'general.type': {kind!r:.60} is not a model")
+    if not isinstance(kind, str) or kind != "model":
+        raise ModelError(f"key 'general.type': {_brief(kind)} is not a model")
     name = metadata.get("general.architecture")
     build = ARCHITECTURES.get(name) if isinstance(name, str) else None
     if build is None or not isinstance(name, str):
         supported = ", ".join(sorted(ARCHITECTURES))
-        what = f"{name!r:.60} is not supported; supported are {supported}"
+        what = f"{_brief(name)} is not supported; supported are {supported}"
         raise ModelError(f"key 'general.architecture': {what}")
     keys = Keys(name, metadata)
     spec = build(keys)

@@ -282,7 +282,7 @@ def _metadata(h: _Header, count: int) -> dict[str, Value]:
 def _alignment(h: _Header, metadata: dict[str, Value]) -> int:
     value = metadata.get("general.alignment", 32)
     if type(value) is not int or not 1 <= value <= MAX_ALIGNMENT or value & (value - 1):
-        raise h.error("general.alignment", f"{value!r:.40} is not a power of two from 1 to {MAX_ALIGNMENT}")
+        raise h.error("key 'general.alignment'", f"not a power of two from 1 to {MAX_ALIGNMENT}")
     return value
 
 
@@ -358,15 +358,21 @@ def _read_one(path: Path, shard: int) -> tuple[dict[str, Value], dict[str, Tenso
     return metadata, tensors, data, start
 
 
+def _split_key(path: Path, metadata: dict[str, Value], key: str, default: int, most: int) -> int:
+    value = metadata.get(key, default)
+    if type(value) is not int or not 0 <= value <= most:
+        raise GgufError(f"{path}: key '{key}': not a number from 0 to {most}")
+    return value
+
+
 def _shard_paths(path: Path, metadata: dict[str, Value]) -> list[Path]:
     """All files of the model that `path` is the first of."""
-    count = metadata.get("split.count", 1)
-    if type(count) is not int or not 0 <= count <= MAX_SHARDS:
-        raise GgufError(f"{path}: key 'split.count': {count!r:.40} is not a number up to {MAX_SHARDS}")
+    count = _split_key(path, metadata, "split.count", 1, MAX_SHARDS)
     if count <= 1:
         return [path]
+    number = _split_key(path, metadata, "split.no", 0, MAX_SHARDS)
     match = _SHARD.match(path.name)
-    if metadata.get("split.no") != 0 or match is None or (int(match[2]), int(match[3])) != (1, count):
+    if number != 0 or match is None or (int(match[2]), int(match[3])) != (1, count):
         first = f"...-00001-of-{count:05d}.gguf"
         raise GgufError(f"{path}: one of {count} files of a split model: name its first file, {first}")
     return [path.with_name(f"{match[1]}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
@@ -380,9 +386,12 @@ def read(path: str | os.PathLike[str]) -> GgufFile:
     first = Path(path)
     metadata, tensors, data, start = _read_one(first, 0)
     maps, starts = [data], [start]
-    for i, shard_path in enumerate(_shard_paths(first, metadata)[1:], start=1):
+    paths = _shard_paths(first, metadata)
+    for i, shard_path in enumerate(paths[1:], start=1):
         more, shard_tensors, data, start = _read_one(shard_path, i)
-        if more.get("split.no") != i or more.get("split.count") != metadata["split.count"]:
+        number = _split_key(shard_path, more, "split.no", 0, MAX_SHARDS)
+        count = _split_key(shard_path, more, "split.count", 1, MAX_SHARDS)
+        if (number, count) != (i, len(paths)):
             raise GgufError(f"{shard_path}: key 'split.no': this is not part {i + 1} of {first.name}")
         for name in shard_tensors:
             if name in tensors:
@@ -390,10 +399,8 @@ def read(path: str | os.PathLike[str]) -> GgufFile:
         tensors.update(shard_tensors)
         maps.append(data)
         starts.append(start)
-    total = metadata.get("split.tensors.count", len(tensors))
+    total = _split_key(first, metadata, "split.tensors.count", len(tensors), MAX_TENSORS * MAX_SHARDS)
     if len(maps) > 1 and total != len(tensors):
-        raise GgufError(
-            f"{first}: key 'split.tensors.count': {total!r:.40}, but the files hold {len(tensors)} tensors"
-        )
+        raise GgufError(f"{first}: key 'split.tensors.count': not the {len(tensors)} tensors of its files")
     arrays = tuple(np.frombuffer(m, np.uint8) for m in maps)
     return GgufFile(first, metadata, tensors, arrays, tuple(starts))
