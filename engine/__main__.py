@@ -1,0 +1,136 @@
+"""The engine process: `python -m ktransformers.engine CONFIG.json`.
+
+Exit codes: 0 after Shutdown or SIGTERM; 1 when the configuration or the model cannot be used, which stderr
+says in a line; 70 for anything else.
+"""
+
+import ctypes
+import faulthandler
+import logging
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import msgspec
+
+from ktransformers.engine.config import EngineConfig
+from ktransformers.engine.load import build_executor, open_model, plan
+from ktransformers.engine.runner import Limits
+from ktransformers.engine.service import Engine, Load, Service
+
+log = logging.getLogger("ktransformers.engine")
+
+EXIT_CONFIG = 1
+EXIT_INTERNAL = 70
+_PR_SET_PDEATHSIG = 1
+_PROGRESS_LOG_SECONDS = 5.0
+
+
+def main(arguments: list[str]) -> int:
+    """Serve the model that the file named by the one argument asks for; the exit code."""
+    if len(arguments) != 1:
+        print("usage: python -m ktransformers.engine CONFIG.json", file=sys.stderr)
+        return EXIT_CONFIG
+    try:
+        config = msgspec.json.decode(Path(arguments[0]).read_bytes(), type=EngineConfig)
+    except (OSError, msgspec.MsgspecError) as error:
+        print(f"engine: {arguments[0]}: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    return run(config, lambda report: load(config, report))
+
+
+def run(config: EngineConfig, load: Load) -> int:
+    """Serve what `load` loads on config.socket; the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
+    _settle()
+    try:
+        Service(config.socket).run(load)
+    except (OSError, ValueError, MemoryError) as error:
+        # Steps do not raise: this is the socket's folder, the model's file, or too little memory.
+        print(f"engine: {error or type(error).__name__}", file=sys.stderr)
+        return EXIT_CONFIG
+    except Exception:
+        log.exception("internal error")
+        return EXIT_INTERNAL
+    return 0
+
+
+def load(config: EngineConfig, report: Callable[[int, int], None]) -> Engine:
+    """Open, plan, and load the model. Errors: OSError; GgufError and ModelError, which are ValueErrors."""
+    begin = time.monotonic()
+    program, facts = open_model(config)
+    planned = plan(config, program, facts)
+    with _Display(facts.name) as show:
+
+        def both(done: int, total: int) -> None:
+            report(done, total)
+            show(done, total)
+
+        executor = build_executor(config, program, planned, both)
+    log.info(
+        "%s: %.0f MB in %.1f s; %s, %d threads, %d blocks of %d tokens, longest sequence %d",
+        *(facts.name, facts.weight_bytes / 1e6, time.monotonic() - begin, executor.isa),
+        *(planned.threads, executor.blocks, executor.block_tokens, planned.max_len),
+    )
+    limits = Limits(
+        blocks=executor.blocks,
+        block_tokens=executor.block_tokens,
+        max_len=planned.max_len,
+        max_sequences=config.max_sequences,
+        max_batch_tokens=config.max_batch_tokens,
+        vocab=program.vocab,
+    )
+    return Engine(executor, limits, planned.block_bytes, facts.fingerprint)
+
+
+class _Display:
+    """Shows loading: a bar on a terminal, else a line now and then."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._logged = time.monotonic()
+        self._bar: AbstractContextManager[object] = nullcontext()
+        self._advance: Callable[[int, int], None] = self._log
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        if sys.stderr.isatty():
+            # A terminal only: rich takes longer to import than a small model to load.
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+            columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn())
+            bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            task = bar.add_task(self._name, total=None)
+            self._bar = bar
+            self._advance = lambda done, total: bar.update(task, completed=done, total=total)
+        self._bar.__enter__()
+        return self._advance
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.__exit__(None, None, None)
+
+    def _log(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._logged >= _PROGRESS_LOG_SECONDS:
+            self._logged = now
+            log.info("loading %s: %d %%", self._name, 100 * done // max(total, 1))
+
+
+def _settle() -> None:
+    """Be a good child: die with the parent, before others when memory runs out, and without a core."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        Path("/proc/self/oom_score_adj").write_text("200")
+    except OSError as error:
+        log.info("oom_score_adj stays as it is: %s", error)
+    faulthandler.enable()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,245 @@
+"""The slots of one engine: a Step goes in, a batch is computed, a StepDone comes out.
+
+Slots are columns of arrays, so that making a batch of 64 decoding sequences costs about as much as of one.
+Everything that the scheduler says is checked here before an executor sees it. What is wrong with one
+sequence ends that sequence with finish "error"; what is wrong with a step as a whole is a Fault, and none
+of it is done.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ktransformers.engine.batch import F32, I32, Batch, Drawn, Executor
+from ktransformers.engine.protocol import Fault, Go, NewSeq, SlotToken, Step, StepDone
+from ktransformers.engine.sampler import SamplingTable, check_sampling
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one engine can hold; see engine.protocol.Ready."""
+
+    blocks: int
+    block_tokens: int
+    max_len: int
+    max_sequences: int
+    max_batch_tokens: int
+    vocab: int
+
+
+class StepError(ValueError):
+    """The step as a whole cannot be done."""
+
+
+class Runner:
+    """All sequences in their slots, and the executor that computes them."""
+
+    def __init__(self, executor: Executor, limits: Limits) -> None:
+        self.steps = 0
+        self._executor = executor
+        self._limits = limits
+        slots, table = limits.max_sequences, -(-limits.max_len // limits.block_tokens)
+        # Row = slot. Zeroed pages are not touched until a sequence needs them.
+        self._tokens: I32 = np.zeros((slots, limits.max_len), np.int32)
+        self._blocks: I32 = np.zeros((slots, table), np.int32)
+        self._length: I32 = np.zeros(slots, np.int32)
+        self._n_prompt: I32 = np.zeros(slots, np.int32)
+        self._computed: I32 = np.zeros(slots, np.int32)
+        self._n_blocks: I32 = np.zeros(slots, np.int32)
+        self._live: npt.NDArray[np.bool_] = np.zeros(slots, np.bool_)
+        self._occupied: set[int] = set()
+        """Slots from NewSeq to gone: live, or finished and ignoring every Go."""
+        self._sampling = SamplingTable(slots)
+        self._limit: list[int] = [0] * slots
+        """Length at which a slot's sequence ends."""
+        self._stops: list[frozenset[int]] = [frozenset()] * slots
+
+    def reset(self) -> None:
+        """Forget every sequence (another scheduler has come)."""
+        self._live[:] = False
+        self._occupied.clear()
+
+    def step(self, step: Step) -> StepDone | Fault:
+        """Do one step. Never raises for what the scheduler or a sequence did wrong."""
+        begin = time.perf_counter()
+        try:
+            self._check(step)
+        except StepError as error:
+            return Fault(step.n, "bad_step", str(error))
+        for slot in step.gone:
+            self._live[slot] = False
+            self._occupied.discard(slot)
+        tokens = self._enter(step.new)
+        slots, n_tokens, failed = self._go_on(step.go_on)
+        tokens += failed
+        if len(slots):
+            tokens += self._compute(slots, n_tokens)
+        self.steps += 1
+        return StepDone(step.n, tokens, time.perf_counter() - begin, int(n_tokens.sum()))
+
+    # ---- what the scheduler says
+
+    def _check(self, step: Step) -> None:
+        entering = [new.slot for new in step.new]
+        going = [go.slot for go in step.go_on]
+        last = self._limits.max_sequences - 1
+        for name, slots in (("gone", step.gone), ("new", entering), ("go_on", going)):
+            if slots and not (min(slots) >= 0 and max(slots) <= last):
+                raise StepError(f"{name}: slots are 0 to {last}")
+            if len(set(slots)) != len(slots):
+                raise StepError(f"{name}: a slot is named twice")
+        if taken := self._occupied.difference(step.gone).intersection(entering):
+            raise StepError(f"new: slot {min(taken)} is occupied")
+        if any(go.n_tokens < 1 for go in step.go_on):
+            raise StepError("go_on: n_tokens must be at least 1")
+        if sum(go.n_tokens for go in step.go_on) > self._limits.max_batch_tokens:
+            raise StepError(f"go_on: more than {self._limits.max_batch_tokens} tokens")
+
+    def _enter(self, entering: list[NewSeq]) -> list[SlotToken]:
+        failed = []
+        for new in entering:
+            self._occupied.add(new.slot)
+            try:
+                self._put(new)
+            except ValueError as error:
+                failed.append(self._fail(new.slot, str(error)))
+        return failed
+
+    def _put(self, new: NewSeq) -> None:
+        length, slot = len(new.tokens), new.slot
+        if not 1 <= new.n_prompt <= length < self._limits.max_len:
+            raise ValueError(f"{length} tokens, {new.n_prompt} of prompt; at most {self._limits.max_len}")
+        if not 0 <= new.computed < length or new.computed % self._limits.block_tokens:
+            raise ValueError(f"{new.computed} of {length} tokens cannot have been computed")
+        if min(new.tokens) < 0 or max(new.tokens) >= self._limits.vocab:
+            raise ValueError(f"tokens are 0 to {self._limits.vocab - 1}")
+        check_sampling(new.sampling, self._limits.vocab)
+        limit = min(new.n_prompt + new.sampling.max_tokens, self._limits.max_len)
+        if length >= limit:
+            raise ValueError(f"all {new.sampling.max_tokens} tokens are there already")
+        self._tokens[slot, :length] = new.tokens
+        self._length[slot] = length
+        self._n_prompt[slot] = new.n_prompt
+        self._computed[slot] = new.computed
+        self._n_blocks[slot] = 0
+        self._limit[slot] = limit
+        self._stops[slot] = frozenset(new.sampling.stop_tokens)
+        self._sampling.put(slot, new.sampling)
+        self._live[slot] = True
+
+    def _go_on(self, going: list[Go]) -> tuple[I32, I32, list[SlotToken]]:
+        """The slots that are computed now, how many tokens of each, and those that failed."""
+        failed = []
+        for go in going:
+            if go.new_blocks and self._live[go.slot]:
+                try:
+                    self._append_blocks(go.slot, go.new_blocks)
+                except ValueError as error:
+                    failed.append(self._fail(go.slot, str(error)))
+        slots = np.array([go.slot for go in going], np.int32)
+        n_tokens = np.array([go.n_tokens for go in going], np.int32)
+        live = self._live[slots]  # the others finished before the scheduler could know
+        slots, n_tokens = slots[live], n_tokens[live]
+        until = self._computed[slots] + n_tokens
+        good = (until <= self._length[slots]) & (until <= self._n_blocks[slots] * self._limits.block_tokens)
+        if not good.all():
+            for row in np.flatnonzero(~good):
+                slot = int(slots[row])
+                have = int(self._n_blocks[slot]) * self._limits.block_tokens
+                reason = f"go on to {until[row]}: has {self._length[slot]} tokens and room for {have}"
+                failed.append(self._fail(slot, reason))
+            slots, n_tokens = slots[good], n_tokens[good]
+        return slots, n_tokens, failed
+
+    def _append_blocks(self, slot: int, blocks: list[int]) -> None:
+        begin = int(self._n_blocks[slot])
+        end = begin + len(blocks)
+        if end > self._blocks.shape[1]:
+            raise ValueError(f"{end} blocks are more than the longest sequence needs")
+        if min(blocks) < 0 or max(blocks) >= self._limits.blocks:
+            raise ValueError(f"blocks are 0 to {self._limits.blocks - 1}")
+        self._blocks[slot, begin:end] = blocks
+        self._n_blocks[slot] = end
+
+    def _fail(self, slot: int, reason: str) -> SlotToken:
+        log.warning("slot %d fails: %s", slot, reason)
+        self._live[slot] = False
+        return SlotToken(slot, -1, "error")
+
+    # ---- the batch
+
+    def _compute(self, slots: I32, n_tokens: I32) -> list[SlotToken]:
+        """Compute the next n_tokens of each slot, draw, and take note."""
+        until = self._computed[slots] + n_tokens
+        drawing = until == self._length[slots]
+        batch = self._batch(slots, n_tokens, until, drawing)
+        drawers = slots[drawing]
+        lengths = self._length[drawers]
+        sampling = self._sampling.batch(drawers, self._tokens, lengths, self._n_prompt[drawers])
+        try:
+            drawn = self._executor.step(batch, sampling)
+        except Exception as error:
+            # One sequence must not fail the others: halve until it stands alone. A step can be repeated,
+            # since it writes the same KV to the same places.
+            if len(slots) == 1:
+                return [self._fail(int(slots[0]), f"{type(error).__name__}: {error}")]
+            half = len(slots) // 2
+            return self._compute(slots[:half], n_tokens[:half]) + self._compute(slots[half:], n_tokens[half:])
+        self._computed[slots] = until
+        return self._take(drawers, lengths, drawn)
+
+    def _batch(self, slots: I32, n_tokens: I32, until: I32, drawing: npt.NDArray[np.bool_]) -> Batch:
+        starts, tokens = _ragged(self._tokens, slots, until - n_tokens, n_tokens)
+        n_blocks = -(-until // self._limits.block_tokens)
+        block_starts, blocks = _ragged(self._blocks, slots, np.zeros_like(slots), n_blocks)
+        return Batch(
+            tokens=tokens,
+            starts=starts,
+            context=until - n_tokens,
+            block_starts=block_starts,
+            blocks=blocks,
+            logit_rows=starts[1:][drawing] - np.int32(1),
+        )
+
+    def _take(self, slots: I32, lengths: I32, drawn: Drawn) -> list[SlotToken]:
+        """Append the drawn tokens to their slots, and see who has finished."""
+        good = drawn.token >= 0
+        self._tokens[slots[good], lengths[good]] = drawn.token[good]
+        self._length[slots[good]] += 1
+        news = []
+        columns = (slots, lengths, drawn.token, drawn.logprob, self._sampling.logprobs(slots))
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        for row, (slot, length, token, logprob, top_n) in enumerate(rows):
+            finish = self._finish(slot, length + 1, token)
+            if finish:
+                self._live[slot] = False
+            if top_n < 0 or token < 0:
+                news.append(SlotToken(slot, token, finish))
+            else:
+                top = _top(drawn.top_tokens[row, :top_n], drawn.top_logprobs[row, :top_n])
+                news.append(SlotToken(slot, token, finish, logprob, top))
+        return news
+
+    def _finish(self, slot: int, length: int, token: int) -> str:
+        if token < 0:
+            return "error"
+        if token in self._stops[slot]:
+            return "stop"
+        return "length" if length >= self._limit[slot] else ""
+
+
+def _ragged(table: I32, rows: I32, begins: I32, counts: I32) -> tuple[I32, I32]:
+    """Pieces [begins[i], begins[i] + counts[i]) of table[rows[i]], end to end: starts [n + 1], and all."""
+    starts = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum(counts, out=starts[1:])
+    columns = np.arange(starts[-1], dtype=np.int32) + np.repeat(begins - starts[:-1], counts)
+    return starts, table[np.repeat(rows, counts), columns]
+
+
+def _top(tokens: I32, logprobs: F32) -> list[tuple[int, float]]:
+    return [(t, p) for t, p in zip(tokens.tolist(), logprobs.tolist(), strict=True) if t >= 0]

@@ -1,0 +1,108 @@
+"""An engine without a model, and a script that serves it: `python fake_engine.py CONFIG.json`.
+
+The fake keeps tokens where a real executor keeps KV, reads each sequence back through its block table, and
+draws a hash of it. So a wrong block, position, chunk or prefix changes every later token, as it would with
+a model.
+
+Of the configuration it reads model: "fake[:seconds of loading[:seconds a step]]".
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from ktransformers.engine.__main__ import run
+from ktransformers.engine.batch import F32, MAX_LOGPROBS, Batch, Drawn, SamplingBatch
+from ktransformers.engine.config import EngineConfig
+from ktransformers.engine.runner import Limits
+from ktransformers.engine.service import Engine
+
+POISON = 666
+"""A token whose sequence makes the executor raise."""
+NOT_FINITE = 667
+"""A token whose sequence has no finite logits."""
+
+
+class FakeExecutor:
+    isa = "fake"
+
+    def __init__(self, blocks: int, block_tokens: int, vocab: int = 1000, seconds: float = 0.0) -> None:
+        self.blocks, self.block_tokens, self.vocab = blocks, block_tokens, vocab
+        self.seconds = seconds
+        self.kv = np.full((blocks, block_tokens), -1, np.int64)
+        self.batches: list[tuple[Batch, SamplingBatch]] = []
+
+    def step(self, batch: Batch, sampling: SamplingBatch) -> Drawn:
+        self.batches = [*self.batches[-20:], (batch, sampling)]
+        if self.seconds:
+            time.sleep(self.seconds)
+        drawn = {}
+        for s in range(len(batch.starts) - 1):
+            begin, end = batch.starts[s], batch.starts[s + 1]
+            table = batch.blocks[batch.block_starts[s] : batch.block_starts[s + 1]]
+            until = batch.context[s] + end - begin
+            assert len(table) == -(-until // self.block_tokens)
+            for t in range(begin, end):
+                block, offset = divmod(batch.context[s] + t - begin, self.block_tokens)
+                self.kv[table[block], offset] = batch.tokens[t]
+            seen = self.kv[table].reshape(-1)[:until]
+            if POISON in seen:
+                raise RuntimeError("poison")
+            drawn[end - 1] = -1 if NOT_FINITE in seen else next_token(seen.tolist(), self.vocab)
+        token = np.array([drawn[row] for row in batch.logit_rows.tolist()], np.int32)
+        top = np.full((len(token), MAX_LOGPROBS), -1, np.int32)
+        for row, n in enumerate(sampling.logprobs.tolist()):
+            top[row, : max(n, 0)] = (token[row] + np.arange(max(n, 0))) % self.vocab
+        return Drawn(token, np.full(len(token), -0.5, np.float32), top, np.full(top.shape, -1.5, np.float32))
+
+    def logits(self, batch: Batch) -> F32:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+def next_token(tokens: list[int], vocab: int = 1000) -> int:
+    """What FakeExecutor draws after `tokens`; never a special one (below 600)."""
+    state = 17
+    for token in tokens:
+        state = (state * 31 + int(token) + 1) % 1_000_003
+    return state % min(vocab, 600)
+
+
+def generate(prompt: list[int], n: int, vocab: int = 1000) -> list[int]:
+    """`n` tokens after `prompt`."""
+    tokens = list(prompt)
+    for _ in range(n):
+        tokens.append(next_token(tokens, vocab))
+    return tokens[len(prompt) :]
+
+
+def load(config: EngineConfig, report: Callable[[int, int], None]) -> Engine:
+    """A fake engine, after as many seconds as the model's name asks for."""
+    kind, *seconds = config.model.split(":")
+    load_seconds, step_seconds = (*map(float, seconds), 0.0, 0.0)[:2]
+    if kind != "fake":
+        raise ValueError(f"{config.model} is no model")
+    for done in range(10):
+        report(done, 10)
+        time.sleep(load_seconds / 10)
+    executor = FakeExecutor(256, config.cache.block_tokens, seconds=step_seconds)
+    limits = Limits(
+        blocks=256,
+        block_tokens=config.cache.block_tokens,
+        max_len=config.context or 1024,
+        max_sequences=config.max_sequences,
+        max_batch_tokens=config.max_batch_tokens,
+        vocab=1000,
+    )
+    return Engine(executor, limits, block_bytes=4096, fingerprint=b"fake")
+
+
+if __name__ == "__main__":
+    settings = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=EngineConfig)
+    sys.exit(run(settings, lambda report: load(settings, report)))
