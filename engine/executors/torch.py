@@ -37,10 +37,9 @@ _BYTES: Final = 4
 def dequantise(tensor: Tensor) -> F32:
     """The weight in float32 [rows, cols], by the format's own package."""
     kind = gguf.GGMLQuantizationType(tensor.format)
-    # A copy: a mapped file gives no alignment, and torch wants to be able to write.
-    raw = tensor.data.copy().reshape(tensor.rows, -1)
-    out = gguf.quants.dequantize(raw, kind)
-    return np.ascontiguousarray(out, np.float32).reshape(tensor.rows, tensor.cols)
+    out = gguf.quants.dequantize(tensor.data.reshape(tensor.rows, -1), kind)
+    # A copy where it is still the file's own memory: torch wants to be able to write.
+    return np.array(out, np.float32, copy=not out.flags.writeable).reshape(tensor.rows, tensor.cols)
 
 
 class _Step:

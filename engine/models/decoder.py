@@ -78,7 +78,6 @@ class _Tensors:
     def floats(self, name: str, n: int) -> npt.NDArray[np.float32]:
         info = self.info(name, (n,))
         raw = self.file.tensor_bytes(name)
-        # A copy also aligns: offsets in the file are multiples of general.alignment only, which may be 1.
         if info.format == _F32:
             return np.frombuffer(raw.tobytes(), "<f4")
         if info.format == _F16:

@@ -25,6 +25,7 @@ MAX_ELEMENTS: Final = 2**40
 MAX_STRING: Final = 16 * 2**20
 MAX_KEY: Final = 65_535
 MAX_ARRAY: Final = 10**7
+MIN_ALIGNMENT: Final = 8
 MAX_ALIGNMENT: Final = 4096
 MAX_SHARDS: Final = 1024
 
@@ -281,8 +282,9 @@ def _metadata(h: _Header, count: int) -> dict[str, Value]:
 
 def _alignment(h: _Header, metadata: dict[str, Value]) -> int:
     value = metadata.get("general.alignment", 32)
-    if type(value) is not int or not 1 <= value <= MAX_ALIGNMENT or value & (value - 1):
-        raise h.error("key 'general.alignment'", f"not a power of two from 1 to {MAX_ALIGNMENT}")
+    if type(value) is not int or not MIN_ALIGNMENT <= value <= MAX_ALIGNMENT or value & (value - 1):
+        what = f"not a power of two from {MIN_ALIGNMENT} to {MAX_ALIGNMENT}"
+        raise h.error("key 'general.alignment'", what)
     return value
 
 
