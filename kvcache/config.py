@@ -9,8 +9,8 @@ from msgspec import Meta
 class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How much KV there may be, and in what pieces.
 
-    A block is `block_tokens` consecutive positions of one sequence, all layers, keys and values. It is the unit of
-    allocation, of prefix reuse and, by position, of the attention kernel's order of summation.
+    A block is `block_tokens` consecutive positions of one sequence, all layers, keys and values. It is the
+    unit of allocation, of prefix reuse and, by position, of the attention kernel's order of summation.
     """
 
     block_tokens: Annotated[int, Meta(ge=1, le=1024)] = 16
