@@ -1,15 +1,27 @@
 """What crosses the socket between the API process and the scheduler.
 
-Law: every Submit is answered by exactly one terminal event, a TokenEvent with `finish` set or a Failed, whatever dies in
-between (the client side invents it when the scheduler itself is gone).
+Law: every Submit is answered by exactly one terminal event, a TokenEvent with `finish` set or a Failed,
+whatever dies in between (the client side invents it when the scheduler itself is gone).
 """
 
 import msgspec
 
 from ktransformers.engine.protocol import Sampling
 
-__all__ = ["Cancel", "Drain", "Failed", "FromScheduler", "Hello", "Logprobs", "Sampling", "Status", "Submit", "ToScheduler",
-           "TokenEvent", "Tokens"]
+__all__ = [
+    "Cancel",
+    "Drain",
+    "Failed",
+    "FromScheduler",
+    "Hello",
+    "Logprobs",
+    "Sampling",
+    "Status",
+    "Submit",
+    "ToScheduler",
+    "TokenEvent",
+    "Tokens",
+]
 
 
 # ---- server -> scheduler
@@ -29,14 +41,16 @@ class Submit(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Forget a request. Unknown ids are ignored; a cancelled request is answered by finish "cancelled" unless it had ended."""
+    """Forget a request: it is answered by finish "cancelled" unless it had ended. Unknown ids are ignored."""
 
     id: str
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """First message after (re)connecting and once a second after; answered by Status. Three seconds without one and the
-    scheduler cancels what that front end had submitted."""
+    """First message after (re)connecting and once a second after; answered by Status.
+
+    Three seconds without one and the scheduler cancels what that front end had submitted.
+    """
 
 
 class Drain(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -80,8 +94,9 @@ class Tokens(msgspec.Struct, frozen=True, tag=True, array_like=True):
 class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """The terminal event of a request that could not be done.
 
-    Codes: "context_length_exceeded", "invalid_request" (client's fault, 400); "overloaded", "draining", "not_ready" (503, with
-    retry_after); "deadline" (408 / 504); "engine_restarted", "numerical_error", "internal" (500).
+    Codes: "context_length_exceeded", "invalid_request" (client's fault, 400); "overloaded", "draining",
+    "not_ready" (503, with retry_after); "deadline" (408 / 504); "engine_restarted", "numerical_error",
+    "internal" (500).
     """
 
     id: str

@@ -1,0 +1,158 @@
+"""The scheduler process: `python -m ktransformers.scheduler CONFIG.json`.
+
+The first SIGTERM or SIGINT drains: new requests are refused, the process exits when the open ones have
+ended. The second ends those with code "draining". Exit codes: 0; 75 when requests were cut off; 1 when the
+configuration or the socket cannot be used, which stderr says in a line; 70 for anything else.
+"""
+
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import uvloop
+
+from ktransformers.engine.channel import Full, PeerGone, Server
+from ktransformers.engine.client import EngineClient
+from ktransformers.engine.protocol import ToEngine
+from ktransformers.scheduler.config import SchedulerConfig
+from ktransformers.scheduler.protocol import FromScheduler, ToScheduler
+from ktransformers.scheduler.scheduler import Scheduler
+
+log = logging.getLogger("ktransformers.scheduler")
+
+EXIT_CONFIG = 1
+EXIT_INTERNAL = 70
+EXIT_CUT_OFF = 75
+TICK_SECONDS = 1.0
+_PR_SET_PDEATHSIG = 1
+
+
+class Process:
+    """The scheduler with its sockets. One loop for each source of news; each ends with `advance`."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        """Binds the socket. Errors: as engine.channel.Server."""
+        self._server = Server[ToScheduler](config.socket, ToScheduler)
+        self._engine = EngineClient(config.engine.socket)
+        self._scheduler = Scheduler(config, self, time.monotonic())
+        self._stopping = False
+        self._stop = asyncio.Event()
+
+    async def run(self) -> int:
+        """Until told to stop; the exit code."""
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, self._on_stop_signal)
+        work = [asyncio.create_task(each) for each in (self._fronts(), self._engine_news(), self._ticks())]
+        stop = asyncio.create_task(self._stop.wait())
+        done, _ = await asyncio.wait([*work, stop], return_when=asyncio.FIRST_COMPLETED)
+        for task in done - {stop}:
+            task.result()
+        for task in work:
+            task.cancel()
+        await asyncio.gather(*work, return_exceptions=True)
+        cut_off = self._scheduler.open_requests
+        self._scheduler.shut_down()
+        self._server.close()
+        self._engine.close()
+        return EXIT_CUT_OFF if cut_off else 0
+
+    # ---- what comes in
+
+    async def _fronts(self) -> None:
+        while True:
+            peer, message = await self._server.recv()
+            self._scheduler.front(peer, message, time.monotonic())
+            # All that has come is considered before the next step is planned.
+            while (received := self._server.poll(0)) is not None:
+                self._scheduler.front(*received, time.monotonic())
+            self._advance()
+
+    async def _engine_news(self) -> None:
+        while True:
+            news = await self._engine.recv()
+            self._scheduler.engine(news, time.monotonic())
+            self._advance()
+
+    async def _ticks(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self._scheduler.tick(time.monotonic())
+            self._advance()
+
+    def _advance(self) -> None:
+        self._scheduler.advance(time.monotonic())
+        if self._stopping and self._scheduler.open_requests == 0:
+            self._stop.set()
+
+    def _on_stop_signal(self) -> None:
+        if self._stopping:
+            self._stop.set()
+        self._stopping = True
+        self._scheduler.drain()
+        self._advance()
+
+    # ---- what goes out: scheduler.Ports
+
+    def to_engine(self, message: ToEngine) -> None:
+        """As Ports."""
+        try:
+            self._engine.send(message)
+        except PeerGone:
+            log.info("the engine went away while a step was being sent")
+
+    def to_front(self, peer: bytes, message: FromScheduler) -> bool:
+        """As Ports."""
+        try:
+            self._server.send(peer, message)
+        except (PeerGone, Full) as error:
+            log.warning("front end: %s", error)
+            return False
+        return True
+
+    def signal_engine(self, pid: int, signum: signal.Signals) -> None:
+        """As Ports."""
+        try:
+            os.kill(pid, signum)
+        except ProcessLookupError:
+            log.info("engine process %d is gone already", pid)
+
+
+def main(arguments: list[str]) -> int:
+    """Schedule as the file named by the one argument says; the exit code."""
+    if len(arguments) != 1:
+        print("usage: python -m ktransformers.scheduler CONFIG.json", file=sys.stderr)
+        return EXIT_CONFIG
+    try:
+        config = msgspec.json.decode(Path(arguments[0]).read_bytes(), type=SchedulerConfig)
+    except (OSError, msgspec.MsgspecError) as error:
+        print(f"scheduler: {arguments[0]}: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    return run(config)
+
+
+def run(config: SchedulerConfig) -> int:
+    """Schedule until told to stop; the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s scheduler %(levelname)s %(message)s")
+    # The supervisor's death is ours: nobody else would restart what we depend on.
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    try:
+        process = Process(config)
+    except (OSError, ValueError) as error:
+        print(f"scheduler: {config.socket}: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    try:
+        return uvloop.run(process.run())
+    except Exception:
+        log.exception("internal error")
+        return EXIT_INTERNAL
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,107 @@
+"""Who is let into the queue: every number is checked again here, whoever checked it before.
+
+The API refuses bad parameters with better words. This is the boundary behind which all code may rely on
+them, and it holds for every front end (a second one that forgot a check has undone fixes elsewhere).
+"""
+
+import math
+import zlib
+from dataclasses import dataclass
+
+import msgspec
+
+from ktransformers.scheduler.protocol import Failed, Sampling, Submit
+
+_MAX_ID = 128
+_MAX_TENANT = 512
+_MAX_SCOPE = 128
+_MAX_LIST = 300
+"""Entries of stop_tokens and logit_bias."""
+_MAX_LOGPROBS = 20
+_RETRY_SECONDS = (1.0, 120.0)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the engine can take."""
+
+    max_len: int
+    """Tokens of prompt and output together. The pool holds as many: whatever is let in can run alone."""
+    vocab: int
+
+
+class Refused(Exception):
+    """The request cannot be taken; `code` is one of Failed's."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+def check(submit: Submit, limits: Limits) -> Sampling:
+    """Its sampling, clipped to what fits. Errors: Refused."""
+    _check_tokens(submit, limits)
+    if wrong := _wrong(submit, limits):
+        raise Refused("invalid_request", wrong)
+    sampling = submit.sampling
+    most = min(sampling.max_tokens, limits.max_len - len(submit.tokens))
+    return msgspec.structs.replace(
+        sampling,
+        max_tokens=most,
+        min_tokens=min(sampling.min_tokens, most),
+        top_k=min(sampling.top_k, limits.vocab),
+        repetition_window=min(sampling.repetition_window, limits.max_len),
+    )
+
+
+def _check_tokens(submit: Submit, limits: Limits) -> None:
+    if not submit.tokens:
+        raise Refused("invalid_request", "the prompt is empty")
+    if len(submit.tokens) >= limits.max_len:
+        raise Refused(
+            "context_length_exceeded",
+            f"the prompt has {len(submit.tokens)} tokens, and at most {limits.max_len - 1} fit",
+        )
+    if min(submit.tokens) < 0 or max(submit.tokens) >= limits.vocab:
+        raise Refused("invalid_request", f"a prompt token is outside the vocabulary of {limits.vocab}")
+
+
+def _wrong(submit: Submit, limits: Limits) -> str:
+    """What is out of bounds, or ""."""
+    s = submit.sampling
+
+    def in_vocab(token: int) -> bool:
+        return 0 <= token < limits.vocab
+
+    bounds = {
+        "id": 0 < len(submit.id) <= _MAX_ID,
+        "tenant": len(submit.tenant) <= _MAX_TENANT,
+        "cache_scope": len(submit.cache_scope) <= _MAX_SCOPE,
+        "deadline": math.isfinite(submit.deadline) and submit.deadline >= 0,
+        "temperature": math.isfinite(s.temperature) and s.temperature >= 0,
+        "top_k": s.top_k >= 0,
+        "top_p": 0 < s.top_p <= 1,
+        "min_p": 0 <= s.min_p <= 1,
+        "repetition_penalty": math.isfinite(s.repetition_penalty) and s.repetition_penalty > 0,
+        "repetition_window": s.repetition_window >= 0,
+        "presence_penalty": math.isfinite(s.presence_penalty),
+        "frequency_penalty": math.isfinite(s.frequency_penalty),
+        "seed": 0 <= s.seed < 1 << 63,
+        "max_tokens": s.max_tokens >= 1,
+        "min_tokens": 0 <= s.min_tokens <= s.max_tokens,
+        "logprobs": -1 <= s.logprobs <= _MAX_LOGPROBS,
+        "stop_tokens": len(s.stop_tokens) <= _MAX_LIST and all(map(in_vocab, s.stop_tokens)),
+        # -inf bans a token.
+        "logit_bias": len(s.logit_bias) <= _MAX_LIST
+        and all(in_vocab(token) and bias < math.inf for token, bias in s.logit_bias),
+    }
+    return ", ".join(f"{name} is out of bounds" for name, good in bounds.items() if not good)
+
+
+def overloaded(request_id: str, drain_seconds: float) -> Failed:
+    """The queue is full. Retry-after is spread, so that those refused together do not return together."""
+    spread = 1 + zlib.crc32(request_id.encode()) / (1 << 32) / 2
+    least, most = _RETRY_SECONDS
+    retry_after = min(max(math.ceil(drain_seconds) * spread, least), most)
+    return Failed(request_id, "overloaded", "too many requests are waiting", retry_after)

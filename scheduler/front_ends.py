@@ -1,0 +1,58 @@
+"""The front ends: what is to be said to each, and whether it is still there."""
+
+from collections.abc import Callable
+
+from ktransformers.scheduler.protocol import Failed, FromScheduler, Status, TokenEvent, Tokens
+
+SILENT_SECONDS = 3.0
+"""A front end that has not said Hello for so long is gone."""
+
+Send = Callable[[bytes, FromScheduler], bool]
+"""Send a message to a peer; False when that peer is gone."""
+
+
+class FrontEnds:
+    """Peers of the scheduler's socket. Token events are collected, and sent as one message a peer by
+    `flush`."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._heard_at: dict[bytes, float] = {}
+        self._events: dict[bytes, list[TokenEvent]] = {}
+        self._lost: set[bytes] = set()
+
+    def heard(self, peer: bytes, now: float) -> None:
+        """It said something."""
+        self._heard_at[peer] = now
+
+    def slept(self, seconds: float) -> None:
+        """This process stood still for so long: what they said meanwhile is yet to be read."""
+        for peer in self._heard_at:
+            self._heard_at[peer] += seconds
+
+    def tell(self, peer: bytes, message: Status | Failed | TokenEvent) -> None:
+        """Say it: an event at the next flush, anything else at once."""
+        if isinstance(message, TokenEvent):
+            self._events.setdefault(peer, []).append(message)
+        elif not self._send(peer, message):
+            self._lost.add(peer)
+
+    def tell_all(self, message: Status) -> None:
+        """Say it to everybody."""
+        for peer in self._heard_at:
+            self.tell(peer, message)
+
+    def flush(self) -> None:
+        """Send what was collected."""
+        for peer, events in self._events.items():
+            if not self._send(peer, Tokens(events)):
+                self._lost.add(peer)
+        self._events.clear()
+
+    def take_lost(self, now: float) -> set[bytes]:
+        """Those that are gone, each told once."""
+        lost, self._lost = self._lost, set()
+        lost |= {peer for peer, at in self._heard_at.items() if now - at > SILENT_SECONDS}
+        for peer in lost:
+            self._heard_at.pop(peer, None)
+        return lost

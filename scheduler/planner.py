@@ -1,0 +1,238 @@
+"""From what runs and what waits to the engine's next step. No I/O, no clock: the caller says what time it is.
+
+Two steps may be planned before the first is done, so this is written for a scheduler that knows less than
+the engine:
+
+- A sequence may have ended (stop token) in a step whose outcome is not known yet. Its Go is planned all the
+  same and the engine ignores it. An end by max_tokens is foreseen (`Request.plan`).
+- A slot's blocks go back to the pool when a step is planned that lists the slot in `gone`, and may be given
+  away in that same step. That is safe although the step before may be running right now and writing to
+  them: the engine does its steps in order, and within one `gone` before `new`, so the old owner's last
+  write comes before the new owner's first, and the old owner has no step after. Nor can a reader see them
+  change: whoever found such a block in the index holds it, and it is not given away. For the same reason
+  the slot itself may be reused in that step.
+- Only what done steps computed is made visible to others; what a planned step is computing is not, as it
+  may fail.
+- A preempted request may have a draw in flight. It is not let in again before that has come back: its token
+  is part of the sequence.
+"""
+
+import bisect
+from dataclasses import dataclass
+
+from ktransformers.engine.protocol import Go, NewSeq, Step
+from ktransformers.kvcache.manager import KVCache
+from ktransformers.scheduler.growth import OutputEstimate, peak_blocks
+from ktransformers.scheduler.queue import RequestQueue
+from ktransformers.scheduler.request import Request
+from ktransformers.scheduler.stats import Counters
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step does for one request."""
+
+    request: Request
+    slot: int
+    until: int
+    """`Request.computed` once it is done."""
+    draws: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step and what to make of its outcome."""
+
+    step: Step
+    work: list[Work]
+    tokens: int
+    """To be computed."""
+
+
+class _Draft:
+    """A step being planned."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.new: list[NewSeq] = []
+        self.go_on: list[Go] = []
+        self.work: list[Work] = []
+        self.planned: set[Request] = set()
+
+    def add(self, request: Request, n: int, new_blocks: list[int]) -> None:
+        draws = request.plan(n)
+        self.budget -= n
+        self.planned.add(request)
+        self.go_on.append(Go(request.slot, n, new_blocks))
+        self.work.append(Work(request, request.slot, request.computed, draws))
+
+
+class Planner:
+    """The slots of one engine and who holds them."""
+
+    def __init__(
+        self,
+        cache: KVCache,
+        queue: RequestQueue,
+        estimate: OutputEstimate,
+        counters: Counters,
+        slots: int,
+        max_batch_tokens: int,
+    ) -> None:
+        self.running: list[Request] = []
+        """In a slot, by arrival."""
+        self._cache = cache
+        self._queue = queue
+        self._estimate = estimate
+        self._counters = counters
+        self._max_batch_tokens = max_batch_tokens
+        self._free_slots = list(range(slots - 1, -1, -1))
+        self._gone: list[int] = []
+        self._steps = 0
+        # The next in line did not fit when last looked at, and nobody has left since.
+        self._blocked: Request | None = None
+
+    def plan(self, now: float) -> Plan | None:
+        """The next step, or None when there is nothing to do."""
+        draft = _Draft(self._max_batch_tokens)
+        preemptions = self._counters.preemptions
+        self._go_on(draft)
+        if self._counters.preemptions == preemptions:
+            self._let_in(draft, now)
+        gone, self._gone = self._gone, []
+        if not draft.go_on and not gone:
+            return None
+        self._steps += 1
+        self._estimate.stepped()
+        step = Step(self._steps, gone, draft.new, draft.go_on)
+        return Plan(step, draft.work, self._max_batch_tokens - draft.budget)
+
+    def done(self, work: Work) -> None:
+        """A step with this part is done: its full blocks may be shared."""
+        request = work.request
+        request.in_flight -= 1
+        if request.slot == work.slot:
+            request.done = work.until
+            self._cache.commit(request.table, request.tokens, request.done)
+
+    def end(self, request: Request, *, trusted: bool = True) -> None:
+        """A request has ended. What it holds is free in the next step; its KV may be found if `trusted`."""
+        if request is self._blocked:
+            self._blocked = None
+        if request.slot >= 0:
+            self._vacate(request, trusted)
+        elif not trusted:
+            # Preempted with the bad draw in flight.
+            self._cache.attach(request.table, self._cache.match(request.table, request.tokens))
+            self._cache.discard(request.table)
+
+    def check(self) -> None:
+        """Errors: AssertionError when blocks or slots are not conserved, or a count is out of order."""
+        self._cache.check([request.table for request in self.running])
+        held = [request.slot for request in self.running]
+        if sorted(held + self._free_slots) != list(range(len(held) + len(self._free_slots))):
+            raise AssertionError(f"slots are not conserved: held {held}, free {self._free_slots}")
+        for r in self.running:
+            if not 0 <= r.done <= r.computed <= r.total or self._cache.missing(r.table, r.computed):
+                raise AssertionError(f"request {r.id}: done {r.done}, computed {r.computed}, total {r.total}")
+
+    # ---- those that run
+
+    def _go_on(self, draft: _Draft) -> None:
+        """Decodes first, so that no stream stalls behind a prompt, then prompts; both by arrival."""
+        waiting = [r for r in self.running if r.remaining]
+        for request in sorted(waiting, key=lambda r: r.remaining > 1):
+            if draft.budget == 0:
+                return
+            # An earlier one of this loop may have taken its place.
+            if request.slot >= 0 and (n := self._make_room(request, draft)):
+                draft.add(request, n, self._cache.grow(request.table, request.computed + n))
+
+    def _make_room(self, request: Request, draft: _Draft) -> int:
+        """How many tokens of it fit now. Takes blocks from those who came after it, never from those before.
+
+        So the oldest always gets on, and who finds nobody to take from can wait: those before him will leave.
+        """
+        n = min(request.remaining, draft.budget)
+        while (fits := self._room(request)) <= 0:
+            candidates = (r for r in reversed(self.running) if r.remaining and r not in draft.planned)
+            victim = next(candidates, request)
+            if victim.order <= request.order:
+                return 0
+            self._preempt(victim)
+        return min(n, fits)
+
+    def _room(self, request: Request) -> int:
+        """Tokens that it could compute with the blocks that it has and those that can be had."""
+        blocks = len(request.table.blocks) + self._cache.available
+        return blocks * self._cache.block_tokens - request.computed
+
+    def _preempt(self, request: Request) -> None:
+        """Back to the queue. Its full blocks stay in the index, so that it goes on by a hit if they last."""
+        self._counters.preemptions += 1
+        self._estimate.preempted()
+        self._vacate(request, trusted=True)
+        self._queue.push_front(request)
+
+    def _vacate(self, request: Request, trusted: bool) -> None:
+        self.running.remove(request)
+        self._gone.append(request.slot)
+        self._free_slots.append(request.slot)
+        self._blocked = None
+        if trusted:
+            self._cache.release(request.table)
+        else:
+            self._cache.discard(request.table)
+        request.leave()
+
+    # ---- those that wait
+
+    def _let_in(self, draft: _Draft, now: float) -> None:
+        while draft.budget and self._free_slots:
+            request = self._queue.peek()
+            if request is None or request is self._blocked or request.in_flight:
+                return
+            found = self._cache.match(request.table, request.tokens)
+            if not self._fits(request, found):
+                self._blocked = request
+                return
+            self._queue.remove(request)
+            self._enter(request, found, now)
+            draft.new.append(
+                NewSeq(
+                    slot=request.slot,
+                    tokens=list(request.tokens),
+                    n_prompt=request.n_prompt,
+                    computed=request.computed,
+                    sampling=request.sampling,
+                )
+            )
+            n = min(request.remaining, draft.budget, self._room(request))
+            self._cache.grow(request.table, request.computed + n)
+            draft.add(request, n, list(request.table.blocks))
+
+    def _enter(self, request: Request, found: list[int], now: float) -> None:
+        self._cache.attach(request.table, found)
+        request.enter(self._free_slots.pop(), len(found) * self._cache.block_tokens)
+        bisect.insort(self.running, request, key=lambda r: r.order)
+        if not request.entered:
+            request.entered = True
+            request.queue_seconds = now - request.submitted
+            request.cached_tokens = request.computed
+            self._counters.prefix_query_tokens += request.n_prompt
+            self._counters.prefix_hit_tokens += request.computed
+
+    def _fits(self, request: Request, found: list[int]) -> bool:
+        """What runs, as it is predicted to grow, leaves room for it. Alone it fits: admission saw to that."""
+        if not self.running:
+            return True
+        size = self._cache.block_tokens
+        runs = []
+        alone = 0
+        for r in self.running:
+            own = len(r.table.blocks) - r.table.hits
+            alone += own
+            runs.append((own + self._cache.missing(r.table, r.total), self._estimate.left(r)))
+        runs.append((-(-len(request.tokens) // size) - len(found), self._estimate.left(request)))
+        shared = self._cache.used - alone + self._cache.idle(found)
+        return peak_blocks(shared, runs, size) <= self._cache.total

@@ -1,0 +1,48 @@
+"""What the scheduler counts, and the pace it measures."""
+
+from dataclasses import dataclass
+
+_DECAY = 0.999
+"""A step; the slowest one of the last thousand or so counts."""
+
+
+@dataclass
+class Counters:
+    """Since the start of this process; see scheduler.protocol.Status."""
+
+    steps: int = 0
+    step_seconds: float = 0.0
+    computed_tokens: int = 0
+    recomputed_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_query_tokens: int = 0
+    preemptions: int = 0
+    engine_restarts: int = 0
+
+
+class Pace:
+    """How long a step takes, from those that were measured."""
+
+    def __init__(self) -> None:
+        self._slowest = 0.0
+        self._mean = 0.0
+
+    def measured(self, tokens: int, seconds: float) -> None:
+        """A step computed `tokens` tokens in `seconds`."""
+        if tokens <= 0:
+            return
+        each = seconds / tokens
+        self._slowest = max(each, self._slowest * _DECAY)
+        self._mean = each if self._mean == 0 else self._mean + (each - self._mean) / 32
+
+    def at_most(self, tokens: int) -> float | None:
+        """Seconds that a step of `tokens` tokens should not exceed; None while nothing was measured.
+
+        The slowest seconds per token are those of a lone decode, so this errs on the side of patience.
+        """
+        return tokens * self._slowest if self._slowest else None
+
+    def expected(self, tokens: int) -> float:
+        """Seconds that computing `tokens` tokens takes on the average; 0 while nothing was measured."""
+        return tokens * self._mean
