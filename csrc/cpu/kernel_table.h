@@ -22,6 +22,9 @@ inline constexpr int64_t kPanelRows = 16;
 // Tokens of a KV block are folded by attention as one tile, at absolute positions.
 inline constexpr int64_t kBlockTokens = 16;
 
+// Logits that share a partial maximum and sum in the sampler.
+inline constexpr int64_t kSampleRun = 64;
+
 // The KV of one layer and one kv head in one block, 2 * head_dim * kBlockTokens float16:
 //   keys   [head_dim][kBlockTokens]   (transposed: 16 scores are one vector)
 //   values [kBlockTokens][head_dim]
@@ -68,6 +71,11 @@ struct KernelTable {
   void (*store_kv)(const float* k, const float* v, int64_t head_dim, int64_t offset_in_block, uint16_t* block);
   size_t (*attention_scratch_floats)(const AttentionTask&);
   void (*attention)(const AttentionTask&, float* scratch);
+
+  // ---- sampling: passes over a row of n logits, in runs of kSampleRun
+  bool (*scan_logits)(const float* x, int64_t n, float* maxima);  // of each run; false: NaN or infinity among them
+  // w[i] = exp((x[i] - maximum) / temperature); sums[run] of them
+  void (*exp_logits)(const float* x, int64_t n, float maximum, float temperature, float* w, float* sums);
 };
 
 extern const KernelTable kReference, kAvx2, kAvx512, kAvx512Bf16;

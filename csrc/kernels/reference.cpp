@@ -7,6 +7,8 @@
 #include "kernels/pack.inl"
 #include "kernels/quantize.inl"
 #include "kernels/gemm.inl"
+#include "kernels/attention.inl"
+#include "kernels/sampling.inl"
 #include "kernels/table.inl"
 
 namespace kt {

@@ -20,6 +20,11 @@ constexpr KernelTable make_table(const char* name) {
   t.gelu_tanh_mul = gelu_tanh_mul;
   t.add = add;
   t.softcap = softcap;
+  t.store_kv = store_kv;
+  t.attention_scratch_floats = attention_scratch_floats;
+  t.attention = attention;
+  t.scan_logits = scan_logits;
+  t.exp_logits = exp_logits;
   return t;
 }
 
