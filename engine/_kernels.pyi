@@ -1,4 +1,4 @@
-"""The C++ module: everything heavy. Arrays are C-contiguous numpy arrays; the GIL is released in every long call.
+"""The C++ module: everything heavy. Arrays are C-contiguous numpy arrays; long calls release the GIL.
 
 Errors: ValueError for a shape, format or buffer that does not fit, with its name; MemoryError.
 """
@@ -15,7 +15,7 @@ LAYOUT_VERSION: int
 BLOCK_TOKENS: int
 
 def isas() -> list[str]:
-    """Names of the kernel tables usable by this process, best first; KT_MAX_ISA caps the list. Never empty."""
+    """Names of the kernel tables usable here, best first; KT_MAX_ISA caps the list. Never empty."""
 
 class ThreadPool:
     """`threads` workers, the calling thread among them; they sleep when there is no work."""
@@ -44,7 +44,7 @@ def pack(pool: ThreadPool, isa: str, format: int, rows: int, cols: int, data: U8
     """Repack `rows` x `cols` elements in a GGUF format; `data` may be freed afterwards."""
 
 def gemm(pool: ThreadPool, weight: Weight, x: F32) -> F32:
-    """x [n, cols] -> [n, rows]: quantises x as the weight's format asks, then the product. For tests and benchmarks."""
+    """x [n, cols] -> [n, rows]: quantises x as the weight's format asks, then the product. For tests."""
 
 def sample(
     logits: F32,
@@ -54,7 +54,10 @@ def sample(
     bias_starts: I32, bias_tokens: I32, bias_values: F32,
     token: I32, logprob: F32, top_tokens: I32, top_logprobs: F32,
 ) -> None:
-    """Draw one token for each row of logits [R, vocab] (left as they were); the last four are outputs. See engine.batch."""
+    """Draw one token for each row of logits [R, vocab]; the last four arrays are outputs. See engine.batch.
+
+    The order of the transformations is in csrc/ops/sampler.h.
+    """
 
 class Program:
     """A compiled program with its KV pool.
@@ -87,11 +90,11 @@ class Program:
         bias_starts: I32, bias_tokens: I32, bias_values: F32,
         token: I32, logprob: F32, top_tokens: I32, top_logprobs: F32,
     ) -> None:
-        """One step: compute, write KV, draw."""
+        """One step: compute, write KV, draw. ValueError, with nothing done, for arrays that do not fit."""
     def logits(
         self,
         tokens: I32, starts: I32, context: I32, block_starts: I32, blocks: I32, logit_rows: I32,
     ) -> F32:
         """One step without drawing: [R, vocab]."""
     def profile(self) -> list[tuple[int, float]]:
-        """For each op: calls and seconds so far (all zero unless KT_PROFILE is set)."""
+        """For each op, then for the draw: calls and seconds so far (all zero unless KT_PROFILE is set)."""

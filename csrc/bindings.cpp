@@ -1,0 +1,277 @@
+// The Python module: converts arguments and releases the GIL; no logic. engine/_kernels.pyi is its documentation.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "ops/linear.h"
+#include "program.h"
+#include "weight.h"
+
+namespace py = pybind11;
+
+namespace kt {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+// Views of arguments that are bound with noconvert: a silent copy would lose what is written to it.
+template <class T>
+std::span<const T> view(const Array<T>& array) {
+  return {array.data(), static_cast<size_t>(array.size())};
+}
+
+template <class T>
+std::span<T> writable(Array<T>& array) {
+  return {array.mutable_data(), static_cast<size_t>(array.size())};
+}
+
+const KernelTable& table_of(const std::string& isa) {
+  const KernelTable* table = find_table(isa);
+  if (table == nullptr) throw std::invalid_argument("isa: '" + isa + "' is not usable here");
+  return *table;
+}
+
+// The fields of one op in order, each converted with an error that says which it was.
+class Fields {
+ public:
+  Fields(std::string where, const py::tuple& values, size_t next) : where_(std::move(where)), values_(values), next_(next) {}
+
+  template <class T>
+  T get(const char* field) {
+    if (next_ >= values_.size()) throw std::invalid_argument(where_ + ": " + field + ": is missing");
+    try {
+      return values_[next_++].cast<T>();
+    } catch (const py::cast_error&) {
+      throw std::invalid_argument(where_ + ": " + field + ": wrong type");
+    }
+  }
+  void end() const {
+    if (next_ != values_.size()) throw std::invalid_argument(where_ + ": too many fields");
+  }
+  const std::string& where() const { return where_; }
+
+ private:
+  std::string where_;
+  const py::tuple& values_;
+  size_t next_;
+};
+
+op::Linear linear_of(Fields& f) {
+  op::Linear linear{f.get<int64_t>("x"), {}};
+  const auto parts = f.get<std::vector<py::tuple>>("parts");
+  for (size_t i = 0; i < parts.size(); ++i) {
+    Fields p(f.where() + ": parts[" + std::to_string(i) + "]", parts[i], 0);
+    const auto weight = p.get<int64_t>("weight");
+    const auto bias = p.get<std::optional<int64_t>>("bias");
+    linear.parts.push_back({weight, bias.value_or(op::kNone), p.get<int64_t>("out")});
+    p.end();
+  }
+  return linear;
+}
+
+op::Act act_of(Fields& f) {
+  const auto act = f.get<std::string>("act");
+  if (act == "silu") return op::Act::kSilu;
+  if (act == "gelu_tanh") return op::Act::kGeluTanh;
+  throw std::invalid_argument(f.where() + ": act: '" + act + "' is not known");
+}
+
+// Braces evaluate from left to right, so fields are read in order.
+Op op_of(const std::string& kind, Fields& f) {
+  const auto id = [&f](const char* field) { return f.get<int64_t>(field); };
+  const auto number = [&f](const char* field) { return f.get<float>(field); };
+  if (kind == "Embed") return op::Embed{id("table"), id("out"), number("scale")};
+  if (kind == "RmsNorm") return op::RmsNorm{id("x"), id("weight"), id("out"), id("group"), number("eps")};
+  if (kind == "Linear") return linear_of(f);
+  if (kind == "Rope")
+    return op::Rope{id("x"), id("heads"), id("head_dim"), id("inv_freq"), f.get<bool>("interleaved"), number("scale")};
+  if (kind == "Attention")
+    return op::Attention{id("q"),        id("k"),        id("v"),         id("out"),    id("layer"),      id("heads"),
+                         id("kv_heads"), id("head_dim"), number("scale"), id("window"), number("softcap")};
+  if (kind == "Gated") return op::Gated{id("gate"), id("up"), id("out"), act_of(f)};
+  if (kind == "Add") return op::Add{id("a"), id("b"), id("out")};
+  if (kind == "GatherRows") return op::GatherRows{id("x"), id("out")};
+  if (kind == "Logits") return op::Logits{id("x"), id("weight"), id("out"), number("softcap")};
+  throw std::invalid_argument(f.where() + ": unknown kind");
+}
+
+std::vector<Op> ops_of(const std::vector<py::tuple>& tuples) {
+  std::vector<Op> ops;
+  for (const py::tuple& values : tuples) {
+    const std::string where = "op " + std::to_string(ops.size());
+    Fields first(where, values, 0);
+    const auto kind = first.get<std::string>("kind");
+    Fields f(where + " (" + kind + ")", values, 1);
+    ops.push_back(op_of(kind, f));
+    f.end();
+  }
+  return ops;
+}
+
+std::shared_ptr<ThreadPool> make_pool(int threads) {
+  if (threads < 1 || threads > kMaxThreads) throw std::invalid_argument("threads: must be in 1 .. 1024");
+  return std::make_shared<ThreadPool>(threads);
+}
+
+std::shared_ptr<Weight> pack(ThreadPool& pool, const std::string& isa, int32_t format, int64_t rows, int64_t cols,
+                             const Array<uint8_t>& data) {
+  const KernelTable& table = table_of(isa);
+  const std::span<const uint8_t> bytes = view(data);
+  const py::gil_scoped_release release;
+  return std::make_shared<Weight>(pool, table, static_cast<Format>(format), rows, cols, bytes.data(), bytes.size());
+}
+
+Array<float> weight_row(const Weight& weight, int64_t i) {
+  if (i < 0 || i >= weight.rows()) throw std::invalid_argument("i: no such row");
+  Array<float> out(weight.cols());
+  weight.row(i, out.mutable_data());
+  return out;
+}
+
+Array<float> gemm(ThreadPool& pool, const std::shared_ptr<Weight>& weight, const Array<float>& x) {
+  if (x.ndim() != 2 || x.shape(1) != weight->cols()) throw std::invalid_argument("x: must be [n, cols]");
+  Array<float> y({x.shape(0), static_cast<py::ssize_t>(weight->rows())});
+  const float* in = x.data();
+  float* out = y.mutable_data();
+  const py::gil_scoped_release release;
+  product(pool, *weight, in, x.shape(0), out);
+  return y;
+}
+
+// The arrays of a step, in the order of the Python signature.
+using I32 = Array<int32_t>;
+using I64 = Array<int64_t>;
+using F32 = Array<float>;
+
+Batch batch_of(const I32& tokens, const I32& starts, const I32& context, const I32& block_starts, const I32& blocks,
+               const I32& logit_rows) {
+  return {view(tokens), view(starts), view(context), view(block_starts), view(blocks), view(logit_rows)};
+}
+
+Sampling sampling_of(const F32& temperature, const I32& top_k, const F32& top_p, const F32& min_p,
+                     const F32& repetition, const F32& presence, const F32& frequency, const I64& seed,
+                     const I64& position, const I32& logprobs, const I32& history_starts, const I32& history,
+                     const I32& history_output, const I32& bias_starts, const I32& bias_tokens,
+                     const F32& bias_values) {
+  return {view(temperature), view(top_k),    view(top_p),    view(min_p),          view(repetition), view(presence),
+          view(frequency),   view(seed),     view(position), view(logprobs),       view(history_starts), view(history),
+          view(history_output), view(bias_starts), view(bias_tokens), view(bias_values)};
+}
+
+Drawn drawn_of(I32& token, F32& logprob, I32& top_tokens, F32& top_logprobs) {
+  return {writable(token), writable(logprob), writable(top_tokens), writable(top_logprobs)};
+}
+
+void sample(const F32& logits, const F32& temperature, const I32& top_k, const F32& top_p, const F32& min_p,
+            const F32& repetition, const F32& presence, const F32& frequency, const I64& seed, const I64& position,
+            const I32& logprobs, const I32& history_starts, const I32& history, const I32& history_output,
+            const I32& bias_starts, const I32& bias_tokens, const F32& bias_values, I32 token, F32 logprob,
+            I32 top_tokens, F32 top_logprobs) {
+  if (logits.ndim() != 2 || logits.shape(1) < 1) throw std::invalid_argument("logits: must be [rows, vocab]");
+  const Sampling sampling =
+      sampling_of(temperature, top_k, top_p, min_p, repetition, presence, frequency, seed, position, logprobs,
+                  history_starts, history, history_output, bias_starts, bias_tokens, bias_values);
+  const Drawn drawn = drawn_of(token, logprob, top_tokens, top_logprobs);
+  const int64_t rows = logits.shape(0), vocab = logits.shape(1);
+  const float* x = logits.data();
+  const py::gil_scoped_release release;
+  check_sampling(sampling, drawn, rows, vocab);
+  ThreadPool pool(1);
+  Sampler(*best_table(), 1, vocab).draw(pool, x, sampling, drawn);
+}
+
+std::unique_ptr<Program> make_program(std::shared_ptr<ThreadPool> pool, const std::string& isa,
+                                      const std::vector<py::tuple>& ops, std::vector<int64_t> widths,
+                                      const std::vector<std::shared_ptr<Weight>>& weights, int64_t layers,
+                                      int64_t kv_heads, int64_t head_dim, int64_t blocks, int64_t max_tokens,
+                                      int64_t max_rows) {
+  Model model{ops_of(ops), std::move(widths), {weights.begin(), weights.end()}, {layers, kv_heads, head_dim}};
+  const py::gil_scoped_release release;
+  return std::make_unique<Program>(std::move(pool), table_of(isa), std::move(model),
+                                   ProgramSizes{blocks, max_tokens, max_rows});
+}
+
+void step(Program& program, const I32& tokens, const I32& starts, const I32& context, const I32& block_starts,
+          const I32& blocks, const I32& logit_rows, const F32& temperature, const I32& top_k, const F32& top_p,
+          const F32& min_p, const F32& repetition, const F32& presence, const F32& frequency, const I64& seed,
+          const I64& position, const I32& logprobs, const I32& history_starts, const I32& history,
+          const I32& history_output, const I32& bias_starts, const I32& bias_tokens, const F32& bias_values, I32 token,
+          F32 logprob, I32 top_tokens, F32 top_logprobs) {
+  const Batch batch = batch_of(tokens, starts, context, block_starts, blocks, logit_rows);
+  const Sampling sampling =
+      sampling_of(temperature, top_k, top_p, min_p, repetition, presence, frequency, seed, position, logprobs,
+                  history_starts, history, history_output, bias_starts, bias_tokens, bias_values);
+  const Drawn drawn = drawn_of(token, logprob, top_tokens, top_logprobs);
+  const py::gil_scoped_release release;
+  program.step(batch, sampling, drawn);
+}
+
+F32 logits(Program& program, const I32& tokens, const I32& starts, const I32& context, const I32& block_starts,
+           const I32& blocks, const I32& logit_rows) {
+  F32 out({logit_rows.size(), static_cast<py::ssize_t>(program.vocab())});
+  const Batch batch = batch_of(tokens, starts, context, block_starts, blocks, logit_rows);
+  const std::span<float> to = writable(out);
+  const py::gil_scoped_release release;
+  program.logits(batch, to);
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_kernels, m) {
+  m.attr("LAYOUT_VERSION") = 1;
+  m.attr("BLOCK_TOKENS") = kBlockTokens;
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const KernelTable* table : usable_tables()) names.emplace_back(table->name);
+    return names;
+  });
+
+  py::class_<ThreadPool, std::shared_ptr<ThreadPool>>(m, "ThreadPool")
+      .def(py::init(&make_pool), py::arg("threads"))
+      .def_property_readonly("threads", &ThreadPool::threads);
+
+  py::class_<Weight, std::shared_ptr<Weight>>(m, "Weight")
+      .def_property_readonly("isa", [](const Weight& w) { return w.table().name; })
+      .def_property_readonly("format", [](const Weight& w) { return static_cast<int32_t>(w.format()); })
+      .def_property_readonly("rows", &Weight::rows)
+      .def_property_readonly("cols", &Weight::cols)
+      .def_property_readonly("nbytes", &Weight::bytes)
+      .def("row", &weight_row, py::arg("i"));
+
+  m.def("pack", &pack, py::arg("pool"), py::arg("isa"), py::arg("format"), py::arg("rows"), py::arg("cols"),
+        py::arg("data").noconvert());
+  m.def("gemm", &gemm, py::arg("pool"), py::arg("weight"), py::arg("x").noconvert());
+
+  const auto a = [](const char* name) { return py::arg(name).noconvert(); };
+  m.def("sample", &sample, a("logits"), a("temperature"), a("top_k"), a("top_p"), a("min_p"), a("repetition"),
+        a("presence"), a("frequency"), a("seed"), a("position"), a("logprobs"), a("history_starts"), a("history"),
+        a("history_output"), a("bias_starts"), a("bias_tokens"), a("bias_values"), a("token"), a("logprob"),
+        a("top_tokens"), a("top_logprobs"));
+
+  py::class_<Program>(m, "Program")
+      .def(py::init(&make_program), py::arg("pool"), py::arg("isa"), py::arg("ops"), py::arg("widths"),
+           py::arg("weights"), py::arg("layers"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("blocks"),
+           py::arg("max_tokens"), py::arg("max_rows"))
+      .def_property_readonly("block_bytes", &Program::block_bytes)
+      .def("step", &step, a("tokens"), a("starts"), a("context"), a("block_starts"), a("blocks"), a("logit_rows"),
+           a("temperature"), a("top_k"), a("top_p"), a("min_p"), a("repetition"), a("presence"), a("frequency"),
+           a("seed"), a("position"), a("logprobs"), a("history_starts"), a("history"), a("history_output"),
+           a("bias_starts"), a("bias_tokens"), a("bias_values"), a("token"), a("logprob"), a("top_tokens"),
+           a("top_logprobs"))
+      .def("logits", &logits, a("tokens"), a("starts"), a("context"), a("block_starts"), a("blocks"), a("logit_rows"))
+      .def("profile", &Program::profile);
+}
+
+}  // namespace kt

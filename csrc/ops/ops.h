@@ -1,0 +1,86 @@
+// The ops of a program, as engine/program.py defines them: names, fields and their meaning are the same.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <variant>
+#include <vector>
+
+#include "weight.h"
+
+namespace kt {
+namespace op {
+
+inline constexpr int64_t kNone = -1;
+
+struct Embed {
+  int64_t table, out;
+  float scale;
+};
+struct RmsNorm {
+  int64_t x, weight, out, group;
+  float eps;
+};
+struct LinearPart {
+  int64_t weight, bias, out;  // bias may be kNone
+};
+struct Linear {
+  int64_t x;
+  std::vector<LinearPart> parts;
+};
+struct Rope {
+  int64_t x, heads, head_dim, inv_freq;
+  bool interleaved;
+  float scale;
+};
+struct Attention {
+  int64_t q, k, v, out, layer, heads, kv_heads, head_dim;
+  float scale;
+  int64_t window;
+  float softcap;
+};
+enum class Act { kSilu, kGeluTanh };
+struct Gated {
+  int64_t gate, up, out;
+  Act act;
+};
+struct Add {
+  int64_t a, b, out;
+};
+struct GatherRows {
+  int64_t x, out;
+};
+struct Logits {
+  int64_t x, weight, out;
+  float softcap;
+};
+
+}  // namespace op
+
+using Op = std::variant<op::Embed, op::RmsNorm, op::Linear, op::Rope, op::Attention, op::Gated, op::Add,
+                        op::GatherRows, op::Logits>;
+
+struct CacheShape {
+  int64_t layers, kv_heads, head_dim;
+};
+
+// What the executor is given: ops over numbered values and weights.
+struct Model {
+  std::vector<Op> ops;
+  std::vector<int64_t> widths;  // of each value
+  std::vector<std::shared_ptr<const Weight>> weights;
+  CacheShape cache;
+};
+
+// Which rows a value has: one for each token of the step, or one for each row that needs logits.
+enum class Rows : uint8_t { kUnset, kTokens, kLogits };
+
+struct ModelRows {
+  std::vector<Rows> of_op;       // which rows each op works on (GatherRows: makes)
+  std::vector<bool> token_rows;  // for each value: whether it ever has a row for each token
+  int64_t vocab = 0;             // rows of the embedding, and logits
+};
+
+// Checks every index and shape, so that what runs the model need not. std::invalid_argument names the op and field.
+ModelRows check_model(const Model& model);
+
+}  // namespace kt

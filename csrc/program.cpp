@@ -1,0 +1,253 @@
+#include "program.h"
+
+#include <algorithm>
+#include <chrono>
+#include <climits>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "ops/rows.h"
+
+namespace kt {
+namespace {
+
+// Below this many floats a pass is done before other threads would have noticed it.
+constexpr int64_t kInlineFloats = 16 << 10;
+constexpr int64_t kRowsOfChunk = 16;
+constexpr size_t kAlignment = 64;
+
+size_t align(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+const ProgramSizes& checked(const ProgramSizes& sizes) {
+  if (sizes.max_tokens <= 0 || sizes.max_tokens > 1 << 20) throw std::invalid_argument("max_tokens: out of range");
+  if (sizes.max_rows <= 0 || sizes.max_rows > sizes.max_tokens)
+    throw std::invalid_argument("max_rows: must be in 1 .. max_tokens");
+  if (sizes.blocks <= 0 || sizes.blocks > INT32_MAX) throw std::invalid_argument("blocks: out of range");
+  return sizes;
+}
+
+}  // namespace
+
+Program::Program(std::shared_ptr<ThreadPool> pool, const KernelTable& table, Model model, const ProgramSizes& sizes)
+    : pool_(std::move(pool)),
+      table_(table),
+      model_(std::move(model)),
+      rows_(check_model(model_)),
+      sizes_(checked(sizes)),
+      profiling_(std::getenv("KT_PROFILE") != nullptr),
+      sampler_(table, pool_->threads(), rows_.vocab),
+      block_writer_(sizes.blocks),
+      profile_(model_.ops.size() + 1) {
+  for (size_t i = 0; i < model_.weights.size(); ++i)
+    if (&model_.weights[i]->table() != &table)
+      throw std::invalid_argument("weights[" + std::to_string(i) + "]: packed for " + model_.weights[i]->table().name +
+                                  ", not for " + table.name);
+  const ThreadPool::Session session(*pool_);
+  kv_ = KvPool(*pool_, model_.cache, sizes.blocks);
+  size_t bytes = 0;
+  std::vector<size_t> offsets;
+  for (size_t v = 0; v < model_.widths.size(); ++v) {
+    offsets.push_back(bytes);
+    const Rows rows = rows_.token_rows[v] ? Rows::kTokens : Rows::kLogits;
+    bytes += align(model_.widths[v] * max_rows(rows) * sizeof(float));
+  }
+  value_memory_ = Mapping(bytes);
+  std::memset(value_memory_.data(), 0, bytes);  // no page fault in the first step
+  values_.widths = model_.widths;
+  for (const size_t offset : offsets) values_.data.push_back(reinterpret_cast<float*>(value_memory_.data() + offset));
+  build_products();
+  build_angles();
+  compile();
+}
+
+// ---- compilation
+
+void Program::build_products() {
+  size_t activation_bytes = 0;
+  for (size_t i = 0; i < model_.ops.size(); ++i) {
+    std::unique_ptr<Product> product;
+    if (const auto* linear = std::get_if<op::Linear>(&model_.ops[i]))
+      product = std::make_unique<Product>(table_, model_, values_, rows_.of_op[i], *linear);
+    if (const auto* logits = std::get_if<op::Logits>(&model_.ops[i]))
+      product = std::make_unique<Product>(table_, model_, values_, rows_.of_op[i], *logits);
+    if (product != nullptr)
+      activation_bytes = std::max(activation_bytes, product->activation_bytes() * max_rows(rows_.of_op[i]));
+    if (const auto* attention = std::get_if<op::Attention>(&model_.ops[i]))
+      scratch_stride_ = std::max(scratch_stride_, align(attention_scratch(table_, *attention)));
+    products_.push_back(std::move(product));
+  }
+  activation_memory_ = Mapping(activation_bytes);
+  std::memset(activation_memory_.data(), 0, activation_bytes);
+  scratch_.resize(scratch_stride_ * pool_->threads());
+}
+
+// The angles of a step serve all layers.
+void Program::build_angles() {
+  for (size_t i = 0; i < model_.ops.size(); ++i) {
+    const auto* rope = std::get_if<op::Rope>(&model_.ops[i]);
+    if (rope == nullptr) continue;
+    const bool known = std::any_of(angles_.begin(), angles_.end(), [&](const RopeAngles& a) {
+      return a.inv_freq == rope->inv_freq && a.scale == rope->scale;
+    });
+    if (known) continue;
+    const int64_t pairs = model_.weights[rope->inv_freq]->cols();
+    angles_.push_back({rope->inv_freq, rope->scale, i, std::vector<float>(sizes_.max_tokens * 2 * pairs)});
+  }
+}
+
+void Program::compile() {
+  for (RopeAngles& a : angles_) {
+    std::vector<float> inv_freq = vector_of(*model_.weights[a.inv_freq]);
+    const int64_t width = static_cast<int64_t>(inv_freq.size()) * 8;  // a sine and a cosine cost more than a float
+    add_row_op(a.first_op, Rows::kTokens, width, make_rope_angles(std::move(inv_freq), a.scale, a.cos_sin.data()));
+  }
+  for (size_t i = 0; i < model_.ops.size(); ++i) std::visit([this, i](const auto& op) { add(i, op); }, model_.ops[i]);
+}
+
+void Program::add_row_op(size_t op, Rows rows, int64_t width, RowFunction run) {
+  RowPass* pass = stages_.empty() ? nullptr : std::get_if<RowPass>(&stages_.back());
+  if (pass == nullptr || pass->rows != rows) {
+    stages_.push_back(RowPass{rows, 0, {}});
+    pass = &std::get<RowPass>(stages_.back());
+  }
+  pass->width += width;
+  pass->ops.push_back({op, std::move(run)});
+}
+
+void Program::add_product(size_t op, int64_t width) {
+  const Product& product = *products_[op];
+  const Rows rows = rows_.of_op[op];
+  add_row_op(op, rows, width, product.make_quantize(activation_memory_.data(), max_rows(rows)));
+  stages_.push_back(WholeOp{op, product.make_multiply(*pool_, activation_memory_.data(), max_rows(rows))});
+}
+
+void Program::add(size_t i, const op::Embed& op) {
+  add_row_op(i, rows_.of_op[i], values_.widths[op.out], make_embed(model_, values_, op));
+}
+void Program::add(size_t i, const op::RmsNorm& op) {
+  add_row_op(i, rows_.of_op[i], values_.widths[op.x], make_rms_norm(table_, model_, values_, op));
+}
+void Program::add(size_t i, const op::Linear& op) { add_product(i, values_.widths[op.x]); }
+void Program::add(size_t i, const op::Rope& op) {
+  const auto angles = std::find_if(angles_.begin(), angles_.end(), [&](const RopeAngles& a) {
+    return a.inv_freq == op.inv_freq && a.scale == op.scale;
+  });
+  const int64_t pairs = model_.weights[op.inv_freq]->cols();
+  add_row_op(i, rows_.of_op[i], values_.widths[op.x], make_rope(table_, values_, op, pairs, angles->cos_sin.data()));
+}
+void Program::add(size_t i, const op::Attention& op) {
+  add_row_op(i, rows_.of_op[i], 4 * values_.widths[op.k], make_store_kv(table_, values_, kv_, op));
+  stages_.push_back(WholeOp{i, make_attention(table_, *pool_, values_, kv_, op, scratch_.data(), scratch_stride_)});
+}
+void Program::add(size_t i, const op::Gated& op) {
+  add_row_op(i, rows_.of_op[i], 3 * values_.widths[op.out], make_gated(table_, values_, op));
+}
+void Program::add(size_t i, const op::Add& op) {
+  add_row_op(i, rows_.of_op[i], values_.widths[op.out], make_add(table_, values_, op));
+}
+void Program::add(size_t i, const op::GatherRows& op) {
+  add_row_op(i, rows_.of_op[i], values_.widths[op.out], make_gather(values_, op));
+}
+void Program::add(size_t i, const op::Logits& op) { add_product(i, values_.widths[op.x]); }
+
+// ---- a step
+
+void Program::step(const Batch& batch, const Sampling& sampling, const Drawn& drawn) {
+  const ThreadPool::Session session(*pool_);
+  check(batch);
+  check_sampling(sampling, drawn, static_cast<int64_t>(batch.logit_rows.size()), rows_.vocab);
+  prepare(batch);
+  compute();
+  const op::Logits& last = std::get<op::Logits>(model_.ops.back());
+  timed(model_.ops.size(), [&] { sampler_.draw(*pool_, values_.data[last.out], sampling, drawn); });
+}
+
+void Program::logits(const Batch& batch, std::span<float> logits) {
+  const ThreadPool::Session session(*pool_);
+  check(batch);
+  if (logits.size() != batch.logit_rows.size() * rows_.vocab) throw std::invalid_argument("logits: wrong size");
+  prepare(batch);
+  compute();
+  const op::Logits& last = std::get<op::Logits>(model_.ops.back());
+  std::memcpy(logits.data(), values_.data[last.out], logits.size_bytes());
+}
+
+void Program::check(const Batch& batch) {
+  check_batch(batch, {sizes_.max_tokens, sizes_.max_rows, sizes_.blocks, rows_.vocab});
+  ++check_number_;
+  for (int64_t s = 0; s < batch.sequences(); ++s) {
+    const int64_t begin = batch.context[s], end = begin + batch.starts[s + 1] - batch.starts[s];
+    if (begin == end) continue;
+    for (int64_t i = begin / kBlockTokens; i <= (end - 1) / kBlockTokens; ++i) {
+      const int32_t block = batch.blocks[batch.block_starts[s] + i];
+      if (block_writer_[block] == check_number_)
+        throw std::invalid_argument("blocks: block " + std::to_string(block) + " is written by two sequences");
+      block_writer_[block] = check_number_;
+    }
+  }
+}
+
+void Program::prepare(const Batch& batch) {
+  step_.batch = batch;
+  step_.positions.clear();
+  step_.token_block.clear();
+  step_.query_rows.clear();
+  for (int64_t s = 0; s < batch.sequences(); ++s) {
+    const int64_t n = batch.starts[s + 1] - batch.starts[s];
+    const int32_t* table = batch.blocks.data() + batch.block_starts[s];
+    for (int64_t t = 0; t < n; ++t) {
+      const int64_t position = batch.context[s] + t;
+      step_.positions.push_back(position);
+      step_.token_block.push_back(table[position / kBlockTokens]);
+    }
+    for (int64_t t = 0; t < n; t += kQueryRows)
+      step_.query_rows.push_back({s, batch.starts[s] + t, std::min(kQueryRows, n - t), batch.context[s] + t});
+  }
+  const auto keys_read = [](const QueryRows& q) { return q.rows * (q.first_position + q.rows); };
+  std::sort(step_.query_rows.begin(), step_.query_rows.end(),
+            [&](const QueryRows& a, const QueryRows& b) { return keys_read(a) > keys_read(b); });
+}
+
+void Program::compute() {
+  for (const Stage& stage : stages_) {
+    if (const auto* pass = std::get_if<RowPass>(&stage)) {
+      run_rows(*pass);
+    } else {
+      const WholeOp& whole = std::get<WholeOp>(stage);
+      timed(whole.op, [&] { whole.run(step_); });
+    }
+  }
+}
+
+void Program::run_rows(const RowPass& pass) {
+  const int64_t rows = step_.rows(pass.rows);
+  if (rows == 0) return;
+  const int64_t balanced = (rows + pool_->threads() * 4 - 1) / (pool_->threads() * 4);
+  const int64_t chunk = rows * pass.width <= kInlineFloats ? rows : std::min(balanced, kRowsOfChunk);
+  const auto run = [&](const RowOp* begin, const RowOp* end) {
+    pool_->parallel_for((rows + chunk - 1) / chunk, [&](int64_t i, int) {
+      for (const RowOp* op = begin; op != end; ++op) op->run(step_, i * chunk, std::min((i + 1) * chunk, rows));
+    });
+  };
+  const RowOp *begin = pass.ops.data(), *end = begin + pass.ops.size();
+  if (!profiling_) return run(begin, end);
+  for (const RowOp* op = begin; op != end; ++op) timed(op->op, [&] { run(op, op + 1); });
+}
+
+template <class F>
+void Program::timed(size_t op, F&& run) {
+  if (!profiling_) return run();
+  const auto start = std::chrono::steady_clock::now();
+  run();
+  profile_[op].first += 1;
+  profile_[op].second += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+std::vector<std::pair<int64_t, double>> Program::profile() {
+  const ThreadPool::Session session(*pool_);
+  return profile_;
+}
+
+}  // namespace kt

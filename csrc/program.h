@@ -1,0 +1,116 @@
+// A compiled model with its KV pool: what runs a step.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "cpu/memory.h"
+#include "cpu/thread_pool.h"
+#include "ops/attention.h"
+#include "ops/batch.h"
+#include "ops/linear.h"
+#include "ops/ops.h"
+#include "ops/sampler.h"
+#include "ops/step.h"
+
+namespace kt {
+
+struct ProgramSizes {
+  int64_t blocks, max_tokens, max_rows;
+};
+
+// The ops are compiled once into stages. Row-wise ops that follow each other, and the presenting of a product's input,
+// become one pass over chunks of rows: one fork-join, and a row is still in the cache for the next op. Products and
+// attention need all rows of what came before, so each ends a pass.
+class Program {
+ public:
+  // std::invalid_argument for a model that does not fit together; std::bad_alloc.
+  Program(std::shared_ptr<ThreadPool> pool, const KernelTable& table, Model model, const ProgramSizes& sizes);
+  Program(const Program&) = delete;
+  Program& operator=(const Program&) = delete;
+
+  int64_t block_bytes() const { return kv_.block_bytes(); }
+  int64_t vocab() const { return rows_.vocab; }
+
+  // One step: computes all tokens, writes their KV, draws one token for each logit row. std::invalid_argument for an input
+  // that does not fit, before anything is touched. Steps exclude each other.
+  void step(const Batch& batch, const Sampling& sampling, const Drawn& drawn);
+
+  // The same without drawing; logits is [rows][vocab].
+  void logits(const Batch& batch, std::span<float> logits);
+
+  // For each op, then for the draw: calls and seconds so far. Only counted when KT_PROFILE is set, which also runs each op by itself.
+  std::vector<std::pair<int64_t, double>> profile();
+
+ private:
+  struct RowOp {
+    size_t op;
+    RowFunction run;
+  };
+  struct RowPass {
+    Rows rows;
+    int64_t width;  // floats that a row touches: what decides about chunks
+    std::vector<RowOp> ops;
+  };
+  struct WholeOp {
+    size_t op;
+    WholeFunction run;
+  };
+  using Stage = std::variant<RowPass, WholeOp>;
+
+  void build_products();
+  void build_angles();
+  void compile();
+  void add_row_op(size_t op, Rows rows, int64_t width, RowFunction run);
+  void add_product(size_t op, int64_t width);
+  void add(size_t i, const op::Embed& op);
+  void add(size_t i, const op::RmsNorm& op);
+  void add(size_t i, const op::Linear& op);
+  void add(size_t i, const op::Rope& op);
+  void add(size_t i, const op::Attention& op);
+  void add(size_t i, const op::Gated& op);
+  void add(size_t i, const op::Add& op);
+  void add(size_t i, const op::GatherRows& op);
+  void add(size_t i, const op::Logits& op);
+  int64_t max_rows(Rows rows) const { return rows == Rows::kTokens ? sizes_.max_tokens : sizes_.max_rows; }
+
+  void check(const Batch& batch);
+  void prepare(const Batch& batch);
+  void compute();
+  void run_rows(const RowPass& pass);
+  template <class F>
+  void timed(size_t op, F&& run);
+
+  struct RopeAngles {
+    int64_t inv_freq;
+    float scale;
+    size_t first_op;
+    std::vector<float> cos_sin;  // [max_tokens][2 * pairs]
+  };
+
+  const std::shared_ptr<ThreadPool> pool_;
+  const KernelTable& table_;
+  const Model model_;
+  const ModelRows rows_;
+  const ProgramSizes sizes_;
+  const bool profiling_;
+
+  KvPool kv_;
+  Mapping value_memory_, activation_memory_;
+  Values values_;
+  std::vector<RopeAngles> angles_;
+  std::vector<float> scratch_;  // of attention, scratch_stride_ floats for each thread
+  size_t scratch_stride_ = 0;
+  std::vector<std::unique_ptr<Product>> products_;  // of each op; null where it is none
+  std::vector<Stage> stages_;
+  Sampler sampler_;
+
+  Step step_;
+  std::vector<uint32_t> block_writer_;  // the check that wrote each block last
+  uint32_t check_number_ = 0;
+  std::vector<std::pair<int64_t, double>> profile_;
+};
+
+}  // namespace kt

@@ -1,0 +1,97 @@
+#include "weight.h"
+
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+namespace kt {
+namespace {
+
+constexpr int64_t kMaxElements = int64_t{1} << 40;
+constexpr size_t kAlignment = 64;
+constexpr size_t kSlab = size_t{64} << 20;
+
+struct Block {
+  int64_t elements, bytes;
+};
+
+// Sizes of GGUF's blocks.
+Block block_of(Format format) {
+  switch (format) {
+    case Format::kF32: return {1, 4};
+    case Format::kF16: return {1, 2};
+    case Format::kBF16: return {1, 2};
+    case Format::kQ4_0: return {32, 18};
+    case Format::kQ4_1: return {32, 20};
+    case Format::kQ5_0: return {32, 22};
+    case Format::kQ5_1: return {32, 24};
+    case Format::kQ8_0: return {32, 34};
+    case Format::kQ2_K: return {256, 84};
+    case Format::kQ3_K: return {256, 110};
+    case Format::kQ4_K: return {256, 144};
+    case Format::kQ5_K: return {256, 176};
+    case Format::kQ6_K: return {256, 210};
+    case Format::kIQ4_NL: return {32, 18};
+    case Format::kIQ4_XS: return {256, 136};
+  }
+  throw std::invalid_argument("format: unknown type " + std::to_string(static_cast<int32_t>(format)));
+}
+
+struct Place {
+  std::shared_ptr<Mapping> memory;
+  uint8_t* data;
+};
+
+// Most tensors are smaller than a huge page: they are laid one after another into slabs that are not.
+Place place(size_t bytes) {
+  static std::mutex mutex;
+  static std::weak_ptr<Mapping> slab;
+  static size_t used = 0;
+  if (bytes > kSlab / 4) {
+    auto own = std::make_shared<Mapping>(bytes);
+    return {own, own->data()};
+  }
+  const std::lock_guard lock(mutex);
+  std::shared_ptr<Mapping> memory = slab.lock();
+  if (memory == nullptr || used + bytes > kSlab) {
+    memory = std::make_shared<Mapping>(kSlab);
+    slab = memory;
+    used = 0;
+  }
+  uint8_t* data = memory->data() + used;
+  used += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  return {memory, data};
+}
+
+}  // namespace
+
+size_t source_bytes(Format format, int64_t rows, int64_t cols) {
+  const Block block = block_of(format);
+  if (rows <= 0 || cols <= 0 || rows > kMaxElements / cols)
+    throw std::invalid_argument("rows, cols: " + std::to_string(rows) + " x " + std::to_string(cols) + " out of range");
+  if (cols % block.elements != 0)
+    throw std::invalid_argument("cols: " + std::to_string(cols) + " is no multiple of the format's block of " +
+                                std::to_string(block.elements));
+  return static_cast<size_t>(rows) * (cols / block.elements) * block.bytes;
+}
+
+Weight::Weight(ThreadPool& pool, const KernelTable& table, Format format, int64_t rows, int64_t cols,
+               const uint8_t* src, size_t size)
+    : table_(&table), format_(format), rows_(rows), cols_(cols) {
+  if (const size_t expected = source_bytes(format, rows, cols); size != expected)
+    throw std::invalid_argument("data: " + std::to_string(size) + " bytes, expected " + std::to_string(expected));
+  bytes_ = table.packed_bytes(format, rows, cols);
+  if (bytes_ == 0)
+    throw std::invalid_argument("format: type " + std::to_string(static_cast<int32_t>(format)) + " with " +
+                                std::to_string(cols) + " columns is not supported by " + table.name);
+  Place where = place(bytes_);
+  memory_ = std::move(where.memory);
+  packed_ = where.data;
+  const ThreadPool::Session session(pool);
+  const int64_t chunks = std::min<int64_t>(panels(), int64_t{pool.threads()} * 8);
+  pool.parallel_for(chunks, [&](int64_t chunk, int) {
+    table.pack(format, src, rows, cols, panels() * chunk / chunks, panels() * (chunk + 1) / chunks, packed_);
+  });
+}
+
+}  // namespace kt

@@ -1,0 +1,117 @@
+"""The native executor: packs the weights, then hands the whole program to csrc; a step is one call."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Final
+
+import numpy as np
+
+from ktransformers.engine import _kernels
+from ktransformers.engine.batch import F32, MAX_LOGPROBS, Batch, Drawn, SamplingBatch
+from ktransformers.engine.program import LinearPart, Op, Program
+
+_BATCH: Final = tuple(f.name for f in fields(Batch))
+_SAMPLING: Final = tuple(f.name for f in fields(SamplingBatch))
+
+
+class NativeExecutor:
+    """Runs a program on the CPU. A request's bits do not depend on what else is in the batch, nor on chunking.
+
+    `isa` is one of `_kernels.isas()`, None the best. `progress` is told bytes of weights packed so far and in
+    total. ValueError for a program that does not fit together (with op and field), MemoryError.
+    """
+
+    block_tokens: int = _kernels.BLOCK_TOKENS
+
+    def __init__(
+        self,
+        program: Program,
+        *,
+        isa: str | None = None,
+        threads: int,
+        blocks: int,
+        max_tokens: int,
+        max_rows: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.isa = isa or _kernels.isas()[0]
+        self.blocks = blocks
+        pool = _kernels.ThreadPool(threads)
+        self._program: _kernels.Program | None = _kernels.Program(
+            pool,
+            self.isa,
+            [_op_tuple(op) for op in program.ops],
+            list(program.widths),
+            pack_weights(pool, self.isa, program, progress),
+            program.cache.layers,
+            program.cache.kv_heads,
+            program.cache.head_dim,
+            blocks,
+            max_tokens,
+            max_rows,
+        )
+
+    @property
+    def block_bytes(self) -> int:
+        return self._native().block_bytes
+
+    def step(self, batch: Batch, sampling: SamplingBatch) -> Drawn:
+        """See engine.batch.Executor. ValueError, with nothing done, for arrays that do not fit."""
+        rows = len(batch.logit_rows)
+        drawn = Drawn(
+            token=np.empty(rows, np.int32),
+            logprob=np.empty(rows, np.float32),
+            top_tokens=np.empty((rows, MAX_LOGPROBS), np.int32),
+            top_logprobs=np.empty((rows, MAX_LOGPROBS), np.float32),
+        )
+        inputs = [*(getattr(batch, n) for n in _BATCH), *(getattr(sampling, n) for n in _SAMPLING)]
+        self._native().step(*inputs, drawn.token, drawn.logprob, drawn.top_tokens, drawn.top_logprobs)
+        return drawn
+
+    def logits(self, batch: Batch) -> F32:
+        """The same step, but gives the logits [R, vocab]."""
+        return self._native().logits(*(getattr(batch, name) for name in _BATCH))
+
+    def profile(self) -> list[tuple[int, float]]:
+        """Calls and seconds of each op, then of the draw; zero unless KT_PROFILE is set."""
+        return self._native().profile()
+
+    def close(self) -> None:
+        """Free weights, KV and threads. A later step raises RuntimeError."""
+        self._program = None
+
+    def _native(self) -> _kernels.Program:
+        if self._program is None:
+            raise RuntimeError("the executor is closed")
+        return self._program
+
+
+def pack_weights(
+    pool: _kernels.ThreadPool, isa: str, program: Program, progress: Callable[[int, int], None] | None
+) -> list[_kernels.Weight]:
+    """Repack every tensor, in order. What a tensor's bytes are mapped from may be dropped afterwards."""
+    total = sum(t.data.nbytes for t in program.weights)
+    done = 0
+    packed = []
+    for t in program.weights:
+        if progress is not None:
+            progress(done, total)
+        try:
+            packed.append(_kernels.pack(pool, isa, t.format, t.rows, t.cols, t.data.reshape(-1)))
+        except ValueError as error:
+            raise ValueError(f"tensor '{t.name}': {error}") from error
+        done += t.data.nbytes
+    if progress is not None:
+        progress(done, total)
+    return packed
+
+
+def _op_tuple(op: Op) -> tuple[object, ...]:
+    """(kind, fields in the order of their definition); parts of a Linear as tuples."""
+    return (type(op).__name__, *(_field(getattr(op, f.name)) for f in fields(op)))
+
+
+def _field(value: object) -> object:
+    if isinstance(value, tuple):
+        return [tuple(getattr(part, f.name) for f in fields(LinearPart)) for part in value]
+    return value
