@@ -313,7 +313,7 @@ def load(path: Path) -> tuple[ModelSpec, Program]:
 
 
 def torch_executor(program: Program) -> TorchExecutor:
-    return TorchExecutor(program, blocks=24, block_tokens=BLOCK, max_tokens=256)
+    return TorchExecutor(program, blocks=24, block_tokens=BLOCK, max_tokens=256, threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -294,7 +294,7 @@ def run(program: Program) -> None:
     def i32(*values: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
         return np.array(values, np.int32)
 
-    executor = TorchExecutor(program, blocks=1, block_tokens=16, max_tokens=4)
+    executor = TorchExecutor(program, blocks=1, block_tokens=16, max_tokens=4, threads=1)
     logits = executor.logits(Batch(i32(1, 2, 3), i32(0, 3), i32(0), i32(0, 1), i32(0), i32(2)))
     assert logits.shape == (1, program.vocab)
 
