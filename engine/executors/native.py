@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Final
 
 import numpy as np
 
@@ -10,12 +9,9 @@ from ktransformers.engine import _kernels
 from ktransformers.engine.batch import F32, MAX_LOGPROBS, Batch, Drawn, SamplingBatch
 from ktransformers.engine.program import LinearPart, Op, Program
 
-_BATCH: Final = tuple(f.name for f in fields(Batch))
-_SAMPLING: Final = tuple(f.name for f in fields(SamplingBatch))
-
 
 class NativeExecutor:
-    """Runs a program on the CPU. A request's bits do not depend on what else is in the batch, nor on chunking.
+    """Runs a program on the CPU. A request's bits depend neither on what else is in the batch nor on chunking.
 
     `isa` is one of `_kernels.isas()`, None the best. `progress` is told bytes of weights packed so far and in
     total. ValueError for a program that does not fit together (with op and field), MemoryError.
@@ -64,13 +60,22 @@ class NativeExecutor:
             top_tokens=np.empty((rows, MAX_LOGPROBS), np.int32),
             top_logprobs=np.empty((rows, MAX_LOGPROBS), np.float32),
         )
-        inputs = [*(getattr(batch, n) for n in _BATCH), *(getattr(sampling, n) for n in _SAMPLING)]
-        self._native().step(*inputs, drawn.token, drawn.logprob, drawn.top_tokens, drawn.top_logprobs)
+        b, s, d = batch, sampling, drawn
+        # fmt: off
+        self._native().step(
+            b.tokens, b.starts, b.context, b.block_starts, b.blocks, b.logit_rows,
+            s.temperature, s.top_k, s.top_p, s.min_p, s.repetition, s.presence, s.frequency,
+            s.seed, s.position, s.logprobs, s.history_starts, s.history, s.history_output,
+            s.bias_starts, s.bias_tokens, s.bias_values,
+            d.token, d.logprob, d.top_tokens, d.top_logprobs,
+        )
+        # fmt: on
         return drawn
 
     def logits(self, batch: Batch) -> F32:
         """The same step, but gives the logits [R, vocab]."""
-        return self._native().logits(*(getattr(batch, name) for name in _BATCH))
+        b = batch
+        return self._native().logits(b.tokens, b.starts, b.context, b.block_starts, b.blocks, b.logit_rows)
 
     def profile(self) -> list[tuple[int, float]]:
         """Calls and seconds of each op, then of the draw; zero unless KT_PROFILE is set."""
