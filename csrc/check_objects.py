@@ -1,0 +1,58 @@
+"""Prove that the object of one instruction set can harm nobody: `check_objects.py BUILD_FOLDER`.
+
+An inline function compiled with AVX-512 and kept by the linker for the whole program, or a constructor that runs before
+the dispatcher has looked at the processor, would be an illegal instruction on an older machine. So each object may
+define its kernel table and nothing else that is visible, nothing weak, and no constructor.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+TABLES = {"reference": "kt::kReference", "avx2": "kt::kAvx2", "avx512": "kt::kAvx512", "avx512_bf16": "kt::kAvx512Bf16"}
+# What the compiler itself may call: libc's memory functions, libm's exact ones, libgcc's float16 conversions.
+MAY_NEED = {
+    "_GLOBAL_OFFSET_TABLE_", "memcpy", "memmove", "memset", "fmaf", "rintf", "sqrtf", "__extendhfsf2", "__truncsfhf2",
+}  # fmt: skip
+
+
+def faults(path: Path, table: str) -> list[str]:
+    """What is wrong with one object, one line each."""
+    found = []
+    defined = set()
+    for line in subprocess.check_output(["nm", "-C", path], text=True).splitlines():
+        kind, name = line[17:].split(" ", 1)
+        if kind in "WwVvu":
+            found.append(f"weak or unique symbol {name}")
+        elif kind == "U":
+            if name not in MAY_NEED:
+                found.append(f"needs {name}")
+        elif kind.isupper():
+            defined.add(name)
+    found += [f"defines {name}" for name in sorted(defined - {table})]
+    if table not in defined:
+        found.append(f"does not define {table}")
+    sections = subprocess.check_output(["readelf", "-SW", path], text=True)
+    found += [f"has a constructor ({section})" for section in (".init_array", ".ctors") if section in sections]
+    return found
+
+
+def main() -> int:
+    if len(sys.argv) != 2:
+        print(__doc__.splitlines()[0], file=sys.stderr)
+        return 2
+    failed = False
+    for name, table in TABLES.items():
+        objects = sorted(Path(sys.argv[1]).glob(f"**/isa_{name}.dir/kernels/{name}.cpp.o"))
+        if not objects:
+            print(f"{sys.argv[1]}: no object of {name}", file=sys.stderr)
+            failed = True
+        for path in objects:
+            for fault in faults(path, table):
+                print(f"{path}: {fault}", file=sys.stderr)
+                failed = True
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
