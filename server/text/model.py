@@ -1,0 +1,229 @@
+"""Everything about a model that is text: tokenizer, chat template, and what its file says of it.
+
+The server may import one module of the engine's room, `engine.weights.gguf`: it is the one parser of GGUF,
+and a second parser of hostile files would be a second set of holes.
+"""
+
+import asyncio
+import math
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ktransformers.engine.weights.gguf import FORMATS, GgufFile
+from ktransformers.engine.weights.gguf import read as read_gguf
+from ktransformers.server.text import messages as chat
+from ktransformers.server.text.templates import FALLBACKS, ChatTemplate, TemplateError
+from ktransformers.server.text.tokenizer import Tokenizer
+from ktransformers.server.text.vocabulary import VocabularyError
+
+_SHORT: Final = 4096
+"""Characters that are encoded in the event loop itself: under 2 ms, less than a thread's turn may cost."""
+_THREADS: Final = 2
+_TEMPLATE_GROWTH: Final = 4
+_TEMPLATE_CHARS: Final = 2**18
+"""A template writes at most _TEMPLATE_GROWTH characters for each of the conversation's, and this many more.
+"""
+
+# https://github.com/ggml-org/llama.cpp/blob/master/include/llama.h, enum llama_ftype: the name of
+# `general.file_type`.
+_FILE_TYPES: Final[Mapping[int, str]] = dict(
+    [
+        *enumerate(("F32", "F16", "Q4_0", "Q4_1")),
+        *enumerate(("Q8_0", "Q5_0", "Q5_1", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M"), 7),
+        *enumerate(("Q5_K_S", "Q5_K_M", "Q6_K", "IQ2_XXS", "IQ2_XS", "Q2_K_S", "IQ3_XS", "IQ3_XXS"), 16),
+        *enumerate(("IQ1_S", "IQ4_NL", "IQ3_S", "IQ3_M", "IQ2_S", "IQ2_M", "IQ4_XS", "IQ1_M", "BF16"), 24),
+        *enumerate(("TQ1_0", "TQ2_0", "MXFP4"), 36),
+    ]
+)
+
+
+class NoTemplateError(TemplateError):
+    """The model has no chat template, and none of the known formats is its."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What lists of models show."""
+
+    name: str
+    """`general.name`, or the file's name."""
+    architecture: str
+    """`general.architecture`: "llama", "qwen2", ..."""
+    parameters: int
+    """Weights, counted from the tensors."""
+    quantization: str
+    """The format of most of the weights: "Q4_K_M", "F16", ..."""
+    context_length: int
+    """Tokens that the model was trained on; 0 when the file does not say."""
+    embedding_length: int
+    file_bytes: int
+    license: str
+
+    @property
+    def parameter_size(self) -> str:
+        """As people write it: "135M", "7.6B"."""
+        for unit, name in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
+            if self.parameters >= unit:
+                value = self.parameters / unit
+                return f"{value:.1f}{name}" if value < 100 and unit >= 10**9 else f"{value:.0f}{name}"
+        return str(self.parameters)
+
+
+class TextModel:
+    """Text in and out of one model. May be used from any thread; the async methods are those for an event
+    loop.
+
+    Attributes:
+        facts: Name, sizes, formats.
+        tokenizer: The vocabulary.
+        template: The chat template, or None; has_tools says whether it shows tools to the model.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: str | None, facts: ModelFacts) -> None:
+        source = template if template is not None else _fallback(tokenizer)
+        self.tokenizer = tokenizer
+        self.facts = facts
+        self.template = None if source is None else ChatTemplate(source)
+        self.has_tools = source is not None and "tools" in source
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="text")
+
+    @classmethod
+    def from_gguf(cls, path: str | os.PathLike[str]) -> "TextModel":
+        """Blocks for the parsing of the header and the vocabulary, 0.1 to 3 s. Raises GgufError,
+        VocabularyError.
+        """
+        file = read_gguf(path)
+        template = file.metadata.get("tokenizer.chat_template")
+        if template is not None and not isinstance(template, str):
+            raise VocabularyError("tokenizer.chat_template: not a string")
+        return cls(Tokenizer.from_metadata(file.metadata), template, _facts(file))
+
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] = (),
+        arguments: Mapping[str, object] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[str | int]:
+        """Render a conversation: pieces of plain text, and ids where the template wrote a control token.
+
+        `messages` and `tools` are OpenAI's JSON objects (messages.py says which); `arguments` the client's
+        chat_template_kwargs. Whatever clients write stays plain text. Blocks up to a second
+        (ChatTemplate.render). Raises TemplateError and MessageError, both for the client to see,
+        NoTemplateError among them.
+        """
+        if self.template is None:
+            raise NoTemplateError("this model has no chat template; use the completions API")
+        if tools and not self.has_tools:
+            raise TemplateError("this model's chat template does not support tools")
+        special = self.tokenizer.special_tokens
+        given = {
+            "messages": chat.template_messages(messages),
+            "tools": list(tools) or None,
+            **chat.template_arguments(arguments or {}),
+        }
+        guarded, mark = chat.guard(given, special, self.template.source)
+        if not isinstance(guarded, dict):
+            raise TypeError(type(guarded))
+        context = {
+            **self._names(),
+            **guarded,
+            "add_generation_prompt": add_generation_prompt,
+            "documents": None,
+        }
+        size = sum(map(len, chat.strings(guarded)))
+        text = self.template.render(context, _TEMPLATE_GROWTH * size + _TEMPLATE_CHARS)
+        pieces = [
+            piece if isinstance(piece, int) else piece.replace(mark, "") for piece in special.split(text)
+        ]
+        bos = self.tokenizer.bos_id
+        if self.tokenizer.add_bos and bos is not None and pieces[:1] != [bos]:
+            return [bos, *pieces]
+        return pieces
+
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] = (),
+        arguments: Mapping[str, object] | None = None,
+        add_generation_prompt: bool = True,
+        limit: int | None = None,
+    ) -> list[int]:
+        """The prompt's ids: `chat_text`, encoded. Raises TooLongError for more than `limit` tokens, too."""
+        pieces = self.chat_text(messages, tools, arguments, add_generation_prompt)
+        return self.tokenizer.encode_pieces(pieces, limit)
+
+    async def chat_ids_async(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] = (),
+        arguments: Mapping[str, object] | None = None,
+        add_generation_prompt: bool = True,
+        limit: int | None = None,
+    ) -> list[int]:
+        """`chat_ids` in one of the two threads that this model's text may occupy."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._threads, self.chat_ids, messages, tools, arguments, add_generation_prompt, limit
+        )
+
+    async def prompt_ids_async(self, text: str, limit: int | None = None) -> list[int]:
+        """`tokenizer.encode_prompt`, in a thread when the text is long."""
+        if len(text) <= _SHORT:
+            return self.tokenizer.encode_prompt(text, limit=limit)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self.tokenizer.encode_prompt, text, False, limit)
+
+    def close(self) -> None:
+        """End the template's process and the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        if self.template is not None:
+            self.template.close()
+
+    def _names(self) -> dict[str, object]:
+        """The special tokens that templates call by name. Undefined names render as nothing."""
+        tokenizer = self.tokenizer
+        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        return {name: tokenizer.token_bytes(i).decode() for name, i in ids.items() if i is not None}
+
+
+def _fallback(tokenizer: Tokenizer) -> str | None:
+    for token, template in FALLBACKS:
+        if tokenizer.token_id(token) is not None:
+            return template
+    return None
+
+
+def _facts(file: GgufFile) -> ModelFacts:
+    metadata = file.metadata
+    architecture = metadata.get("general.architecture")
+    architecture = architecture if isinstance(architecture, str) else "unknown"
+
+    def number(key: str) -> int:
+        value = metadata.get(key)
+        return value if type(value) is int else 0
+
+    def text(key: str, default: str) -> str:
+        value = metadata.get(key)
+        return value[:200] if isinstance(value, str) else default
+
+    sizes: dict[int, int] = {}
+    for tensor in file.tensors.values():
+        sizes[tensor.format] = sizes.get(tensor.format, 0) + tensor.nbytes
+    main_format = max(sizes, key=lambda f: sizes[f]) if sizes else 0
+    file_type = metadata.get("general.file_type")
+    known = _FILE_TYPES.get(file_type) if type(file_type) is int else None
+    return ModelFacts(
+        name=text("general.name", Path(file.path).stem),
+        architecture=architecture,
+        parameters=sum(math.prod(tensor.shape) for tensor in file.tensors.values()),
+        quantization=known or FORMATS[main_format].name,
+        context_length=number(f"{architecture}.context_length"),
+        embedding_length=number(f"{architecture}.embedding_length"),
+        file_bytes=sum(shard.nbytes for shard in file.shards),
+        license=text("general.license", ""),
+    )
