@@ -11,7 +11,7 @@ from ktransformers.engine.program import LinearPart, Op, Program
 
 
 class NativeExecutor:
-    """Runs a program on the CPU. A request's bits depend neither on what else is in the batch nor on chunking.
+    """Runs a program on the CPU. A request's bits depend neither on its batch nor on chunking.
 
     `isa` is one of `_kernels.isas()`, None the best. `progress` is told bytes of weights packed so far and in
     total. ValueError for a program that does not fit together (with op and field), MemoryError.
