@@ -21,7 +21,7 @@ DIST = HERE.parent.parent / "web" / "dist"
 CORPUS: list[str] = json.loads((HERE / "xss_corpus.json").read_text("utf-8"))
 ANSWER = (HERE / "answer.md").read_text("utf-8")
 SECURITY_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; object-src 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
@@ -69,6 +69,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if not self._authorised():
+            return
+        if self.headers["Origin"] != self.server.url.rstrip("/"):
+            self._json(403, _error("Another page's request.", "origin_not_allowed"))
             return
         self.server.requests.append(body)
         # The page joins messages that were not answered.
