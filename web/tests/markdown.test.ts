@@ -11,7 +11,7 @@ const TAGS = new Set(
     " ",
   ),
 );
-const ATTRIBUTES = new Set(["href", "title", "class", "start", "align", "type", "target", "rel"]);
+const ATTRIBUTES = new Set(["href", "title", "class", "tabindex", "start", "align", "type", "target", "rel"]);
 
 function dom(source: string): HTMLElement {
   const element = document.createElement("div");

@@ -32,10 +32,10 @@ const PURIFY: Config = {
     ],
     ...["ul", "ol", "li", "a", "table", "thead", "tbody", "tr", "th", "td", "span", "div", "button"],
   ],
-  ALLOWED_ATTR: ["href", "title", "class", "start", "align", "type", "target", "rel"],
+  ALLOWED_ATTR: ["href", "title", "class", "tabindex", "start", "align", "type", "target", "rel"],
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
   // Their values are no addresses: without this they, too, would have to look like one.
-  ADD_URI_SAFE_ATTR: ["target", "rel", "align", "type", "start"],
+  ADD_URI_SAFE_ATTR: ["target", "rel", "align", "type", "start", "tabindex"],
   ALLOW_DATA_ATTR: false,
   ALLOW_ARIA_ATTR: false,
 };
@@ -130,12 +130,13 @@ function createMarked(copyLabel: string): Marked {
   });
 }
 
+/** The source can be focused, because a long line is scrolled with the keyboard's arrows. */
 function codeBlock(source: string, info: string, copyLabel: string): string {
   const language = /^[\w+#.-]{1,24}/.exec(info)?.[0] ?? "";
   return (
     `<div class="code"><div class="code-head"><span>${language}</span>` +
     `<button type="button" class="copy-code">${copyLabel}</button></div>` +
-    `<pre><code>${highlight(source, language) ?? escapeHtml(source)}</code></pre></div>`
+    `<pre tabindex="0"><code>${highlight(source, language) ?? escapeHtml(source)}</code></pre></div>`
   );
 }
 
