@@ -213,9 +213,9 @@ def test_time_between_two_steps(folder: Path) -> None:
     """With a step sent ahead, all of Python and ZeroMQ that a step adds to its computation."""
 
     async def main() -> None:
-        async with engine(folder, context=4096) as (_, client):
+        async with engine(folder, model="fake:0:0.002", context=4096) as (_, client):
             await until(client, Ready)
-            n = 600
+            n = 300
             prompt = [1, 2, 3]
             blocks = list(range(100))
             client.send(Step(0, [], [NewSeq(0, prompt, 3, 0, GREEDY)], [Go(0, 3, blocks)]))
