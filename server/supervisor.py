@@ -1,0 +1,252 @@
+"""Starts engine, scheduler and API, restarts what dies, and takes them down in order.
+
+What children say by their exit code: 0 clean; 1 the configuration cannot be used, which the child has said on
+stderr (final before the first readiness: trying again would not help); 75 requests were cut off by the drain
+timeout; anything else is a death.
+"""
+
+import asyncio
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from ktransformers.server.config import ConfigError, ServerConfig
+
+log = logging.getLogger(__name__)
+
+EXIT_OK, EXIT_CONFIG, EXIT_INTERNAL, EXIT_DRAIN_TIMEOUT = 0, 1, 70, 75
+
+STOP_SECONDS = 5.0
+"""What scheduler and engine may take to end, and the API beyond its drain timeout."""
+READY_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """When a child that died is started again."""
+
+    first_seconds: float = 0.5
+    """Doubled for each death within `settled_seconds` of the start before it."""
+    most_seconds: float = 30.0
+    settled_seconds: float = 10.0
+    deaths: int = 5
+    """This many within `window_seconds`, and there is no restart until the first of them is older."""
+    window_seconds: float = 300.0
+
+
+DEFAULT_RESTARTS = Restarts()
+
+
+@dataclass
+class Child:
+    """One role: what to run, and how it has fared."""
+
+    role: str
+    command: Sequence[str]
+    process: asyncio.subprocess.Process | None = None
+    started: float = 0.0
+    quick_deaths: int = 0
+    deaths: deque[float] = field(default_factory=deque)
+
+
+class Supervisor:
+    """The processes of one server. `run` it once."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        commands: Mapping[str, Sequence[str]],
+        restarts: Restarts = DEFAULT_RESTARTS,
+    ) -> None:
+        """`commands` are those of the roles engine, scheduler and server; they are started in that order."""
+        self._config = config
+        self._restarts = restarts
+        self._children = {role: Child(role, command) for role, command in commands.items()}
+        self._ready = False
+        self._stopping = False
+        self._hurry = asyncio.Event()
+
+    async def run(self, announce: Callable[[str], None]) -> int:
+        """Until a signal or an error that restarting does not help; the exit code.
+
+        `announce` is told the URL when the first request would be served.
+        """
+        loop = asyncio.get_running_loop()
+        self._end: asyncio.Future[int | None] = loop.create_future()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self._on_signal)
+        tasks = [loop.create_task(self._keep(child)) for child in self._children.values()]
+        tasks.append(loop.create_task(self._wait_ready(announce)))
+        try:
+            code = await self._end
+            return await self._drain() if code is None else code
+        finally:
+            self._stopping = True
+            for task in tasks:
+                task.cancel()
+            for child in self._children.values():
+                _kill(child)
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _on_signal(self) -> None:
+        if self._end.done():
+            self._hurry.set()
+        else:
+            self._end.set_result(None)
+
+    def _finish(self, code: int) -> None:
+        if not self._end.done():
+            self._end.set_result(code)
+
+    # ---- keeping a child
+
+    async def _keep(self, child: Child) -> None:
+        try:
+            while not self._stopping:
+                child.started = time.monotonic()
+                child.process = await asyncio.create_subprocess_exec(
+                    *child.command, stdin=asyncio.subprocess.DEVNULL, process_group=0
+                )
+                code = await child.process.wait()
+                _kill(child)  # what it may have started
+                if self._stopping:
+                    return
+                if code == EXIT_CONFIG and not self._ready:
+                    self._finish(EXIT_CONFIG)
+                    return
+                delay = self._delay(child)
+                if len(child.deaths) >= self._restarts.deaths and not self._ready:
+                    log.error("%s %s again and again: giving up", child.role, _how(code))
+                    self._finish(EXIT_INTERNAL)
+                    return
+                log.error("%s %s; restarting in %.1f s", child.role, _how(code), delay)
+                await asyncio.sleep(delay)
+        except OSError as error:
+            log.error("%s cannot be started: %s", child.role, error)
+            self._finish(EXIT_INTERNAL)
+
+    def _delay(self, child: Child) -> float:
+        """Seconds until the restart of a child that has just died."""
+        now, rules = time.monotonic(), self._restarts
+        child.quick_deaths = child.quick_deaths + 1 if now - child.started < rules.settled_seconds else 1
+        child.deaths.append(now)
+        while now - child.deaths[0] > rules.window_seconds:
+            child.deaths.popleft()
+        if len(child.deaths) >= rules.deaths:
+            return child.deaths[-rules.deaths] + rules.window_seconds - now
+        return min(rules.first_seconds * 2.0 ** (child.quick_deaths - 1), rules.most_seconds)
+
+    # ---- beginning and end
+
+    async def _wait_ready(self, announce: Callable[[str], None]) -> None:
+        while not await _is_ready(self._config):
+            await asyncio.sleep(READY_POLL_SECONDS)
+        self._ready = True
+        announce(f"http://{authority(self._config)}")
+
+    async def _drain(self) -> int:
+        """End the API first, which lets its requests finish, then what they need."""
+        self._stopping = True
+        codes = [await self._stop("server", self._config.drain_timeout + STOP_SECONDS)]
+        codes += [await self._stop(role, STOP_SECONDS) for role in ("scheduler", "engine")]
+        if EXIT_DRAIN_TIMEOUT in codes:
+            return EXIT_DRAIN_TIMEOUT
+        # A child that SIGTERM met before it could handle it has ended as cleanly as any.
+        return EXIT_OK if set(codes) <= {EXIT_OK, -signal.SIGTERM} else EXIT_INTERNAL
+
+    async def _stop(self, role: str, seconds: float) -> int:
+        """SIGTERM, and SIGKILL when the time is up or a second signal comes; the child's exit code."""
+        child = self._children[role]
+        process = child.process
+        if process is None or process.returncode is not None:
+            return EXIT_OK
+        process.send_signal(signal.SIGTERM)
+        ended, hurry = asyncio.ensure_future(process.wait()), asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait([ended, hurry], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        if not ended.done():
+            log.warning("%s is killed", child.role)
+            _kill(child)
+            await ended
+            return EXIT_DRAIN_TIMEOUT
+        return ended.result()
+
+
+def _kill(child: Child) -> None:
+    """Kill the child's process group, of which little or nothing may be left."""
+    if child.process is not None:
+        with suppress(ProcessLookupError):
+            os.killpg(child.process.pid, signal.SIGKILL)
+
+
+def _how(code: int) -> str:
+    if code >= 0:
+        return f"exited with {code}"
+    hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+    return f"was ended by {signal.Signals(-code).name}{hint}"
+
+
+async def _is_ready(config: ServerConfig) -> bool:
+    """Whether /readyz says 200."""
+    try:
+        reader, writer = await asyncio.open_connection(_reachable(config.host), config.port)
+    except OSError:
+        return False
+    try:
+        head = f"GET /readyz HTTP/1.1\r\nHost: {authority(config)}\r\nConnection: close\r\n\r\n"
+        writer.write(head.encode())
+        return (await reader.readline()).split()[1:2] == [b"200"]
+    except OSError:
+        return False
+    finally:
+        writer.close()
+
+
+def authority(config: ServerConfig) -> str:
+    """host:port by which this machine reaches the server."""
+    host = _reachable(config.host)
+    return f"[{host}]:{config.port}" if ":" in host else f"{host}:{config.port}"
+
+
+def _reachable(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+# ---- before anything is started
+
+
+def commands(folder: Path) -> dict[str, list[str]]:
+    """How to start each role, with its configuration in `folder`."""
+    # -P: not with the modules that happen to lie in the current folder.
+    python = [sys.executable, "-P", "-m"]
+    roles = ("engine", "scheduler", "server")
+    return {role: [*python, f"ktransformers.{role}", str(folder / f"{role}.json")] for role in roles}
+
+
+def check_listening(config: ServerConfig) -> ServerConfig:
+    """Bind and let go, so that a port in use is known before a model is loaded; port 0 becomes a free one.
+
+    Errors: ConfigError.
+    """
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        with socket.create_server((config.host, config.port), family=family) as listener:
+            return msgspec.structs.replace(config, port=listener.getsockname()[1])
+    except OSError as error:
+        hint = {
+            errno.EADDRINUSE: "; stop what listens there, or take another --port",
+            errno.EACCES: "; ports below 1024 need a privilege, take a higher --port",
+        }.get(error.errno or 0, "")
+        where = f"{config.host} port {config.port}"
+        raise ConfigError(f"cannot listen on {where}: {os.strerror(error.errno or 0)}{hint}") from None

@@ -1,0 +1,302 @@
+"""Starting, restarting and taking down, over children that are small scripts; the folder they live in."""
+
+import asyncio
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import pytest
+
+from ktransformers.engine.config import EngineConfig
+from ktransformers.scheduler.config import SchedulerConfig
+from ktransformers.server.config import ConfigError, ServerConfig
+from ktransformers.server.run_folder import run_folder, write_configurations
+from ktransformers.server.supervisor import Restarts, Supervisor, check_listening, commands
+
+T = TypeVar("T")
+FAST = Restarts(first_seconds=0.05, settled_seconds=1.0, window_seconds=3.0)
+
+IDLE = "import signal; signal.signal(signal.SIGTERM, lambda *_: exit(0)); signal.pause()"
+READY = """
+    import http.server, signal, sys
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            ok = self.path == "/readyz" and self.headers["Host"] == f"127.0.0.1:{sys.argv[1]}"
+            self.send_response(200 if ok else 404)
+            self.end_headers()
+        def log_message(self, *args):
+            pass
+    def stop(*args):
+        import time
+        time.sleep(float(sys.argv[2]))
+        sys.exit(int(sys.argv[3]))
+    signal.signal(signal.SIGTERM, stop)
+    http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def make_config(**changes: Any) -> ServerConfig:
+    engine = EngineConfig(model="m")
+    return check_listening(ServerConfig(scheduler=SchedulerConfig(engine=engine), port=0, **changes))
+
+
+class Trial:
+    """A supervisor over scripts, which note their pids in a file."""
+
+    def __init__(self, folder: Path, drain_seconds: float = 0.0, drain_code: int = 0, **scripts: str) -> None:
+        self.folder = folder
+        self.config = make_config(drain_timeout=0.5)
+        ready = [str(self.config.port), str(drain_seconds), str(drain_code)]
+        texts = {"engine": IDLE, "scheduler": IDLE, "server": READY} | scripts
+        self.supervisor = Supervisor(
+            self.config, {role: self.command(role, text, ready) for role, text in texts.items()}, FAST
+        )
+        self.urls: asyncio.Queue[str] = asyncio.Queue()
+
+    def command(self, role: str, text: str, arguments: list[str]) -> list[str]:
+        file = self.folder / f"{role}.py"
+        note = f"import os\nopen({str(self.folder / role)!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
+        file.write_text(note + textwrap.dedent(text))
+        return [sys.executable, "-S", str(file), *arguments]
+
+    def pids(self, role: str) -> list[int]:
+        file = self.folder / role
+        return [int(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    async def starts(self, role: str, n: int) -> int:
+        """Wait until the role was started `n` times; its pid."""
+        while len(self.pids(role)) < n:
+            await asyncio.sleep(0.01)
+        return self.pids(role)[-1]
+
+    def run(self) -> "asyncio.Task[int]":
+        return asyncio.get_running_loop().create_task(self.supervisor.run(self.urls.put_nowait))
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    async def limited() -> T:
+        return await asyncio.wait_for(main, 20)
+
+    return asyncio.run(limited())
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_ready_restart_and_clean_end(tmp_path: Path) -> None:
+    async def main() -> None:
+        trial = Trial(tmp_path)
+        task = trial.run()
+        assert await trial.urls.get() == f"http://127.0.0.1:{trial.config.port}"
+        for n, role in enumerate(("engine", "scheduler", "server", "engine")):
+            start = len(trial.pids(role))
+            pid = await trial.starts(role, 1)
+            os.kill(pid, signal.SIGKILL)
+            killed = time.monotonic()
+            assert await trial.starts(role, start + 1) != pid, n
+            assert time.monotonic() - killed < 1.5
+        assert not task.done()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await task == 0
+        for role in ("engine", "scheduler", "server"):
+            assert not any(map(alive, trial.pids(role)))
+
+    run(main())
+
+
+def test_children_are_in_groups_of_their_own_and_take_their_children_along(tmp_path: Path) -> None:
+    async def main() -> None:
+        child = f"""
+            import subprocess, sys
+            p = subprocess.Popen([sys.executable, "-c", {IDLE!r}])
+            open({str(tmp_path / "grandchild")!r}, "w").write(str(p.pid))
+            {IDLE}
+        """
+        trial = Trial(tmp_path, engine=child)
+        task = trial.run()
+        await trial.urls.get()
+        pid = await trial.starts("engine", 1)
+        while not (tmp_path / "grandchild").exists() or not (tmp_path / "grandchild").read_text():
+            await asyncio.sleep(0.01)
+        assert os.getpgid(pid) == pid
+        grandchild = int((tmp_path / "grandchild").read_text())
+        os.kill(pid, signal.SIGKILL)
+        await trial.starts("engine", 2)
+        assert not alive(grandchild)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert await task == 0
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("drain_seconds", "drain_code", "expected"), [(0.2, 0, 0), (0.1, 75, 75), (0.1, 70, 70)]
+)
+def test_exit_code_of_a_drain(tmp_path: Path, drain_seconds: float, drain_code: int, expected: int) -> None:
+    async def main() -> int:
+        trial = Trial(tmp_path, drain_seconds, drain_code)
+        task = trial.run()
+        await trial.urls.get()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.05)
+        # The API first: the others serve its last requests.
+        assert alive(trial.pids("engine")[0])
+        assert alive(trial.pids("scheduler")[0])
+        return await task
+
+    assert run(main()) == expected
+
+
+def test_second_signal_is_immediate(tmp_path: Path) -> None:
+    async def main() -> None:
+        trial = Trial(tmp_path, drain_seconds=60)
+        task = trial.run()
+        await trial.urls.get()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.1)
+        assert not task.done()
+        start = time.monotonic()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await task == 75
+        assert time.monotonic() - start < 1
+
+    run(main())
+
+
+def test_configuration_error_of_a_child_is_final(tmp_path: Path) -> None:
+    async def main() -> None:
+        trial = Trial(tmp_path, engine="raise SystemExit(1)")
+        assert await trial.run() == 1
+        assert len(trial.pids("engine")) == 1
+
+    run(main())
+
+
+def test_exit_code_1_after_readiness_is_a_death(tmp_path: Path) -> None:
+    async def main() -> None:
+        once = f"""
+            import os, time
+            if len(open({str(tmp_path / "scheduler")!r}).readlines()) == 1:
+                while not os.path.exists({str(tmp_path / "go")!r}):
+                    time.sleep(0.01)
+                raise SystemExit(1)
+            {IDLE}
+        """
+        trial = Trial(tmp_path, scheduler=once)
+        task = trial.run()
+        await trial.urls.get()
+        (tmp_path / "go").touch()
+        await trial.starts("scheduler", 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await task == 0
+
+    run(main())
+
+
+def test_gives_up_on_a_child_that_never_lets_it_be_ready(tmp_path: Path) -> None:
+    async def main() -> None:
+        trial = Trial(tmp_path, server="import os; os.abort()")
+        assert await trial.run() == 70
+        assert len(trial.pids("server")) == 5
+        assert not alive(trial.pids("engine")[0])
+
+    run(main())
+
+
+def test_circuit_opens_and_closes(tmp_path: Path) -> None:
+    """After five deaths in a row it waits until they are old; the backoff doubles before that."""
+
+    async def main() -> None:
+        trial = Trial(tmp_path)
+        task = trial.run()
+        await trial.urls.get()
+        pauses = []
+        for n in range(5):
+            pid = await trial.starts("engine", n + 1)
+            os.kill(pid, signal.SIGKILL)
+            killed = time.monotonic()
+            await trial.starts("engine", n + 2)
+            pauses.append(time.monotonic() - killed)
+        assert pauses[0] < pauses[1] < pauses[2] < pauses[3] < 1
+        assert pauses[4] > 1.2
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await task == 0
+
+    run(main())
+
+
+def test_port_is_checked_before_anything_starts() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"port {port}: Address already in use.*--port"):
+            check_listening(msgspec.structs.replace(make_config(), port=port))
+    assert check_listening(msgspec.structs.replace(make_config(), port=port)).port == port
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.1"):
+        check_listening(msgspec.structs.replace(make_config(), host="192.0.2.1"))
+
+
+def test_folder_is_ours_alone_and_removed(tmp_path: Path) -> None:
+    base = tmp_path / "runtime"
+    with run_folder([base]) as folder:
+        config = write_configurations(make_config(api_keys=("secret-key",)), folder)
+        assert stat.S_IMODE(base.stat().st_mode) == stat.S_IMODE(folder.stat().st_mode) == 0o700
+        kinds = {"engine": EngineConfig, "scheduler": SchedulerConfig, "server": ServerConfig}
+        for role, kind in kinds.items():
+            file = folder / f"{role}.json"
+            assert stat.S_IMODE(file.stat().st_mode) == 0o600
+            msgspec.json.decode(file.read_bytes(), type=kind)
+            assert commands(folder)[role][-1] == str(file)
+        assert config.scheduler.engine.socket == str(folder / "engine.sock")
+    assert not folder.exists()
+
+
+def test_folders_of_killed_servers_are_swept_and_no_others(tmp_path: Path) -> None:
+    code = "import sys, os, signal; from pathlib import Path\n"
+    code += "from ktransformers.server.run_folder import run_folder\n"
+    code += "with run_folder([Path(sys.argv[1])]) as f: print(f, flush=True); signal.pause()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        theirs = Path(other.stdout.readline().strip())
+        with run_folder([tmp_path]):
+            assert theirs.exists()
+        other.kill()
+    assert theirs.exists()
+    with run_folder([tmp_path]) as folder:
+        assert not theirs.exists()
+        assert folder.exists()
+
+
+def test_long_paths_are_passed_over(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 100)
+    with run_folder([long, tmp_path]) as folder:
+        assert folder.parent == tmp_path
+    with pytest.raises(ConfigError, match="shorter"), run_folder([long]):
+        pass
+
+
+def test_idle_supervisor_uses_no_cpu(tmp_path: Path) -> None:
+    async def main() -> None:
+        trial = Trial(tmp_path)
+        task = trial.run()
+        await trial.urls.get()
+        begin = time.process_time()
+        await asyncio.sleep(1)
+        assert time.process_time() - begin < 0.01
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await task == 0
+
+    run(main())
