@@ -7,7 +7,6 @@ product in another order for another number of rows.
 """
 
 from collections.abc import Callable
-from typing import Final
 
 import gguf
 import numpy as np
@@ -30,8 +29,6 @@ from ktransformers.engine.program import (
     Tensor,
     WeightId,
 )
-
-_BYTES: Final = 4
 
 
 def dequantise(tensor: Tensor) -> F32:
@@ -89,17 +86,21 @@ class TorchExecutor:
         block_tokens: int,
         max_tokens: int,
         device: str = "cpu",
+        kv_dtype: torch.dtype = torch.float32,
         threads: int | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Dequantise all weights to `device`; `progress` is told bytes of the file done and in total."""
+        """Dequantise all weights to `device`; `progress` is told bytes of the file done and in total.
+
+        Keys and values are rounded to `kv_dtype` in the pool and read from there (float16 is what the native
+        executor does).
+        """
         if threads is not None:
             torch.set_num_threads(threads)
         self.isa = f"torch-{device}"
         self.blocks = blocks
         self.block_tokens = block_tokens
         self.max_tokens = max_tokens
-        self.block_bytes = kv_block_bytes(program, block_tokens)
         self._device = torch.device(device)
         self._program = program
         self._weights: list[torch.Tensor] = []
@@ -112,7 +113,9 @@ class TorchExecutor:
         c = program.cache
         cells = blocks * block_tokens
         # Zeroed, so that nothing of another process or an earlier model can be read from it.
-        self._kv = torch.zeros(c.layers, 2, cells, c.kv_heads, c.head_dim, device=self._device)
+        shape = (c.layers, 2, cells, c.kv_heads, c.head_dim)
+        self._kv = torch.zeros(shape, dtype=kv_dtype, device=self._device)
+        self.block_bytes = self._kv.nbytes // blocks
         self._values: list[torch.Tensor] = []
         self._angles: dict[WeightId, tuple[torch.Tensor, torch.Tensor]] = {}
         """cos and sin [T, 1, pairs] of this step's positions, for each set of frequencies."""
@@ -217,9 +220,9 @@ class TorchExecutor:
         out = torch.empty_like(q)
         for (begin, end), cells in zip(step.ranges, step.cells, strict=True):
             context = len(cells) - (end - begin)
-            keys[cells[context:]] = k[begin:end]
-            values[cells[context:]] = v[begin:end]
-            scores = torch.einsum("tkgd,ckd->kgtc", q[begin:end], keys[cells]) * op.scale
+            keys[cells[context:]] = k[begin:end].to(keys.dtype)
+            values[cells[context:]] = v[begin:end].to(values.dtype)
+            scores = torch.einsum("tkgd,ckd->kgtc", q[begin:end], keys[cells].float()) * op.scale
             scores = _softcap(scores, op.softcap)
             seen = torch.arange(len(cells), device=self._device)
             now = seen[context:, None]
@@ -227,14 +230,8 @@ class TorchExecutor:
             if op.window:
                 hidden |= seen <= now - op.window
             weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-            out[begin:end] = torch.einsum("kgtc,ckd->tkgd", weights, values[cells])
+            out[begin:end] = torch.einsum("kgtc,ckd->tkgd", weights, values[cells].float())
         return out.flatten(1)
-
-
-def kv_block_bytes(program: Program, block_tokens: int) -> int:
-    """Bytes of one KV block in this executor's pool."""
-    c = program.cache
-    return c.layers * 2 * c.kv_heads * c.head_dim * block_tokens * _BYTES
 
 
 def _softcap(x: torch.Tensor, cap: float) -> torch.Tensor:

@@ -12,7 +12,9 @@ import pytest
 import torch
 import transformers
 
+from ktransformers.engine import _kernels
 from ktransformers.engine.batch import Batch
+from ktransformers.engine.executors.native import NativeExecutor
 from ktransformers.engine.executors.torch import TorchExecutor
 from ktransformers.engine.models.decoder import compile_program
 from ktransformers.engine.models.registry import read_spec
@@ -312,8 +314,10 @@ def load(path: Path) -> tuple[ModelSpec, Program]:
     return spec, compile_program(spec, f)
 
 
-def torch_executor(program: Program) -> TorchExecutor:
-    return TorchExecutor(program, blocks=24, block_tokens=BLOCK, max_tokens=256, threads=1)
+def torch_executor(program: Program, kv_dtype: torch.dtype = torch.float32) -> TorchExecutor:
+    return TorchExecutor(
+        program, blocks=24, block_tokens=BLOCK, max_tokens=256, kv_dtype=kv_dtype, threads=1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -349,6 +353,23 @@ def test_torch(checkpoint: tuple[Program, list[Any]], sequences: list[Any], chun
     for ours, theirs in zip(driver.finish(CHUNKS[chunk]), expected, strict=True):
         assert np.abs(theirs).max() > 1, "the logits of a test model should be worth comparing"
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("isa", _kernels.isas())
+@pytest.mark.parametrize("chunk", list(CHUNKS))
+def test_native(checkpoint: tuple[Program, list[Any]], sequences: list[Any], chunk: str, isa: str) -> None:
+    """Float32 weights are computed in float32: what differs is the float16 of keys and values.
+
+    With the same rounding in the oracle only those keys and values differ that rounding decides.
+    """
+    program, expected = checkpoint
+    executor = NativeExecutor(program, isa=isa, threads=2, blocks=24, max_tokens=256, max_rows=256)
+    ours = Driver(executor, sequences).finish(CHUNKS[chunk])
+    for mine, theirs in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=6e-3)
+    oracle = Driver(torch_executor(program, torch.float16), sequences).finish(CHUNKS[chunk])
+    for mine, theirs in zip(ours, oracle, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-3)
 
 
 def test_only_rows_that_draw_are_computed_after_the_last_attention(tmp_path: Path) -> None:

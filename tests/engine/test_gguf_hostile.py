@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ktransformers.engine.batch import Batch
+from ktransformers.engine.executors.native import NativeExecutor
 from ktransformers.engine.executors.torch import TorchExecutor
 from ktransformers.engine.models.decoder import compile_program
 from ktransformers.engine.models.registry import read_spec
@@ -289,14 +290,18 @@ def load(path: Path) -> Program:
 
 
 def run(program: Program) -> None:
-    """One step, so that every weight is read."""
+    """One step on each executor, so that every weight is read."""
 
     def i32(*values: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
         return np.array(values, np.int32)
 
-    executor = TorchExecutor(program, blocks=1, block_tokens=16, max_tokens=4, threads=1)
-    logits = executor.logits(Batch(i32(1, 2, 3), i32(0, 3), i32(0), i32(0, 1), i32(0), i32(2)))
-    assert logits.shape == (1, program.vocab)
+    batch = Batch(i32(1, 2, 3), i32(0, 3), i32(0), i32(0, 1), i32(0), i32(2))
+    for executor in (
+        TorchExecutor(program, blocks=1, block_tokens=16, max_tokens=4, threads=1),
+        NativeExecutor(program, blocks=1, max_tokens=4, max_rows=4, threads=1),
+    ):
+        assert executor.logits(batch).shape == (1, program.vocab)
+        executor.close()
 
 
 def test_the_valid_file_is_valid(tmp_path: Path) -> None:
