@@ -95,9 +95,11 @@ class Supervisor:
             self._stopping = True
             for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             for child in self._children.values():
                 _kill(child)
-            await asyncio.gather(*tasks, return_exceptions=True)
+                if child.process is not None:
+                    await child.process.wait()
 
     def _on_signal(self) -> None:
         if self._end.done():
