@@ -1,8 +1,8 @@
 """Settings of the whole server: what they are, where they come from, and the folders of the user.
 
-Every setting has one flat name that is unique over all tables, so that the file, the environment and the command
-line speak of it alike: `port` under `[server]` in TOML, `KTRANSFORMERS_PORT`, `--port`. Later sources win in that
-order.
+Every setting has one flat name that is unique over all tables, so that the file, the environment and the
+command line speak of it alike: `port` under `[server]` in TOML, `KTRANSFORMERS_PORT`, `--port`. Later sources
+win in that order.
 """
 
 import ipaddress
@@ -40,7 +40,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     api_key_file: str | None = None
     """One key a line, `name:key` or bare; readable by its owner only."""
     allowed_hosts: tuple[str, ...] = ()
-    """Host headers that are accepted beside the address listened on and, on loopback, its names; "*" is any."""
+    """Host headers that are accepted beside the address listened on and, on loopback, its names; "*" is any.
+    """
     allowed_origins: tuple[str, ...] = ()
     """Origins (`https://chat.example.org`) whose pages may call the server, beside its own page."""
     model_name: str = ""
@@ -94,13 +95,16 @@ def load_config(file: Path | None, env: Mapping[str, str], overrides: Mapping[st
     engine = EngineConfig(**values["engine"], cache=CacheConfig(**values["cache"]))
     config = ServerConfig(**values["server"], scheduler=SchedulerConfig(**values["scheduler"], engine=engine))
     if not is_loopback(config.host) and not config.api_keys and config.api_key_file is None:
-        raise ConfigError(f"setting 'host': listening on {config.host} needs 'api_key_file' or 'api_keys' "
-                          "(without keys only a loopback address such as 127.0.0.1 is allowed)")
+        raise ConfigError(
+            f"setting 'host': listening on {config.host} needs 'api_key_file' or 'api_keys' "
+            "(without keys only a loopback address such as 127.0.0.1 is allowed)"
+        )
     return config
 
 
-def _sources(file: Path | None, env: Mapping[str, str],
-             overrides: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, bool]]:
+def _sources(
+    file: Path | None, env: Mapping[str, str], overrides: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, str, bool]]:
     """(name, value, where it is from, whether its type must match without parsing), the strongest last."""
     if file is not None:
         yield from _file_settings(file)
@@ -109,7 +113,7 @@ def _sources(file: Path | None, env: Mapping[str, str],
         # An empty variable is how compose files say "not given".
         if not variable.startswith(ENV_PREFIX) or variable == CONFIG_FILE_VARIABLE or not env[variable]:
             continue
-        name, text = variable[len(ENV_PREFIX):].lower(), env[variable]
+        name, text = variable[len(ENV_PREFIX) :].lower(), env[variable]
         is_list = name in known and str(known[name][1].type).startswith("tuple")
         value = [part.strip() for part in text.split(",") if part.strip()] if is_list else text
         yield name, value, f"environment variable {variable}", False

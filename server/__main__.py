@@ -1,0 +1,155 @@
+"""`python -m ktransformers.server CONFIG.json`: the API process. The supervisor starts it."""
+
+import asyncio
+import ctypes
+import logging
+import resource
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import msgspec
+import uvicorn
+import uvloop
+
+from ktransformers.scheduler.client import SchedulerClient
+from ktransformers.server.app import make_app
+from ktransformers.server.auth import Keys
+from ktransformers.server.config import ConfigError, ServerConfig
+from ktransformers.server.gate import BoundedProtocol
+from ktransformers.server.generation import Generator
+from ktransformers.server.logs import start_logging
+from ktransformers.server.metrics import Metrics
+from ktransformers.server.model import model_card
+from ktransformers.server.routing import Service
+from ktransformers.server.text.model import TextModel
+
+EXIT_OK, EXIT_CONFIG, EXIT_INTERNAL, EXIT_DRAIN_TIMEOUT = 0, 1, 70, 75
+CLOSING_SECONDS = 5
+"""What a cut-off stream's last event may take to reach its client."""
+_PR_SET_PDEATHSIG = 1
+
+log = logging.getLogger("ktransformers.server")
+
+
+class Server(uvicorn.Server):
+    """uvicorn whose first SIGTERM or SIGINT drains: it keeps listening, so that readiness can be asked for. A
+    second one ends at once."""
+
+    def __init__(self, config: uvicorn.Config, generator: Generator, drain_timeout: float) -> None:
+        super().__init__(config)
+        self.exit_code = EXIT_OK
+        self._generator, self._drain_timeout = generator, drain_timeout
+        self._draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: object) -> None:
+        """Called by uvicorn for each signal, between two instructions of the event loop's thread."""
+        if self._draining is not None:
+            self.should_exit = self.force_exit = True
+            return
+        loop = asyncio.get_running_loop()
+        self._draining = loop.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        log.info("draining: new requests are refused, running ones have %.0f s", self._drain_timeout)
+        self._generator.drain()
+        if not await self._generator.stop(self._drain_timeout):
+            self.exit_code = EXIT_DRAIN_TIMEOUT
+        self.should_exit = True
+
+
+async def serve(config: ServerConfig) -> int:
+    """Serve until a signal; the exit code."""
+    keys = Keys.load(config)
+    listener = _listen(config)
+    path = Path(config.scheduler.engine.model)
+    text = _load(path)
+    card = model_card(path, config.model_name, text)
+    scheduler = SchedulerClient.connect(config.scheduler.socket)
+    metrics = Metrics(card.name, lambda: scheduler.status, config.vllm_metrics)
+    generator = Generator(card.name, text, scheduler, metrics, config.request_timeout)
+    app = make_app(Service(config, keys, metrics, generator, card))
+    server = Server(
+        uvicorn.Config(
+            app,
+            http=BoundedProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=CLOSING_SECONDS,
+            timeout_keep_alive=65,
+        ),
+        generator,
+        config.drain_timeout,
+    )
+    scheduler.start()
+    try:
+        await server.serve([listener])
+    finally:
+        await scheduler.close()
+        text.close()
+    return server.exit_code
+
+
+def _listen(config: ServerConfig) -> socket.socket:
+    """Raises ConfigError. Bound here and not by uvicorn, so that a port in use is one line and known at
+    once.
+    """
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        listener = socket.create_server((config.host, config.port), family=family, backlog=1024)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {config.host} port {config.port}: {error.strerror}") from None
+    listener.setblocking(False)
+    log.info("listening on %s port %d", *listener.getsockname()[:2])
+    return listener
+
+
+def _load(path: Path) -> TextModel:
+    """Raises ConfigError. Before the first request, and in this thread: there is nobody to keep waiting
+    yet.
+    """
+    try:
+        return TextModel.from_gguf(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (
+        ValueError
+    ) as error:  # GgufError, VocabularyError, TemplateError: one line that names the file or the key
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main() -> int:
+    """Exit codes: 0 clean, 1 configuration, 70 internal, 75 requests were cut off by the drain timeout."""
+    if len(sys.argv) != 2:
+        print("usage: python -m ktransformers.server CONFIG.json", file=sys.stderr)
+        return EXIT_CONFIG
+    _die_with_parent()
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(files, min(most, 65536)), most))
+    try:
+        config = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=ServerConfig)
+    except (OSError, msgspec.MsgspecError) as error:
+        print(f"ktransformers.server: {sys.argv[1]}: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    listener = start_logging(config.log_level)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(serve(config))
+    except ConfigError as error:
+        print(f"ktransformers.server: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    finally:
+        listener.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

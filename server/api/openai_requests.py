@@ -1,0 +1,220 @@
+"""What OpenAI clients send: /v1/chat/completions and /v1/completions, with the extra fields that vLLM made
+usual."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from ktransformers.scheduler.protocol import Sampling
+from ktransformers.server.api.parameters import (
+    Bias,
+    Choices,
+    Label,
+    Logprobs,
+    MinP,
+    Penalty,
+    RepetitionPenalty,
+    Seed,
+    StopString,
+    StopStrings,
+    StrictModel,
+    Temperature,
+    TokenCount,
+    TokenId,
+    TopP,
+    to_seed,
+)
+from ktransformers.server.generation import Parameters
+
+
+class StreamOptions(StrictModel):
+    """How a stream ends."""
+
+    neutral: ClassVar[Mapping[str, Sequence[Any]]] = {"include_obfuscation": (None, False)}
+    include_usage: bool | None = None
+
+
+class SampledRequest(StrictModel):
+    """What chat and legacy completions have in common."""
+
+    model: Annotated[str, Field(max_length=256)]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Choices | None = None
+    max_tokens: TokenCount | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: Annotated[int, Field(ge=-1, le=1 << 24)] | None = None
+    """-1 and 0 keep all."""
+    min_p: MinP | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    logit_bias: (
+        Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias], Field(max_length=300)] | None
+    ) = None
+    stop: StopString | StopStrings | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=300)] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=1 << 24)] | None = None
+    seed: Seed | None = None
+    user: Label | None = None
+
+    def parameters(self, max_tokens: int | None, logprobs: int, limit_name: str = "max_tokens") -> Parameters:
+        """The internal form; `logprobs` as in Sampling."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        sampling = Sampling(
+            temperature=1.0 if self.temperature is None else float(self.temperature),
+            top_p=1.0 if self.top_p is None else float(self.top_p),
+            top_k=max(0, self.top_k or 0),
+            min_p=float(self.min_p or 0.0),
+            presence_penalty=float(self.presence_penalty or 0.0),
+            frequency_penalty=float(self.frequency_penalty or 0.0),
+            repetition_penalty=1.0 if self.repetition_penalty is None else float(self.repetition_penalty),
+            logit_bias=tuple((int(token), float(bias)) for token, bias in (self.logit_bias or {}).items()),
+            stop_tokens=tuple(self.stop_token_ids or ()),
+            min_tokens=self.min_tokens or 0,
+            logprobs=logprobs,
+        )
+        return Parameters(
+            sampling,
+            max_tokens,
+            None if self.seed is None else to_seed(self.seed),
+            self.n or 1,
+            stop,
+            bool(self.ignore_eos),
+            limit_name=limit_name,
+        )
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk of usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> "SampledRequest":
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError(
+                "unsupported", "'{param}' needs stream=true", {"param": "stream_options"}
+            )
+        return self
+
+
+class TextPart(StrictModel):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+Content = str | Annotated[list[TextPart], Field(min_length=1, max_length=2048)]
+
+
+class Message(StrictModel):
+    """One turn. What `name` does is up to the model's template."""
+
+    neutral: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "tool_calls": (None, []),
+        "function_call": (None,),
+        "audio": (None,),
+        "refusal": (None,),
+        "tool_call_id": (None,),
+        "annotations": (None, []),
+    }
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: Annotated[str, Field(max_length=256)] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """As server.text takes it, which knows what templates expect."""
+        return self.model_dump(exclude_none=True)
+
+
+class ResponseFormat(StrictModel):
+    """Plain text only."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(SampledRequest):
+    """POST /v1/chat/completions."""
+
+    neutral: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "tools": (None, []),
+        "tool_choice": (None, "none", "auto"),
+        "parallel_tool_calls": (None, True, False),
+        "functions": (None, []),
+        "function_call": (None, "none", "auto"),
+        "modalities": (None, ["text"]),
+        "audio": (None,),
+        "prediction": (None,),
+        "web_search_options": (None,),
+        "reasoning_effort": (None, "none"),
+        "verbosity": (None, "medium"),
+        "service_tier": (None, "auto", "default"),
+        "store": (None, False),
+        "moderation": (None,),
+        "prompt_cache_retention": (None,),
+        "prompt_cache_options": (None,),
+    }
+    messages: Annotated[list[Message], Field(min_length=1, max_length=2048)]
+    max_completion_tokens: TokenCount | None = None
+    logprobs: bool | None = None
+    top_logprobs: Logprobs | None = None
+    response_format: ResponseFormat | None = None
+    metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Label], Field(max_length=16)] | None = None
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError(
+                "unsupported", "'{param}' needs logprobs=true", {"param": "top_logprobs"}
+            )
+        return self
+
+    def to_parameters(self) -> Parameters:
+        """The internal form; max_completion_tokens is the newer name and wins."""
+        logprobs = (self.top_logprobs or 0) if self.logprobs else -1
+        if self.max_completion_tokens is None:
+            return self.parameters(self.max_tokens, logprobs)
+        return self.parameters(self.max_completion_tokens, logprobs, "max_completion_tokens")
+
+
+Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=1 << 24)]
+
+
+class CompletionRequest(SampledRequest):
+    """POST /v1/completions."""
+
+    neutral: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "echo": (None, False),
+        "suffix": (None,),
+        "best_of": (None, 1),
+    }
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=16)]
+        | Tokens
+        | Annotated[list[Tokens], Field(min_length=1, max_length=16)]
+    )
+    logprobs: Logprobs | None = None
+
+    def to_parameters(self) -> Parameters:
+        """The internal form; 16 tokens is the protocol's default."""
+        return self.parameters(
+            16 if self.max_tokens is None else self.max_tokens, -1 if self.logprobs is None else self.logprobs
+        )
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, as text or as token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)

@@ -1,0 +1,93 @@
+"""Bounds that hold at every API, and the base of its request models.
+
+A field is honoured, or refused with an error that names it: one that the protocol does not know, and one that
+it knows but this server does not do, unless its value is the one that asks for nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from ktransformers.server.errors import RequestError
+
+MAX_STOP_BYTES = 128
+
+
+def _bounded_stop(stop: str) -> str:
+    if not 0 < len(stop.encode()) <= MAX_STOP_BYTES:
+        raise PydanticCustomError(
+            "stop_length", "A stop string must have 1 to {max} bytes", {"max": MAX_STOP_BYTES}
+        )
+    return stop
+
+
+def _bounded_bytes(text: str) -> str:
+    if len(text.encode()) > 512:
+        raise PydanticCustomError("too_long", "Must have at most 512 bytes")
+    return text
+
+
+Finite = Field(allow_inf_nan=False)
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+MinP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+RepetitionPenalty = Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=-(1 << 63), le=(1 << 63) - 1)]
+Choices = Annotated[int, Field(ge=1, le=8)]
+TokenCount = Annotated[int, Field(ge=1, le=1 << 24)]
+Logprobs = Annotated[int, Field(ge=0, le=20)]
+TokenId = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
+StopString = Annotated[str, AfterValidator(_bounded_stop)]
+StopStrings = Annotated[list[StopString], Field(max_length=16)]
+Label = Annotated[str, AfterValidator(_bounded_bytes)]
+
+
+class StrictModel(BaseModel):
+    """No conversion between types, no unknown field; `neutral` are known fields with the values that ask for
+    nothing."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+    neutral: ClassVar[Mapping[str, Sequence[Any]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_done(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for name in cls.neutral.keys() & data.keys():
+            if not any(
+                data[name] is value or (data[name] == value and type(data[name]) is type(value))
+                for value in cls.neutral[name]
+            ):
+                raise PydanticCustomError(
+                    "unsupported", "'{param}' is not supported with this value", {"param": name}
+                )
+        return {name: value for name, value in data.items() if name not in cls.neutral}
+
+
+def to_seed(seed: int) -> int:
+    """A client's 64-bit seed as the non-negative one of the engine; different seeds >= 0 stay different."""
+    return seed & ((1 << 63) - 1)
+
+
+def validation_error(errors: Sequence[Mapping[str, Any]]) -> RequestError:
+    """What pydantic found, as an error that names the first field at fault. Never shows the value."""
+    if not errors:
+        return RequestError("invalid_request", "the request is not valid")
+    first = errors[0]
+    kind, where = first["type"], [part for part in first["loc"] if part != "body"]
+    # Deeper than the field's name, the path holds indexes and pydantic's names of union members.
+    param = str(where[0])[:64] if where else None
+    path = ".".join(str(part) for part in where)[:120]
+    if kind == "extra_forbidden":
+        return RequestError("unknown_parameter", f"unknown parameter '{path}'", param)
+    if kind == "unsupported":
+        param = first["ctx"]["param"]
+        return RequestError("unsupported_parameter", first["msg"], param)
+    if param is None:
+        return RequestError("invalid_request", f"the body: {first['msg']}")
+    return RequestError("invalid_value", f"'{path}': {first['msg']}", param)

@@ -1,0 +1,316 @@
+"""What every request passes, whatever its route: the browser-facing checks, bounds on headers and bodies, one
+id, one count, and the headers that go out with every answer."""
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+import traceback
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from ktransformers.server import errors
+from ktransformers.server.config import is_loopback
+from ktransformers.server.errors import RequestError
+from ktransformers.server.metrics import Metrics
+
+MAX_BODY_BYTES = 16 << 20
+MAX_BODIES_BYTES = 256 << 20
+"""All bodies being read or held at one time."""
+MAX_JSON_DEPTH = 32
+MAX_HEADER_BYTES = 16 << 10
+MAX_CONNECTIONS = 4096
+HEADER_SECONDS = 10.0
+BODY_SECONDS = 30.0
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+
+_SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+_NO_CONTENT_POLICY = "default-src 'none'; frame-ancestors 'none'"
+_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_TO_SQUARE = bytes.maketrans(b"{}", b"[]")
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+log = logging.getLogger("ktransformers.server.gate")
+
+
+class HostPolicy:
+    """Which Host headers and Origins are ours (against DNS rebinding and foreign pages)."""
+
+    def __init__(self, listen: str, hosts: Iterable[str], origins: Iterable[str]) -> None:
+        """`listen` is the address listened on. Where other machines can reach it keys are required, which a
+        foreign page does not have, so that without a list of hosts any name is accepted there."""
+        self._hosts = {host.lower() for host in hosts} | {listen.lower()}
+        self._any = "*" in self._hosts
+        if is_loopback(listen):
+            self._hosts |= {"localhost", "127.0.0.1", "::1"}
+        elif self._hosts == {listen.lower()}:
+            self._any = True
+        self._origins = {origin.lower().rstrip("/") for origin in origins}
+
+    def check(self, method: str, headers: Headers) -> None:
+        """Raises RequestError for a Host that is not ours or, unless it only reads, a page that is not
+        ours.
+        """
+        given = headers.getlist("host")
+        if len(given) != 1:
+            raise RequestError("invalid_host", "exactly one Host header is needed")
+        if not self._any and _host_name(given[0]) not in self._hosts:
+            raise RequestError("host_not_allowed", "this Host is not allowed; see the setting allowed_hosts")
+        origin = headers.get("origin")
+        if origin is not None and method not in SAFE_METHODS and not self.is_own(origin, given[0]):
+            raise RequestError(
+                "origin_not_allowed", "this Origin is not allowed; see the setting allowed_origins"
+            )
+
+    def is_own(self, origin: str, host: str) -> bool:
+        """Whether the page is ours or of an allowed origin."""
+        return self.is_listed(origin) or origin.lower().partition("://")[2] == host.lower()
+
+    def is_listed(self, origin: str) -> bool:
+        """Whether the origin is among the allowed ones, which alone get CORS headers."""
+        return origin.lower() in self._origins
+
+
+def _host_name(host: str) -> str:
+    host = host.lower()
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0]
+
+
+class Gate:
+    """ASGI middleware around the whole application."""
+
+    def __init__(self, app: ASGIApp, policy: HostPolicy, metrics: Metrics) -> None:
+        self._app, self._policy, self._metrics = app, policy, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, status = time.monotonic(), 0
+        headers = Headers(scope=scope)
+        request_id = f"req-{secrets.token_hex(16)}"
+        scope["request_id"] = request_id
+        origin = headers.get("origin")
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                _add_headers(
+                    MutableHeaders(scope=message),
+                    request_id,
+                    origin if origin is not None and self._policy.is_listed(origin) else None,
+                )
+            await send(message)
+
+        try:
+            self._policy.check(scope["method"], headers)
+            if scope["method"] == "OPTIONS" and origin is not None and self._policy.is_listed(origin):
+                await _preflight()(scope, receive, send_with_headers)
+            else:
+                await self._app(scope, receive, send_with_headers)
+        except RequestError as error:
+            await error_response(scope["path"], error)(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            status = status or 499
+        except Exception as error:
+            # Frames only: the text of an exception may hold what a client sent.
+            log.error("request %s failed: %s at %s", request_id, type(error).__name__, _where(error))
+            if status:
+                raise
+            failure = RequestError("internal", f"the server failed; its log has the request id {request_id}")
+            await error_response(scope["path"], failure)(scope, receive, send_with_headers)
+        finally:
+            route = getattr(scope.get("route"), "path", "unmatched")
+            seconds = time.monotonic() - started
+            self._metrics.http_request(scope["method"], route, status or 499, seconds)
+            log.debug(
+                "%s %s -> %d in %.1f ms (%s)",
+                scope["method"],
+                route,
+                status or 499,
+                seconds * 1e3,
+                request_id,
+            )
+
+
+def error_response(path: str, error: RequestError) -> Response:
+    """The answer that tells a client about `error`."""
+    headers = dict(error.headers or {})
+    if error.code == "draining":
+        headers["Connection"] = "close"
+    return JSONResponse(errors.body(path, error), error.status_code, headers)
+
+
+def _add_headers(headers: MutableHeaders, request_id: str, origin: str | None) -> None:
+    headers["X-Request-Id"] = request_id
+    for name, value in _SECURITY_HEADERS.items():
+        headers[name] = value
+    headers.setdefault("Content-Security-Policy", _NO_CONTENT_POLICY)
+    headers.setdefault("Cache-Control", "no-store")
+    if origin is not None:
+        headers["Access-Control-Allow-Origin"] = origin
+        headers["Cross-Origin-Resource-Policy"] = "cross-origin"
+        headers.append("Vary", "Origin")
+
+
+def _preflight() -> Response:
+    return Response(
+        status_code=204,
+        headers={
+            "Access-Control-Allow-Methods": "GET, HEAD, POST",
+            "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Api-Key",
+            "Access-Control-Max-Age": "600",
+        },
+    )
+
+
+def _where(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)[-6:]
+    return " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(frames))
+
+
+class BoundedRequest(Request):
+    """A request whose body is bounded while it arrives (chunked or not) and is strict JSON."""
+
+    held = 0
+
+    async def body(self) -> bytes:
+        """Raises RequestError: request_too_large, request_timeout, overloaded."""
+        if not hasattr(self, "_body"):
+            length = self.headers.get("content-length", "")
+            if length.isdecimal() and int(length[:19]) > MAX_BODY_BYTES:
+                raise _too_large()
+            self._body = await self._read()
+        return self._body
+
+    async def _read(self) -> bytes:
+        chunks, size = [], 0
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for chunk in self.stream():
+                    size += len(chunk)
+                    BoundedRequest.held += len(chunk)
+                    if size > MAX_BODY_BYTES:
+                        raise _too_large()
+                    if BoundedRequest.held > MAX_BODIES_BYTES:
+                        raise RequestError("overloaded", "too many large requests at the same time")
+                    chunks.append(chunk)
+        except TimeoutError:
+            raise RequestError(
+                "request_timeout", f"the body did not arrive within {BODY_SECONDS:.0f} s"
+            ) from None
+        finally:
+            BoundedRequest.held -= size
+        return b"".join(chunks)
+
+    async def json(self) -> Any:
+        """The body as JSON: UTF-8, no NaN or Infinity, nested no deeper than MAX_JSON_DEPTH. Raises
+        RequestError."""
+        return strict_json(await self.body())
+
+    def check_media_type(self) -> None:
+        """A form or plain text is what a foreign page may post without asking first, so only JSON is
+        taken.
+        """
+        if self.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise RequestError("unsupported_media_type", "send JSON, with 'Content-Type: application/json'")
+
+
+def strict_json(body: bytes) -> Any:
+    """Decode a JSON document. Raises RequestError "invalid_json"."""
+    try:
+        value = msgspec.json.decode(body)
+    except RecursionError:
+        raise _too_deep() from None
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        raise RequestError("invalid_json", "the body is not valid JSON") from None
+    if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH:
+        # Brackets outside of strings only; each round takes away exactly the innermost level.
+        brackets = _STRINGS.sub(b"", body).translate(_TO_SQUARE, _NOT_BRACKETS)
+        for _ in range(MAX_JSON_DEPTH):
+            brackets = brackets.replace(b"[]", b"")
+        if brackets:
+            raise _too_deep()
+    return value
+
+
+def _too_large() -> RequestError:
+    return RequestError(
+        "request_too_large",
+        f"the body is larger than {MAX_BODY_BYTES >> 20} MiB",
+        headers={"Connection": "close"},
+    )
+
+
+def _too_deep() -> RequestError:
+    return RequestError("invalid_json", f"the JSON is nested deeper than {MAX_JSON_DEPTH}")
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 with bounds it lacks: bytes and seconds that a request's head may take, and
+    connections.
+
+    An exception in a parser callback makes uvicorn answer 400 and close.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin the time that the first request's head may take."""
+        super().connection_made(transport)
+        self._in_head, self._head_bytes = True, 0
+        self._head_timer: asyncio.TimerHandle | None = None
+        if len(self.connections) > MAX_CONNECTIONS:
+            transport.close()
+            return
+        self._start_head_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the timer."""
+        self._stop_head_timer()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self._in_head, self._head_bytes = True, 0
+        self._start_head_timer()
+        super().on_message_begin()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes from the client. The parser keeps an unfinished head, however long."""
+        super().data_received(data)
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+                self.send_400_response("Request head too large.")
+
+    def on_headers_complete(self) -> None:
+        """The head is there."""
+        self._in_head = False
+        self._stop_head_timer()
+        if sum(len(name) + len(value) + 4 for name, value in self.headers) + len(self.url) > MAX_HEADER_BYTES:
+            raise ValueError("request head too large")
+        super().on_headers_complete()
+
+    def _start_head_timer(self) -> None:
+        self._stop_head_timer()
+        self._head_timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None

@@ -1,0 +1,455 @@
+"""The path of a request: prompt -> tokens -> submit -> events -> text -> stop strings -> finish.
+
+Every API is a thin translation onto `Generator`; an answer that is not streamed folds the same stream.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+from ktransformers.scheduler.client import RequestFailed
+from ktransformers.scheduler.protocol import Sampling, Status, Submit, TokenEvent
+from ktransformers.server.auth import Caller
+from ktransformers.server.errors import RequestError
+from ktransformers.server.metrics import Metrics
+from ktransformers.server.text.detokenizer import Detokenizer, Pieces
+from ktransformers.server.text.messages import MessageError
+from ktransformers.server.text.stops import StopStrings
+from ktransformers.server.text.templates import TemplateError
+from ktransformers.server.text.tokenizer import TooLongError
+
+DEFAULT_MODEL = "default"
+"""Stands for the served model, whatever it is."""
+MERGED_DELTAS = 64
+"""Deltas of several choices that may lie unread before their producers wait."""
+SEEDS = 1 << 63
+
+log = logging.getLogger("ktransformers.server.generation")
+
+
+class Scheduler(Protocol):
+    """What this needs of scheduler.client.SchedulerClient."""
+
+    @property
+    def status(self) -> Status | None:
+        """The last status if it is fresh."""
+        ...
+
+    def submit(self, submit: Submit) -> AsyncGenerator[TokenEvent, None]:
+        """The events of one request. Errors: RequestFailed."""
+        ...
+
+    def cancel(self, id: str) -> None:  # noqa: A002
+        """End a request with "cancelled"."""
+        ...
+
+    def drain(self) -> None:
+        """Refuse new requests."""
+        ...
+
+
+class Tokenizer(Pieces, Protocol):
+    """What this needs of server.text.tokenizer.Tokenizer."""
+
+    vocab_size: int
+    eog_ids: frozenset[int]
+    """Tokens that end an answer."""
+
+
+class Text(Protocol):
+    """What this needs of server.text.model.TextModel."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Ids of tokens and what they stand for."""
+        ...
+
+    async def chat_ids_async(
+        self, messages: Sequence[Mapping[str, object]], *, limit: int | None
+    ) -> list[int]:
+        """Tokens of a conversation up to where the answer begins. Errors: MessageError, TemplateError,
+        TooLongError."""
+        ...
+
+    async def prompt_ids_async(self, text: str, limit: int | None) -> list[int]:
+        """Tokens of plain text. Errors: TooLongError."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How to continue a prompt. Of `sampling`, seed, stop tokens of the model and the limit are filled in
+    here."""
+
+    sampling: Sampling
+    max_tokens: int | None = None
+    """None: as many as the context has room for."""
+    seed: int | None = None
+    """None: a random one. Choice i of a prompt draws with seed + i."""
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    context: int | None = None
+    """A shorter context than the model's."""
+    limit_name: str = "max_tokens"
+    """What the client's protocol calls max_tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One drawn token, its log-probability, and the likeliest ones."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one choice has to add. `finish`: "" goes on; "stop" or "length" end it."""
+
+    index: int
+    text: str
+    finish: str = ""
+    logprobs: Sequence[TokenLogprob] = ()
+
+
+@dataclass
+class Usage:
+    """Counted while the deltas are read; whole once they have ended. Times are time.monotonic() seconds."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    submitted: float = field(default_factory=time.monotonic)
+    first_token: float = 0.0
+    last_token: float = 0.0
+
+
+class Generation:
+    """The deltas of all choices of one call, of which the first has been drawn already. Close it when leaving
+    early."""
+
+    def __init__(self, first: Delta, rest: AsyncGenerator[Delta, None], usage: Usage) -> None:
+        self.usage = usage
+        self._first: Delta | None = first
+        self._rest = rest
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self
+
+    async def __anext__(self) -> Delta:
+        if (first := self._first) is not None:
+            self._first = None
+            return first
+        return await self._rest.__anext__()
+
+    async def aclose(self) -> None:
+        """Cancel what has not ended."""
+        await self._rest.aclose()
+
+
+class Generator:
+    """Text in, text out, by way of the scheduler. One for each process, used on its event loop."""
+
+    def __init__(
+        self,
+        model_name: str,
+        text: Text,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        request_timeout: float = 0.0,
+    ) -> None:
+        self.model_name = model_name
+        self.text = text
+        self.scheduler = scheduler
+        self.draining = False
+        self._metrics = metrics
+        self._deadline = request_timeout
+        self._open: set[str] = set()
+        self._stopped = False
+
+    def check_model(self, name: str) -> None:
+        """Raises RequestError unless `name` is the served model's, with or without Ollama's tag, or
+        "default"."""
+        if name.removesuffix(":latest") not in (self.model_name.removesuffix(":latest"), DEFAULT_MODEL):
+            raise RequestError("model_not_found", "the model does not exist or you may not use it", "model")
+
+    # ---- prompts
+
+    async def chat_prompt(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
+        """Tokens of a conversation through the model's own template. Raises RequestError."""
+        context = self.context()
+        try:
+            return await self.text.chat_ids_async(messages, limit=context)
+        except MessageError as error:
+            raise RequestError("invalid_value", str(error), "messages") from None
+        except TemplateError as error:
+            raise RequestError("invalid_request", str(error), "messages") from None
+        except TooLongError:
+            raise _too_long(context) from None
+
+    async def text_prompt(self, text: str) -> list[int]:
+        """Tokens of plain text, in which nothing is a special token. Raises RequestError."""
+        context = self.context()
+        try:
+            return await self.text.prompt_ids_async(text, context)
+        except TooLongError:
+            raise _too_long(context) from None
+
+    def context(self) -> int:
+        """Longest sequence in tokens. Raises RequestError while the engine is not ready."""
+        if self.draining:
+            raise RequestError("draining", "the server is shutting down", retry_after=5)
+        status = self.scheduler.status
+        if status is None or not status.ready:
+            detail = "the scheduler is not running" if status is None else status.detail
+            raise RequestError("not_ready", f"not ready: {detail}", retry_after=2)
+        return status.max_len
+
+    # ---- generation
+
+    async def start(
+        self, prompts: Sequence[list[int]], parameters: Parameters, caller: Caller, continues: bool = False
+    ) -> Generation:
+        """Submit, and wait for the first delta, so that what fails before it can still be an HTTP status.
+
+        Choice j of prompt i has index i * n + j. `continues`: the output goes on with the prompt's text, so
+        that a space before its first word is part of it. Raises RequestError.
+        """
+        usage = Usage(prompt_tokens=sum(len(prompt) for prompt in prompts))
+        submits = [submit for prompt in prompts for submit in self._submits(prompt, parameters, caller)]
+        choices = [
+            self._choice(index, submit, parameters.stop, continues, usage)
+            for index, submit in enumerate(submits)
+        ]
+        deltas = choices[0] if len(choices) == 1 else _merged(choices)
+        try:
+            first = await anext(deltas)
+        except BaseException:
+            await deltas.aclose()
+            raise
+        return Generation(first, deltas, usage)
+
+    def _submits(self, prompt: list[int], parameters: Parameters, caller: Caller) -> list[Submit]:
+        """One Submit for each choice. Raises RequestError for what does not fit."""
+        longest = self.context()
+        if parameters.context is not None:
+            if parameters.context > longest:
+                raise _invalid("num_ctx", f"the context of this model has {longest} tokens")
+            longest = parameters.context
+        if not prompt:
+            raise _invalid("prompt", "is empty")
+        vocabulary = self.text.tokenizer.vocab_size
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            raise _invalid("prompt", f"token ids must be 0 .. {vocabulary - 1}")
+        room = longest - len(prompt)
+        if room < 1:
+            raise _too_long(longest)
+        wanted = parameters.max_tokens
+        if wanted is not None and wanted > longest:
+            raise _invalid(parameters.limit_name, f"the context of this model has {longest} tokens")
+        sampling = parameters.sampling
+        if sampling.top_k > vocabulary:
+            raise _invalid("top_k", f"the vocabulary of this model has {vocabulary} tokens")
+        for name, tokens in (
+            ("stop_token_ids", sampling.stop_tokens),
+            ("logit_bias", tuple(token for token, _ in sampling.logit_bias)),
+        ):
+            if any(not 0 <= token < vocabulary for token in tokens):
+                raise _invalid(name, f"token ids must be 0 .. {vocabulary - 1}")
+        limit = room if wanted is None else min(wanted, room)
+        if sampling.min_tokens > limit:
+            raise _invalid("min_tokens", f"the output may have {limit} tokens")
+        ends = () if parameters.ignore_eos else tuple(sorted(self.text.tokenizer.eog_ids))
+        seed = secrets.randbits(63) if parameters.seed is None else parameters.seed
+        return [
+            Submit(
+                id=secrets.token_hex(16),
+                tenant=caller.tenant,
+                tokens=prompt,
+                deadline=self._deadline,
+                cache_scope=caller.cache_scope,
+                sampling=msgspec.structs.replace(
+                    sampling,
+                    seed=(seed + i) % SEEDS,
+                    max_tokens=limit,
+                    stop_tokens=tuple(dict.fromkeys(sampling.stop_tokens + ends)),
+                ),
+            )
+            for i in range(parameters.n)
+        ]
+
+    async def _choice(
+        self, index: int, submit: Submit, stop: tuple[str, ...], continues: bool, usage: Usage
+    ) -> AsyncGenerator[Delta, None]:
+        """The deltas of one choice. Leaving it early, as a stop string does, cancels the work."""
+        text_of = Detokenizer(self.text.tokenizer, at_beginning=not continues)
+        stops = StopStrings(stop) if stop else None
+        ends, counted = submit.sampling.stop_tokens, _Counted(self._metrics, usage, len(submit.tokens))
+        self._open.add(submit.id)
+        try:
+            async with aclosing(self.scheduler.submit(submit)) as events:
+                async for event in events:
+                    counted.event(event)
+                    tokens, finish = event.tokens, event.finish
+                    if finish == "cancelled":
+                        raise self._cut_off()
+                    if finish == "stop" and tokens and tokens[-1] in ends:
+                        tokens = tokens[:-1]
+                    text = text_of.feed(tokens)
+                    if finish:
+                        text += text_of.finish()
+                    if stops is not None:
+                        text = stops.feed(text)
+                        if stops.matched is not None:
+                            finish = "stop"
+                        elif finish:
+                            text += stops.finish()
+                    if finish:
+                        counted.finish(finish)
+                    if text or finish or event.logprobs:
+                        yield Delta(
+                            index,
+                            text,
+                            finish,
+                            [
+                                TokenLogprob(token, found.logprob, found.top)
+                                for token, found in zip(tokens, event.logprobs, strict=False)
+                            ],
+                        )
+                    if finish:
+                        return
+        except RequestFailed as error:
+            counted.fail(error.code)
+            raise RequestError(error.code, error.message, retry_after=error.retry_after) from None
+        except RequestError as error:
+            counted.fail(error.code)
+            raise
+        finally:
+            counted.leave()
+            self._open.discard(submit.id)
+
+    def _cut_off(self) -> RequestError:
+        """Why a request was cancelled that the client did not leave."""
+        if self._stopped:
+            return RequestError("server_shutdown", "the server shut down before the answer was complete")
+        return RequestError("internal", "the request was cancelled because its answer was not read in time")
+
+    # ---- shutting down
+
+    def drain(self) -> None:
+        """Refuse what is new; what runs goes on."""
+        self.draining = True
+        self.scheduler.drain()
+
+    async def stop(self, timeout: float) -> bool:
+        """Wait until everything has ended, at most `timeout` seconds, then end the rest with
+        "server_shutdown".
+
+        Returns whether nothing had to be cut off.
+        """
+        give_up = time.monotonic() + timeout
+        while self._open and time.monotonic() < give_up:
+            await asyncio.sleep(0.05)
+        cut_off = len(self._open)
+        self._stopped = True
+        for request in list(self._open):
+            self.scheduler.cancel(request)
+        if cut_off:
+            log.warning("shutting down: %d requests did not end within %.0f s", cut_off, timeout)
+        return cut_off == 0
+
+
+def _invalid(name: str, why: str) -> RequestError:
+    return RequestError("invalid_value", f"'{name}': {why}", name)
+
+
+def _too_long(context: int) -> RequestError:
+    return RequestError(
+        "context_length_exceeded", f"the prompt does not fit: the context has {context} tokens", "messages"
+    )
+
+
+class _Counted:
+    """Counts one choice in the metrics and in its call's usage, and sees to it that it is counted once."""
+
+    def __init__(self, metrics: Metrics, usage: Usage, prompt_tokens: int) -> None:
+        self._metrics, self._usage = metrics, usage
+        self._prompt_tokens, self._output_tokens = prompt_tokens, 0
+        self._last = usage.submitted
+        self._ended = False
+
+    def event(self, event: TokenEvent) -> None:
+        """News of the choice."""
+        now, n = time.monotonic(), len(event.tokens)
+        if not self._output_tokens and n:
+            self._metrics.first_token.observe(now - self._usage.submitted)
+            self._metrics.queue.observe(event.queue_seconds)
+            self._metrics.prompt_tokens.inc(self._prompt_tokens)
+            self._metrics.cached_tokens.inc(event.cached_tokens)
+            self._usage.cached_tokens += event.cached_tokens
+            self._usage.first_token = self._usage.first_token or now
+        elif n:
+            for _ in range(n):
+                self._metrics.between_tokens.observe((now - self._last) / n)
+        self._metrics.output_tokens.inc(n)
+        self._usage.completion_tokens += n
+        self._output_tokens += n
+        self._usage.last_token = self._last = now
+
+    def finish(self, reason: str) -> None:
+        """It ended by itself."""
+        self._ended = True
+        self._metrics.finished(reason)
+        self._metrics.request.observe(self._last - self._usage.submitted)
+        self._metrics.prompt_length.observe(self._prompt_tokens)
+        self._metrics.output_length.observe(self._output_tokens)
+
+    def fail(self, code: str) -> None:
+        """It ended with an error."""
+        self._ended = True
+        self._metrics.failed(code)
+
+    def leave(self) -> None:
+        """Nobody reads it any more; a client's leaving is counted if it had not ended."""
+        if not self._ended:
+            self._metrics.finished("cancelled")
+
+
+async def _merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
+    """The deltas of several choices as they come. The first that fails ends all; leaving early closes all."""
+    queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(MERGED_DELTAS)
+
+    async def forward(stream: AsyncGenerator[Delta, None]) -> None:
+        end: Exception | None = None
+        try:
+            async with aclosing(stream):
+                async for delta in stream:
+                    await queue.put(delta)
+        except Exception as error:  # handed on to the reader, which raises it
+            end = error
+        await queue.put(end)
+
+    tasks = [asyncio.create_task(forward(stream)) for stream in streams]
+    try:
+        left = len(tasks)
+        while left:
+            item = await queue.get()
+            if isinstance(item, Delta):
+                yield item
+            elif item is not None:
+                raise item
+            else:
+                left -= 1
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,222 @@
+"""What Prometheus reads: events of this process, and the scheduler's last status.
+
+Names are `ktransformers_*`. vLLM's names hold a colon, which promtool refuses, so they are an option, and
+only for what routers and the public dashboards read; those carry the model's name, since their queries filter
+on it. Nothing carries a tenant or a word of a prompt.
+"""
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from ktransformers.scheduler.protocol import Status
+
+# The same as vLLM's, so that its dashboards and recorded rules stay comparable.
+FIRST_TOKEN_BUCKETS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+    160.0,
+    640.0,
+    2560.0,
+)
+BETWEEN_TOKENS_BUCKETS = (
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+)
+REQUEST_BUCKETS = (
+    0.3,
+    0.5,
+    0.8,
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+    5.0,
+    10.0,
+    15.0,
+    20.0,
+    30.0,
+    40.0,
+    50.0,
+    60.0,
+    120.0,
+    240.0,
+    480.0,
+    960.0,
+    1920.0,
+    7680.0,
+)
+LENGTH_BUCKETS = tuple(float(1 << power) for power in range(0, 21, 2))
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+# Field of Status -> (suffix of the native name, of vLLM's, help)
+_GAUGES = {
+    "running": ("requests_running", "num_requests_running", "Requests that hold KV"),
+    "waiting": ("requests_waiting", "num_requests_waiting", "Requests in the queue"),
+    "blocks_total": ("kv_blocks", "", "KV blocks there are"),
+    "blocks_used": ("kv_blocks_used", "", "KV blocks that sequences hold"),
+    "blocks_cached": ("kv_blocks_cached", "", "KV blocks kept for reuse"),
+}
+_COUNTERS = {
+    "preemptions": ("preemptions", "num_preemptions", "Requests put back because blocks ran out"),
+    "prefix_hit_tokens": ("prefix_hit_tokens", "prefix_cache_hits", "Prompt tokens found in the cache"),
+    "prefix_query_tokens": (
+        "prefix_query_tokens",
+        "prefix_cache_queries",
+        "Prompt tokens looked up in the cache",
+    ),
+    "computed_tokens": ("computed_tokens", "", "Tokens computed, prompt and output"),
+    "recomputed_tokens": ("recomputed_tokens", "", "Tokens computed again after a preemption"),
+    "generated_tokens": ("generated_tokens", "", "Tokens drawn"),
+    "steps": ("engine_steps", "", "Steps done"),
+    "step_seconds": ("engine_step_seconds", "", "Time spent in steps"),
+    "engine_restarts": ("engine_restarts", "", "Times the engine was started again"),
+}
+
+
+class Metrics:
+    """All series of the API process, in a registry of its own."""
+
+    def __init__(self, model: str, status: Callable[[], Status | None], vllm_names: bool) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_StatusCollector(model, status, vllm_names))
+        r = self.registry
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"ktransformers_{name}", text, registry=r, buckets=buckets)
+
+        self.first_token = histogram(
+            "time_to_first_token_seconds", "Submit to first token", FIRST_TOKEN_BUCKETS
+        )
+        self.between_tokens = histogram(
+            "inter_token_latency_seconds", "Between two tokens", BETWEEN_TOKENS_BUCKETS
+        )
+        self.request = histogram("e2e_request_latency_seconds", "Submit to last token", REQUEST_BUCKETS)
+        self.queue = histogram("request_queue_time_seconds", "Submit to first step", REQUEST_BUCKETS)
+        self.prompt_length = histogram("request_prompt_tokens", "Tokens of the prompt", LENGTH_BUCKETS)
+        self.output_length = histogram("request_generation_tokens", "Tokens of the output", LENGTH_BUCKETS)
+        self.prompt_tokens = Counter("ktransformers_prompt_tokens", "Prompt tokens", registry=r)
+        self.cached_tokens = Counter(
+            "ktransformers_prompt_tokens_cached", "Prompt tokens that were not computed", registry=r
+        )
+        self.output_tokens = Counter("ktransformers_generation_tokens", "Output tokens", registry=r)
+        self._finished = Counter(
+            "ktransformers_request_success",
+            "Requests by the reason they ended",
+            ["finished_reason"],
+            registry=r,
+        )
+        self._failed = Counter(
+            "ktransformers_request_failure", "Requests that failed, by error code", ["code"], registry=r
+        )
+        self._http = Counter(
+            "ktransformers_http_requests", "HTTP requests", ["method", "route", "status"], registry=r
+        )
+        self._http_seconds = Histogram(
+            "ktransformers_http_request_duration_seconds",
+            "Whole HTTP exchange",
+            ["route"],
+            registry=r,
+            buckets=REQUEST_BUCKETS,
+        )
+
+    def finished(self, reason: str) -> None:
+        """A request ended with "stop", "length" or "cancelled"."""
+        self._finished.labels(reason).inc()
+
+    def failed(self, code: str) -> None:
+        """A request was answered by an error."""
+        self._failed.labels(code).inc()
+
+    def http_request(self, method: str, route: str, status: int, seconds: float) -> None:
+        """An HTTP exchange is over; `route` is the route's template, never the path a client made up."""
+        self._http.labels(method if method in _METHODS else "other", route, str(status)).inc()
+        self._http_seconds.labels(route).observe(seconds)
+
+    def render(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(self.registry)
+
+
+class _StatusCollector:
+    """Makes series of the scheduler's status when they are read; without a fresh status only `up` is
+    there.
+    """
+
+    def __init__(self, model: str, status: Callable[[], Status | None], vllm_names: bool) -> None:
+        self._model, self._status, self._vllm_names = model, status, vllm_names
+
+    def describe(self) -> list[Metric]:
+        """Nothing, so that registering does not read the status."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """All series of one scrape."""
+        status = self._status()
+        info = GaugeMetricFamily("ktransformers_model_info", "The served model", labels=["model_name"])
+        info.add_metric([self._model], 1.0)
+        yield info
+        yield GaugeMetricFamily(
+            "ktransformers_scheduler_up", "A status younger than 3 s is there", float(status is not None)
+        )
+        if status is None:
+            return
+        yield GaugeMetricFamily("ktransformers_engine_ready", "The engine takes steps", float(status.ready))
+        for field, (name, vllm, text) in _GAUGES.items():
+            value = float(getattr(status, field))
+            yield GaugeMetricFamily(f"ktransformers_{name}", text, value)
+            yield from self._alias(GaugeMetricFamily, vllm, text, value)
+        used = status.blocks_used / status.blocks_total if status.blocks_total else 0.0
+        yield GaugeMetricFamily(
+            "ktransformers_kv_cache_usage_ratio", "Share of KV blocks that sequences hold", used
+        )
+        yield from self._alias(
+            GaugeMetricFamily, "kv_cache_usage_perc", "Share of KV blocks in use (1 is all)", used
+        )
+        for field, (name, vllm, text) in _COUNTERS.items():
+            value = float(getattr(status, field))
+            yield CounterMetricFamily(f"ktransformers_{name}", text, value)
+            yield from self._alias(CounterMetricFamily, vllm, text, value)
+
+    def _alias(
+        self, kind: type[GaugeMetricFamily | CounterMetricFamily], name: str, text: str, value: float
+    ) -> Iterator[Metric]:
+        if self._vllm_names and name:
+            family = kind(f"vllm:{name}", text, labels=["model_name"])
+            family.add_metric([self._model], value)
+            yield family

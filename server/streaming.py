@@ -1,0 +1,81 @@
+"""Answers that are sent as they are made: raw ASGI, one send a token, and nothing goes on once the client has
+left."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ktransformers.server.errors import RequestError
+
+SEND_SECONDS = 30.0
+"""How long a client may take no bytes at all before it counts as gone."""
+Result = TypeVar("Result")
+
+log = logging.getLogger("ktransformers.server.streaming")
+
+
+class ByteStream(Response):
+    """Sends each chunk as it comes. When the client leaves or stops reading, `chunks` is closed."""
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None], media_type: str) -> None:
+        super().__init__(media_type=media_type, headers={"X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await while_connected(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        async with aclosing(self._chunks) as chunks:
+            async for chunk in chunks:
+                try:
+                    async with asyncio.timeout(SEND_SECONDS):
+                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                except TimeoutError:
+                    raise ClientDisconnect from None
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def with_error_event(
+    chunks: AsyncGenerator[bytes, None], event: Callable[[RequestError], bytes]
+) -> AsyncGenerator[bytes, None]:
+    """`chunks`, and if they fail, one last chunk that says so: the status line has long been sent."""
+    try:
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
+    except RequestError as error:
+        yield event(error)
+    except Exception as error:
+        # The type only: the text of an exception may hold what a client sent.
+        log.error("a stream failed: %s", type(error).__name__)
+        yield event(RequestError("internal", "the request failed"))
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`, which is cancelled when the client leaves before. Raises ClientDisconnect then.
+
+    The request's body must have been read: the only message left to receive is the disconnect.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect
+    finally:
+        for pending in (task, gone):
+            pending.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
