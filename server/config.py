@@ -15,8 +15,6 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from ktransformers.engine.config import EngineConfig
-from ktransformers.kvcache.config import CacheConfig
 from ktransformers.scheduler.config import SchedulerConfig
 
 ENV_PREFIX = "KTRANSFORMERS_"
@@ -55,11 +53,20 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Also export the gauges that dashboards and routers read under their `vllm:` names."""
 
 
+def _nested(struct: type[msgspec.Struct], name: str) -> type[msgspec.Struct]:
+    """The struct that is the field `name`: each room's settings hold those of the room below it."""
+    (found,) = (field.type for field in msgspec.structs.fields(struct) if field.name == name)
+    if not issubclass(found, msgspec.Struct):
+        raise TypeError(f"{struct.__name__}.{name} is not a struct")
+    return found
+
+
+_ENGINE = _nested(SchedulerConfig, "engine")
 TABLES: dict[str, type[msgspec.Struct]] = {
     "server": ServerConfig,
     "scheduler": SchedulerConfig,
-    "engine": EngineConfig,
-    "cache": CacheConfig,
+    "engine": _ENGINE,
+    "cache": _nested(_ENGINE, "cache"),
 }
 _NOT_SETTINGS = frozenset({"scheduler", "engine", "cache", "socket"})
 
@@ -92,8 +99,9 @@ def load_config(file: Path | None, env: Mapping[str, str], overrides: Mapping[st
             values[table][name] = msgspec.convert(value, field.type, strict=strict)
         except msgspec.ValidationError as error:
             raise ConfigError(f"setting {name!r} ({source}): {_lower_first(str(error))}") from None
-    engine = EngineConfig(**values["engine"], cache=CacheConfig(**values["cache"]))
-    config = ServerConfig(**values["server"], scheduler=SchedulerConfig(**values["scheduler"], engine=engine))
+    engine = {**values["engine"], "cache": values["cache"]}
+    scheduler = {**values["scheduler"], "engine": engine}
+    config = msgspec.convert({**values["server"], "scheduler": scheduler}, ServerConfig)
     if not is_loopback(config.host) and not config.api_keys and config.api_key_file is None:
         raise ConfigError(
             f"setting 'host': listening on {config.host} needs 'api_key_file' or 'api_keys' "
