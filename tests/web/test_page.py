@@ -1,7 +1,7 @@
 """The chat page in a real browser, against a scripted server and under `default-src 'self'`.
 
-Needs the built page (`npm ci && npm run build` in web/) and Chromium (`apt-get install chromium`; CI has both).
-Without Chromium these tests are skipped.
+Needs the built page (`npm ci && npm run build` in web/) and Chromium (`apt-get install chromium`).
+Without Chromium these tests are skipped; CI has it.
 """
 
 import json
