@@ -55,9 +55,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 def _nested(struct: type[msgspec.Struct], name: str) -> type[msgspec.Struct]:
     """The struct that is the field `name`: each room's settings hold those of the room below it."""
-    (found,) = (field.type for field in msgspec.structs.fields(struct) if field.name == name)
-    if not issubclass(found, msgspec.Struct):
-        raise TypeError(f"{struct.__name__}.{name} is not a struct")
+    found: type[msgspec.Struct] = next(f.type for f in msgspec.structs.fields(struct) if f.name == name)
     return found
 
 
