@@ -210,11 +210,14 @@ def build_executor(config: EngineConfig, program: Program, plan: Plan, progress:
     if config.cache.block_tokens != _kernels.BLOCK_TOKENS:
         what = f"the native executor has blocks of {_kernels.BLOCK_TOKENS} tokens"
         raise ModelError(f"cache.block_tokens: {config.cache.block_tokens} is not supported; {what}")
-    return NativeExecutor(
-        program,
-        threads=plan.threads,
-        blocks=plan.blocks,
-        max_tokens=config.max_batch_tokens,
-        max_rows=config.max_sequences,
-        progress=progress,
-    )
+    try:
+        return NativeExecutor(
+            program,
+            threads=plan.threads,
+            blocks=plan.blocks,
+            max_tokens=config.max_batch_tokens,
+            max_rows=config.max_sequences,
+            progress=progress,
+        )
+    except ValueError as e:
+        raise ModelError(f"{config.model}: the native executor cannot run it: {e}") from e
