@@ -183,7 +183,7 @@ void Program::check(const Batch& batch) {
     for (int64_t i = begin / kBlockTokens; i <= (end - 1) / kBlockTokens; ++i) {
       const int32_t block = batch.blocks[batch.block_starts[s] + i];
       if (block_writer_[block] == check_number_)
-        throw std::invalid_argument("blocks: block " + std::to_string(block) + " is written by two sequences");
+        throw std::invalid_argument("blocks: block " + std::to_string(block) + " is written twice");
       block_writer_[block] = check_number_;
     }
   }

@@ -99,7 +99,7 @@ const float* Sampler::adjust(Scratch& s, const float* logits, int64_t row, const
     l = l > 0 ? l / p.repetition[row] : l * p.repetition[row];
     l -= p.frequency[row] * static_cast<float>(outputs);
     if (outputs > 0) l -= p.presence[row];
-    x[token] = l;
+    x[token] = std::isnan(l) ? kInfinity : l;  // overflow either way; a NaN has no rank
   }
   for (int64_t i = first_bias; i < end_bias; ++i) {
     const float bias = p.bias_values[i];

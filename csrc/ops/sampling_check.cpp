@@ -1,5 +1,6 @@
 #include <cmath>
 #include <limits>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -10,6 +11,13 @@ namespace {
 
 [[noreturn]] void fail(const char* name, size_t i, const std::string& what) {
   throw std::invalid_argument(std::string(name) + "[" + std::to_string(i) + "]: " + what);
+}
+
+template <class T>
+std::string in(T value, T low, T high) {
+  std::ostringstream text;
+  text << value << " is not in [" << low << ", " << high << "]";
+  return text.str();
 }
 
 template <class T>
@@ -24,13 +32,12 @@ void check_floats(const char* name, std::span<const float> values, int64_t rows,
   check_size(name, values, rows);
   for (size_t i = 0; i < values.size(); ++i)
     if (!(values[i] >= low && values[i] <= high))
-      fail(name, i, std::to_string(values[i]) + " is not in [" + std::to_string(low) + ", " + std::to_string(high) + "]");
+      fail(name, i, in(values[i], low, high));
 }
 
 void check_ints(const char* name, std::span<const int32_t> values, int64_t low, int64_t high) {
   for (size_t i = 0; i < values.size(); ++i)
-    if (values[i] < low || values[i] > high)
-      fail(name, i, std::to_string(values[i]) + " is not in [" + std::to_string(low) + ", " + std::to_string(high) + "]");
+    if (values[i] < low || values[i] > high) fail(name, i, in<int64_t>(values[i], low, high));
 }
 
 void check_starts(const char* name, std::span<const int32_t> starts, int64_t rows, size_t end) {

@@ -8,14 +8,25 @@ from types import ModuleType
 import pytest
 
 
-@pytest.fixture(scope="session")
-def fake() -> ModuleType:
-    """The module fake_engine."""
-    path = Path(__file__).parent / "fake_engine.py"
-    spec = importlib.util.spec_from_file_location("fake_engine", path)
+def load(name: str) -> ModuleType:
+    """A module beside the tests (which are no package)."""
+    path = Path(__file__).parent / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["fake_engine"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def fake() -> ModuleType:
+    """The module fake_engine."""
+    return load("fake_engine")
+
+
+@pytest.fixture(scope="session")
+def small() -> ModuleType:
+    """The module small_programs."""
+    return load("small_programs")

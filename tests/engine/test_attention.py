@@ -1,0 +1,140 @@
+"""Paged attention on every usable instruction set: against float64, and equal in bits however it is cut."""
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ktransformers.engine import _kernels
+
+ISAS = _kernels.isas()
+SHAPES = {
+    "plain": {"heads": 2, "kv_heads": 2, "head_dim": 64},
+    "grouped": {"heads": 9, "kv_heads": 3, "head_dim": 64},
+    "window": {"heads": 4, "kv_heads": 2, "head_dim": 16, "window": 37},
+    "short window": {"heads": 2, "kv_heads": 1, "head_dim": 32, "window": 1},
+    "softcap": {"heads": 4, "kv_heads": 1, "head_dim": 80, "softcap": 5.0},
+    "both": {"heads": 7, "kv_heads": 1, "head_dim": 96, "window": 64, "softcap": 20.0},
+    "wide": {"heads": 2, "kv_heads": 1, "head_dim": 256},
+}
+LENGTH = 203
+
+
+@pytest.fixture(params=SHAPES, scope="module")
+def shape(request: pytest.FixtureRequest, small: ModuleType) -> Any:
+    return small.AttentionShape(**SHAPES[request.param])
+
+
+def tables(shape: Any, seed: int = 0) -> tuple[Any, Any, Any]:
+    """Keys and values that float16 can hold, so that only the arithmetic is compared."""
+    rng = np.random.default_rng(seed)
+    q = rng.normal(size=(shape.vocab, shape.heads * shape.head_dim)).astype(np.float32)
+    k, v = (
+        rng.normal(size=(shape.vocab, shape.kv_heads * shape.head_dim)).astype(np.float16) for _ in range(2)
+    )
+    return q, k.astype(np.float32), v.astype(np.float32)
+
+
+def oracle(shape: Any, q: Any, k: Any, v: Any) -> Any:
+    """Attention of a whole sequence [n, ...] in float64."""
+    n, group = len(q), shape.heads // shape.kv_heads
+    q = q.reshape(n, shape.heads, shape.head_dim).astype(np.float64)
+    k, v = (
+        np.repeat(a.reshape(n, shape.kv_heads, shape.head_dim).astype(np.float64), group, 1) for a in (k, v)
+    )
+    scores = np.einsum("ihd,jhd->hij", q, k) * shape.scale
+    if shape.softcap:
+        scores = shape.softcap * np.tanh(scores / shape.softcap)
+    i, j = np.arange(n)[:, None], np.arange(n)[None, :]
+    seen = (j <= i) & ((j > i - shape.window) if shape.window else True)
+    scores = np.where(seen, scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("hij,jhd->ihd", weights, v).reshape(n, -1)
+
+
+def tokens_of(shape: Any, n: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, shape.vocab - 1, n).tolist()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_against_float64(small: ModuleType, shape: Any, isa: str) -> None:
+    tables_ = tables(shape)
+    with_isa = small.executor(small.attention_program(shape, *tables_), isa, threads=2)
+    tokens = tokens_of(shape, LENGTH, 1)
+    got = with_isa.logits(small.batch(small.Part(tokens, 0, list(range(13, 0, -1)))))
+    want = oracle(shape, *(t[tokens] for t in tables_))
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_equal_on_every_isa(small: ModuleType, shape: Any) -> None:
+    tokens, blocks = tokens_of(shape, LENGTH, 2), list(range(13))
+    program = small.attention_program(shape, *tables(shape))
+    results = [
+        small.executor(program, isa).logits(small.batch(small.Part(tokens, 0, blocks))) for isa in ISAS
+    ]
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
+
+
+@pytest.mark.parametrize("isa", [i for i in ISAS if i != "reference"] or ISAS)
+def test_bits_do_not_depend_on_chunks_or_neighbours(small: ModuleType, shape: Any, isa: str) -> None:
+    """Law 1."""
+    ex = small.executor(small.attention_program(shape, *tables(shape)), isa, threads=2)
+    tokens, blocks = tokens_of(shape, LENGTH, 3), list(range(20, 33))
+    whole = ex.logits(small.batch(small.Part(tokens, 0, blocks)))
+    for chunk in (1, 7, 16, 33, 64, 100):
+        np.testing.assert_array_equal(
+            small.chunked(ex, tokens, blocks, chunk), whole, err_msg=f"chunks of {chunk}"
+        )
+    # A prefix hit of 64 tokens, between two neighbours.
+    before = small.Part(tokens_of(shape, 30, 4), 3, [0, 1, 2])
+    after = small.Part(tokens_of(shape, 1, 5), 40, [3, 4, 5])
+    got = ex.logits(small.batch(before, small.Part(tokens[64:], 64, blocks), after))
+    np.testing.assert_array_equal(got[30:-1], whole[64:])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_stale_nan_in_the_cache_is_never_touched(small: ModuleType, shape: Any, isa: str) -> None:
+    """Blocks come back from sequences whose numbers had blown up; a mask that multiplies by 0 keeps the NaN."""
+    q, k, v = tables(shape)
+    nan = shape.vocab - 1
+    k[nan] = v[nan] = np.nan
+    ex = small.executor(small.attention_program(shape, q, k, v), isa)
+    tokens, blocks = tokens_of(shape, 70, 6), [3, 1, 4, 2, 5]
+    clean = ex.logits(small.batch(small.Part(tokens, 0, blocks)))
+    poison = ex.logits(small.batch(small.Part([nan] * 80, 0, blocks)))
+    assert np.isnan(poison).all()
+    np.testing.assert_array_equal(ex.logits(small.batch(small.Part(tokens, 0, blocks))), clean)
+    ex.logits(small.batch(small.Part([nan] * 80, 0, blocks)))
+    np.testing.assert_array_equal(small.chunked(ex, tokens, blocks, 9), clean)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_nan_harms_only_those_who_see_it(small: ModuleType, shape: Any, isa: str) -> None:
+    q, k, v = tables(shape)
+    nan = shape.vocab - 1
+    k[nan] = v[nan] = np.nan
+    ex = small.executor(small.attention_program(shape, q, k, v), isa)
+    tokens = tokens_of(shape, 100, 7)
+    blocks, others = list(range(7)), list(range(10, 17))
+    clean = ex.logits(small.batch(small.Part(tokens, 0, blocks)))
+    bad = [*tokens[:50], nan, *tokens[51:]]
+    both = ex.logits(small.batch(small.Part(bad, 0, others), small.Part(tokens, 0, blocks)))
+    np.testing.assert_array_equal(both[100:], clean)
+    np.testing.assert_array_equal(both[:50], clean[:50])
+    end = min(50 + shape.window, 100) if shape.window else 100
+    assert np.isnan(both[50:end]).all()
+    np.testing.assert_array_equal(both[end:100], clean[end:])
+
+
+def test_extreme_scores(small: ModuleType) -> None:
+    """Scores of +-1e5 neither overflow nor lose the winner."""
+    shape = small.AttentionShape(heads=2, kv_heads=1, head_dim=16, scale=1.0)
+    q, k, v = tables(shape)
+    q, k = q * 1e3, (k * 1e2).astype(np.float16).astype(np.float32)
+    ex = small.executor(small.attention_program(shape, q, k, v))
+    tokens = tokens_of(shape, 90, 8)
+    got = ex.logits(small.batch(small.Part(tokens, 0, list(range(6)))))
+    np.testing.assert_allclose(got, oracle(shape, q[tokens], k[tokens], v[tokens]), rtol=1e-2, atol=1e-2)
