@@ -97,7 +97,7 @@ def test_bits_do_not_depend_on_chunks_or_neighbours(small: ModuleType, shape: An
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_stale_nan_in_the_cache_is_never_touched(small: ModuleType, shape: Any, isa: str) -> None:
-    """Blocks come back from sequences whose numbers had blown up; a mask that multiplies by 0 keeps the NaN."""
+    """Blocks come back from sequences whose numbers had blown up; a mask times NaN is NaN."""
     q, k, v = tables(shape)
     nan = shape.vocab - 1
     k[nan] = v[nan] = np.nan

@@ -50,7 +50,8 @@ class Llama:
         self.layers = [
             {
                 "norm1": weight(1, WIDTH), "q": weight(64, WIDTH), "q_bias": weight(1, 64),
-                "k": weight(32, WIDTH), "v": weight(32, WIDTH), "o": weight(WIDTH, 64), "norm2": weight(1, WIDTH),
+                "k": weight(32, WIDTH), "v": weight(32, WIDTH),
+                "o": weight(WIDTH, 64), "norm2": weight(1, WIDTH),
                 "gate": weight(FFN, WIDTH), "up": weight(FFN, WIDTH), "down": weight(WIDTH, FFN),
             }
             for _ in range(LAYERS)
@@ -58,7 +59,6 @@ class Llama:
         self.norm = weight(1, WIDTH)
         ops: list[Op] = [Embed(self.embed, X, 2.0)]
         for i, w in enumerate(self.layers):
-            kv = (LinearPart(w["k"], None, K), LinearPart(w["v"], None, V))
             ops += [
                 RmsNorm(X, w["norm1"], H, WIDTH, EPS),
                 Linear(
