@@ -12,7 +12,7 @@ enum class Format : int32_t {
 };
 
 // How a product's input rows are presented to gemm; it depends on the weight's format and on the table.
-//   kInt8: per row: int8[cols], then for each group of 32 a float scale and an int32 sum of the group's int8
+//   kInt8: groups of 32, each with one float scale and the sums of its int8 (kernels/quantize.inl)
 enum class Activation : int32_t { kF32, kBF16, kInt8 };
 
 // Rows of a panel: the outputs that share one packed stream. Every table of today uses the same packed layout, so a

@@ -12,46 +12,30 @@ namespace {
 constexpr int64_t kChunkBytes = 384 * 1024;
 
 template <class F>
-inline constexpr int kMaxTile = kTileRows;
-template <>
-inline constexpr int kMaxTile<F32> = kTileRowsFloat;
-template <>
-inline constexpr int kMaxTile<F16> = kTileRowsFloat;
-template <>
-inline constexpr int kMaxTile<BF16> = kTileRowsFloat;
+constexpr int kMaxTile = kIsFloat<F> ? kTileRowsFloat : kTileRows;
 
-// The accumulators of one row and group at -bias * sum, since weights are stored with their bias.
-template <class F>
-inline void start(const ActivationGroup& a, Ints* acc) {
+// Minus the sum of a row's q over subgroup S of F, times the bias of the weights: where their accumulator starts, since
+// they are stored with the bias added.
+template <class F, int S>
+inline Ints start(const ActivationGroup& a) {
   if constexpr (F::kBias == 0) {
-    for (int s = 0; s < F::kSubgroups; ++s) acc[s] = set1_int(0);
+    return set1_int(0);
   } else if constexpr (F::kBias == 128) {
     static_assert(F::kSubgroups == 1);
-    acc[0] = start_biased128(a.negative_sum);
+    return start_biased128(a.negative_sum);
   } else {
     constexpr int kShift = __builtin_ctz(F::kBias);
-    const Ints all = shift_left<kShift>(set1_int(a.negative_sum));
-    if constexpr (F::kSubgroups == 1) {
-      acc[0] = all;
-    } else {
-      acc[0] = shift_left<kShift>(set1_int(a.negative_first_half));
-      acc[1] = all - acc[0];
-    }
+    return shift_left<kShift>(set1_int(F::kSubgroups == 1 ? a.negative_sum : a.negative_half[S]));
   }
 }
 
-template <class F>
-inline Floats finish(const ActivationGroup& a, const Ints* acc, const Scales& w, Floats sum) {
-  Floats t = to_floats(acc[0]) * w.d[0];
-  if constexpr (F::kSubgroups == 2) t = fma(to_floats(acc[1]), w.d[1], t);
-  sum = fma(t, set1(a.scale), sum);
-  if constexpr (F::kHasMin && F::kSubgroups == 1) sum = fma(w.m[0], set1(a.scaled_sum), sum);
-  if constexpr (F::kHasMin && F::kSubgroups == 2) {
-    const int32_t second = a.negative_first_half - a.negative_sum;
-    sum = fma(w.m[0], set1(a.scale * static_cast<float>(-a.negative_first_half)), sum);
-    sum = fma(w.m[1], set1(a.scale * static_cast<float>(second)), sum);
-  }
-  return sum;
+// sum + (what subgroup S adds to it)
+template <class F, int S>
+inline Floats finish(const ActivationGroup& a, Ints acc, const Scales& w, Floats sum) {
+  sum = fma(to_floats(acc) * w.d[S], set1(a.scale), sum);
+  if constexpr (!F::kHasMin) return sum;
+  if constexpr (F::kSubgroups == 1) return fma(w.m[0], set1(a.scaled_sum), sum);
+  return fnma(w.m[S] * to_floats(set1_int(a.negative_half[S])), set1(a.scale), sum);
 }
 
 // One group of a panel for R rows, `stride` bytes apart.
@@ -60,18 +44,20 @@ inline void group_product(const Scales& w, const uint8_t* quads, const uint8_t* 
   const auto row = [&](int r) -> const ActivationGroup& {
     return *reinterpret_cast<const ActivationGroup*>(act + r * stride);
   };
-  Ints acc[R][F::kSubgroups];
-  for (int r = 0; r < R; ++r) start<F>(row(r), acc[r]);
-  unroll<kGroup / 4>([&](auto q) {
-    constexpr int kQuad = q;
-    constexpr int kSub = kQuad * F::kSubgroups / (kGroup / 4);
-    const Bytes weights = F::template quad<kQuad>(quads);
-    for (int r = 0; r < R; ++r) {
-      const Bytes x = broadcast4(row(r).q + 4 * kQuad);
-      acc[r][kSub] = F::kBias == 128 ? dot_biased128(acc[r][kSub], weights, x) : dot_u7(acc[r][kSub], weights, x);
-    }
+  constexpr int kQuads = kGroup / 4 / F::kSubgroups;
+  unroll<F::kSubgroups>([&](auto s) {
+    Ints acc[R];
+    for (int r = 0; r < R; ++r) acc[r] = start<F, s>(row(r));
+    unroll<kQuads>([&](auto i) {
+      constexpr int kQuad = s * kQuads + i;
+      const Bytes weights = F::template quad<kQuad>(quads);
+      for (int r = 0; r < R; ++r) {
+        const Bytes x = broadcast4(row(r).q + 4 * kQuad);
+        acc[r] = F::kBias == 128 ? dot_biased128(acc[r], weights, x) : dot_u7(acc[r], weights, x);
+      }
+    });
+    for (int r = 0; r < R; ++r) sum[r] = finish<F, s>(row(r), acc[r], w, sum[r]);
   });
-  for (int r = 0; r < R; ++r) sum[r] = finish<F>(row(r), acc[r], w, sum[r]);
 }
 
 template <class F, int R>

@@ -4,16 +4,16 @@
 namespace kt {
 namespace {
 
-// 32 elements of an int8 row: x is about scale * q. The sums pay for the biases and minimums of weights; both integer
-// ones are negative because an accumulator starts at -bias * sum.
+// 32 elements of an int8 row: x is about scale * q. The sums pay for the biases and minimums of weights; the
+// integer ones are negative because an accumulator starts at -bias * sum.
 struct ActivationGroup {
   float scale;
-  float scaled_sum;             // scale * sum of q
-  int32_t negative_sum;         // -(sum of q)
-  int32_t negative_first_half;  // -(sum of the first 16 q)
+  float scaled_sum;          // scale * sum of q
+  int32_t negative_sum;      // -(sum of q)
+  int32_t negative_half[2];  // the same of the first 16 and of the others
   int8_t q[kGroup];
 };
-static_assert(sizeof(ActivationGroup) == 48);
+static_assert(sizeof(ActivationGroup) == 52);
 
 Activation activation(Format format) {
   Activation result = Activation::kInt8;
@@ -53,11 +53,12 @@ inline void quantize_group(const float* x, ActivationGroup* out) {
   const Ints qa = round_to_ints(a * inverse), qb = round_to_ints(b * inverse);
   store_i8(out->q, qa);
   store_i8(out->q + kLanes, qb);
-  const int32_t first = hsum(qa), sum = first + hsum(qb);
+  const int32_t first = hsum(qa), second = hsum(qb), sum = first + second;
   out->scale = scale;
   out->scaled_sum = scale * static_cast<float>(sum);
   out->negative_sum = -sum;
-  out->negative_first_half = -first;
+  out->negative_half[0] = -first;
+  out->negative_half[1] = -second;
 }
 
 // To nearest, ties to even; a NaN stays one.

@@ -1,0 +1,103 @@
+"""Shared by the kernel tests: every instruction set usable here, a fresh seed each run, and random weights in every format."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from ktransformers.engine import _kernels
+
+U8 = npt.NDArray[np.uint8]
+F32 = npt.NDArray[np.float32]
+
+# Offsets of the float16 fields in a block; all other bits may be anything.
+SCALE_OFFSETS = {
+    "F32": (), "F16": (), "BF16": (),
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "IQ4_NL": (0,),
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_XS": (0,),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """A GGUF format as the file has it."""
+
+    name: str
+
+    @property
+    def number(self) -> int:
+        return int(gguf.GGMLQuantizationType[self.name])
+
+    @property
+    def block(self) -> int:
+        """Elements of a block; columns are a multiple of it."""
+        return int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.name]][0])
+
+    @property
+    def block_bytes(self) -> int:
+        return int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.name]][1])
+
+    @property
+    def is_float(self) -> bool:
+        return self.block == 1
+
+    def random(self, rng: np.random.Generator, rows: int, cols: int, *, extreme: bool = False) -> U8:
+        """Raw rows [rows, bytes]. Scales are of both signs within 2^-9 .. 2^-2, or any finite float16 if `extreme`."""
+        if self.is_float:
+            values = rng.standard_normal((rows, cols)).astype(np.float32)
+            if self.name == "BF16":
+                return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+            return values.astype(np.float16 if self.name == "F16" else np.float32).view(np.uint8)
+        raw = rng.integers(0, 256, (rows, cols // self.block, self.block_bytes), dtype=np.uint8)
+        for offset in SCALE_OFFSETS[self.name]:
+            shape = raw.shape[:2]
+            if extreme:
+                scale = rng.integers(0, 0x7C00, shape, dtype=np.uint16)
+                scale[rng.random(shape) < 0.2] = 0
+                scale |= rng.integers(0, 2, shape, dtype=np.uint16) << 15
+            else:
+                magnitude = np.exp2(rng.uniform(-9, -2, shape))
+                scale = (magnitude * rng.choice([-1, 1], shape)).astype(np.float16).view(np.uint16)
+            raw[:, :, offset] = scale & 0xFF
+            raw[:, :, offset + 1] = scale >> 8
+        return raw.reshape(rows, -1)
+
+    def dequantize(self, raw: U8) -> F32:
+        """What the gguf package makes of raw rows: [rows, cols]."""
+        kind = gguf.GGMLQuantizationType[self.name]
+        if self.is_float and self.name != "BF16":
+            return raw.view(np.float16 if self.name == "F16" else np.float32).astype(np.float32)
+        return np.asarray(gguf.quants.dequantize(raw, kind), dtype=np.float32)
+
+
+FORMATS = [WeightFormat(name) for name in SCALE_OFFSETS]
+
+
+@pytest.fixture(params=FORMATS, ids=lambda f: f.name)
+def fmt(request: pytest.FixtureRequest) -> WeightFormat:
+    value = request.param
+    assert isinstance(value, WeightFormat)
+    return value
+
+
+@pytest.fixture(params=_kernels.isas())
+def isa(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def rng() -> Iterator[np.random.Generator]:
+    """Seeded afresh, or by KT_TEST_SEED; pytest shows the line below when a test fails."""
+    seed = int(os.environ.get("KT_TEST_SEED") or secrets.randbits(32))
+    print(f"KT_TEST_SEED={seed}")
+    yield np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session")
+def pool() -> _kernels.ThreadPool:
+    return _kernels.ThreadPool(2)

@@ -1,0 +1,142 @@
+"""The product: equal to the reference table bit for bit, and to its definition in float64."""
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from ktransformers.engine import _kernels
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+
+OUT_ROWS = [1, 15, 17, 33]
+ROWS = [1, 2, 3, 7, 12, 16, 17, 65]
+GROUP = 32
+
+
+def columns(fmt) -> list[int]:
+    return [1, 2, 33, 256, 768] if fmt.is_float else sorted({fmt.block, 3 * fmt.block, 256, 768})
+
+
+def uses_bf16_dot(fmt, isa: str) -> bool:
+    return fmt.name == "BF16" and isa == "avx512_bf16"
+
+
+def as_presented(fmt, isa: str, x: F32) -> F64:
+    """The input as the product sees it: int8 with one scale for each 32, bfloat16, or as it is."""
+    if uses_bf16_dot(fmt, isa):
+        bits = x.view(np.uint32)
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
+        return rounded.view(np.float32).astype(np.float64)
+    if fmt.is_float:
+        return x.astype(np.float64)
+    groups = x.reshape(len(x), -1, GROUP)
+    largest = np.abs(groups).max(axis=2, keepdims=True)
+    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    q = np.rint(groups * inverse).astype(np.int32)
+    scale = (largest / np.float32(127)).astype(np.float64)
+    return (q * scale).reshape(x.shape)
+
+
+def inputs(rng: np.random.Generator, rows: int, cols: int) -> F32:
+    """Magnitudes that differ between groups, some of them zero."""
+    x = rng.standard_normal((rows, cols)) * np.exp2(rng.integers(-6, 7, (rows, cols // GROUP + 1))).repeat(GROUP, 1)[:, :cols]
+    x[:, ::GROUP] *= rng.random((rows, len(range(0, cols, GROUP)))) < 0.9
+    x[rng.random(rows) < 0.1] = 0
+    return x.astype(np.float32)
+
+
+def weight_of(fmt, isa: str, raw, rows: int, cols: int, threads: int = 1) -> _kernels.Weight:
+    return _kernels.pack(_kernels.ThreadPool(threads), isa, fmt.number, rows, cols, raw)
+
+
+@pytest.mark.parametrize("out_rows", OUT_ROWS)
+def test_close_to_its_definition(fmt, isa, rng, pool, out_rows):
+    for cols in columns(fmt):
+        raw = fmt.random(rng, out_rows, cols)
+        x = inputs(rng, 17, cols)
+        y = _kernels.gemm(pool, weight_of(fmt, isa, raw, out_rows, cols), x)
+        w = fmt.dequantize(raw).astype(np.float64)
+        seen = as_presented(fmt, isa, x)
+        expected = seen @ w.T
+        # Rounding grows with what is summed, minimums of either sign apart from the rest: hence |q d| and |m| alike.
+        bound = 2e-6 * (np.abs(seen) @ np.abs(w).T + np.abs(seen).sum(1, keepdims=True) * 4)
+        assert y.shape == (17, out_rows)
+        assert (np.abs(y - expected) <= bound + 1e-30).all(), f"{cols} columns: {np.abs(y - expected).max()}"
+
+
+@pytest.mark.parametrize("out_rows", OUT_ROWS)
+def test_equal_to_the_reference_bit_for_bit(fmt, isa, rng, pool, out_rows):
+    if uses_bf16_dot(fmt, isa):
+        pytest.skip("the bfloat16 dot product rounds as the processor does")
+    for cols in columns(fmt):
+        raw = fmt.random(rng, out_rows, cols)
+        weight = weight_of(fmt, isa, raw, out_rows, cols)
+        reference = weight_of(fmt, "reference", raw, out_rows, cols)
+        for rows in (1, 7, 17):
+            x = inputs(rng, rows, cols)
+            y = _kernels.gemm(pool, weight, x)
+            np.testing.assert_array_equal(y.view(np.uint32), _kernels.gemm(pool, reference, x).view(np.uint32))
+
+
+def test_a_row_does_not_depend_on_its_neighbours(fmt, isa, rng, pool):
+    cols, out_rows = 768, 33
+    weight = weight_of(fmt, isa, fmt.random(rng, out_rows, cols), out_rows, cols)
+    x = inputs(rng, max(ROWS), cols)
+    together = _kernels.gemm(pool, weight, x)
+    for rows in ROWS:
+        first = int(rng.integers(0, len(x) - rows + 1))
+        y = _kernels.gemm(pool, weight, x[first : first + rows].copy())
+        np.testing.assert_array_equal(y.view(np.uint32), together[first : first + rows].view(np.uint32), err_msg=f"{rows} rows")
+
+
+def test_a_long_batch_is_cut_without_a_trace(isa, rng, pool):
+    """More rows than one chunk of activations holds."""
+    from_format = {"Q4_1": 3, "Q6_K": 14, "F16": 1}
+    for number in from_format.values():
+        cols, out_rows = 2048, 17
+        block_bytes = {3: (32, 20), 14: (256, 210), 1: (1, 2)}[number]
+        raw = np.zeros((out_rows, cols // block_bytes[0], block_bytes[1]), np.uint8)
+        raw[:] = rng.integers(0, 0x3C, raw.shape)
+        weight = _kernels.pack(pool, isa, number, out_rows, cols, raw.reshape(-1))
+        x = inputs(rng, 300, cols)
+        y = _kernels.gemm(pool, weight, x)
+        for row in (0, 1, 127, 128, 298, 299):
+            np.testing.assert_array_equal(_kernels.gemm(pool, weight, x[row : row + 1].copy())[0], y[row])
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_any_split_of_the_panels_is_the_same(fmt, isa, rng, threads):
+    cols, out_rows = 256, 100
+    raw = fmt.random(rng, out_rows, cols)
+    x = inputs(rng, 5, cols)
+    alone = _kernels.gemm(_kernels.ThreadPool(1), weight_of(fmt, isa, raw, out_rows, cols), x)
+    split = _kernels.gemm(_kernels.ThreadPool(threads), weight_of(fmt, isa, raw, out_rows, cols, threads), x)
+    np.testing.assert_array_equal(split.view(np.uint32), alone.view(np.uint32))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_fault_in_the_input_shows_in_its_row_only(fmt, isa, rng, pool, value):
+    cols = 256
+    raw = fmt.random(rng, 17, cols)
+    x = inputs(rng, 4, cols)
+    clean = _kernels.gemm(pool, weight_of(fmt, isa, raw, 17, cols), x)
+    x[2, 77] = value
+    y = _kernels.gemm(pool, weight_of(fmt, isa, raw, 17, cols), x)
+    assert not np.isfinite(y[2]).any()
+    np.testing.assert_array_equal(np.delete(y, 2, 0), np.delete(clean, 2, 0))
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-37, 1e-30, 1e30, 3e38])
+def test_inputs_of_any_size_stay_finite(isa, rng, pool, size):
+    """Groups of denormals count as zeros (an error below 1e-36 of each element); the largest floats are no special case."""
+    x = (rng.uniform(-1, 1, (3, 256)) * size).astype(np.float32)
+    raw = np.zeros((17, 8, 34), np.uint8)
+    raw[:, :, 1] = 0x0C  # float16 2^-12
+    raw[:, :, 2:] = rng.integers(0, 256, (17, 8, 32))
+    weight = _kernels.pack(pool, isa, 8, 17, 256, raw.reshape(-1))
+    y = _kernels.gemm(pool, weight, x)
+    w = np.stack([weight.row(i) for i in range(17)]).astype(np.float64)
+    error = np.abs(y - x.astype(np.float64) @ w.T)
+    assert np.isfinite(y).all()
+    assert (error <= 0.02 * size * np.abs(w).sum(1) + 1e-36 * np.abs(w).sum(1)).all()
