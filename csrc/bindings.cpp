@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -144,9 +146,34 @@ Array<float> gemm(ThreadPool& pool, const std::shared_ptr<Weight>& weight, const
   Array<float> y({x.shape(0), static_cast<py::ssize_t>(weight->rows())});
   const float* in = x.data();
   float* out = y.mutable_data();
+  // An output that is never written shows.
+  std::fill_n(out, y.size(), std::numeric_limits<float>::quiet_NaN());
   const py::gil_scoped_release release;
   product(pool, *weight, in, x.shape(0), out);
   return y;
+}
+
+Array<float> elementwise(const std::string& isa, const std::string& op, const Array<float>& a, const Array<float>& b) {
+  const KernelTable& t = table_of(isa);
+  if (a.size() != b.size() || a.size() == 0) throw std::invalid_argument("b: must have the elements of a, one or more");
+  const int64_t n = a.size();
+  Array<float> out(n);
+  float* y = out.mutable_data();
+  if (op == "rms_norm") {
+    t.rms_norm(a.data(), b.data(), n, 1e-6f, y);
+  } else if (op == "silu_mul") {
+    t.silu_mul(a.data(), b.data(), n, y);
+  } else if (op == "gelu_tanh_mul") {
+    t.gelu_tanh_mul(a.data(), b.data(), n, y);
+  } else if (op == "add") {
+    t.add(a.data(), b.data(), n, y);
+  } else if (op == "softcap") {
+    std::copy_n(a.data(), n, y);
+    t.softcap(y, n, b.data()[0]);
+  } else {
+    throw std::invalid_argument("op: '" + op + "' is not known");
+  }
+  return out;
 }
 
 // The arrays of a step, in the order of the Python signature.
@@ -253,6 +280,8 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("pack", &pack, py::arg("pool"), py::arg("isa"), py::arg("format"), py::arg("rows"), py::arg("cols"),
         py::arg("data").noconvert());
   m.def("gemm", &gemm, py::arg("pool"), py::arg("weight"), py::arg("x").noconvert());
+
+  m.def("elementwise", &elementwise, py::arg("isa"), py::arg("op"), py::arg("a").noconvert(), py::arg("b").noconvert());
 
   const auto a = [](const char* name) { return py::arg(name).noconvert(); };
   m.def("sample", &sample, a("logits"), a("temperature"), a("top_k"), a("top_p"), a("min_p"), a("repetition"),

@@ -1,18 +1,24 @@
 """Prove that the object of one instruction set can harm nobody: `check_objects.py BUILD_FOLDER`.
 
-An inline function compiled with AVX-512 and kept by the linker for the whole program, or a constructor that runs before
-the dispatcher has looked at the processor, would be an illegal instruction on an older machine. So each object may
-define its kernel table and nothing else that is visible, nothing weak, and no constructor.
+An inline function compiled with AVX-512 and kept by the linker for the whole program, or a constructor that runs
+before the dispatcher has looked at the processor, would be an illegal instruction on an older machine. So each
+object may define its kernel table and nothing else that is visible, nothing weak, and no constructor.
 """
 
 import subprocess
 import sys
 from pathlib import Path
 
-TABLES = {"reference": "kt::kReference", "avx2": "kt::kAvx2", "avx512": "kt::kAvx512", "avx512_bf16": "kt::kAvx512Bf16"}
+TABLES = {
+    "reference": "kt::kReference",
+    "avx2": "kt::kAvx2",
+    "avx512": "kt::kAvx512",
+    "avx512_bf16": "kt::kAvx512Bf16",
+}
 # What the compiler itself may call: libc's memory functions, libm's exact ones, libgcc's float16 conversions.
 MAY_NEED = {
-    "_GLOBAL_OFFSET_TABLE_", "memcpy", "memmove", "memset", "fmaf", "rintf", "sqrtf", "__extendhfsf2", "__truncsfhf2",
+    "_GLOBAL_OFFSET_TABLE_", "memcpy", "memmove", "memset", "fmaf", "rintf", "sqrtf",
+    "__extendhfsf2", "__truncsfhf2",
 }  # fmt: skip
 
 
@@ -33,7 +39,7 @@ def faults(path: Path, table: str) -> list[str]:
     if table not in defined:
         found.append(f"does not define {table}")
     sections = subprocess.check_output(["readelf", "-SW", path], text=True)
-    found += [f"has a constructor ({section})" for section in (".init_array", ".ctors") if section in sections]
+    found += [f"has a constructor ({name})" for name in (".init_array", ".ctors") if name in sections]
     return found
 
 

@@ -46,6 +46,10 @@ def pack(pool: ThreadPool, isa: str, format: int, rows: int, cols: int, data: U8
 def gemm(pool: ThreadPool, weight: Weight, x: F32) -> F32:
     """x [n, cols] -> [n, rows]: quantises x as the weight's format asks, then the product. For tests."""
 
+def elementwise(isa: str, op: str, a: F32, b: F32) -> F32:
+    """One kernel over arrays of one shape, for tests. `op`: "add", "silu_mul", "gelu_tanh_mul", "rms_norm" (of a, with
+    weight b and eps 1e-6) or "softcap" (of a, with cap b[0])."""
+
 def sample(
     logits: F32,
     temperature: F32, top_k: I32, top_p: F32, min_p: F32, repetition: F32, presence: F32, frequency: F32,

@@ -1,4 +1,4 @@
-"""Packing: every element of every format comes back as the gguf package reads it, and takes no more room than it should."""
+"""Packing: every element of every format comes back as the gguf package reads it, in the room that it should take."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_packed_size_is_that_of_the_file(fmt, isa, pool):
 
 
 def test_tables_share_one_layout(fmt, rng, pool):
-    """Weights packed by one table are dequantised alike by all: what a row holds does not depend on where it was packed."""
+    """What a row holds does not depend on the table that packed it."""
     raw = fmt.random(rng, 17, 768)
     rows = [
         np.stack([weight.row(i) for i in range(17)])
