@@ -23,9 +23,11 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 DONE = b"0"
 REFUSED = b"1"
@@ -41,6 +43,25 @@ class RefusedError(Exception):
 
 class TooLongError(Exception):
     """The output is longer than the request allows."""
+
+
+class SafeNamespace(Namespace):
+    """A namespace without names that Python itself reads: the sandbox checks look-ups, not these."""
+
+    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
+        attributes = dict(*args, **kwargs)
+        for name in attributes:
+            SafeNamespace._check(name)  # not self: there attributes are the contents
+        super().__init__(attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        SafeNamespace._check(name)
+        super().__setitem__(name, value)
+
+    @staticmethod
+    def _check(name: str) -> None:
+        if name.startswith("_"):
+            raise SecurityError(f"a namespace cannot hold {name!r:.40}")
 
 
 class Generation(Extension):
@@ -78,6 +99,7 @@ def environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols], cache_size=0
     )
     del env.globals["lipsum"]
+    env.globals["namespace"] = SafeNamespace
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = strftime_now
     env.filters["tojson"] = tojson

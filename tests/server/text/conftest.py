@@ -15,19 +15,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from ktransformers.server.text.model import TextModel
 from ktransformers.server.text.pretokenizers import PRE_TOKENIZERS
 
-TORTURE = [
-    "", "a", " ", "  ", "   a   b  ", "\n", "\n\n", "\n\n\n a", "\t\t\tx", "\r\n\r\n", "a\r\nb\n", "Hello world",
-    "Hello, y'all! How are you 😁 ?我想在apple工作1314151天～", "I'll We've HE'S it's they'RE 'tis don’t",
-    "1 12 123 1234 12345 123456 1,234.5 3.14e-10", "  leading", "trailing   ", " \n \n  x", "ied 4 ½ months",
-    "Führer Ünïcödé ñandú", "нещо на Български", "កាន់តែពិសេសអាចខលចេញ", "🚀 😶‍🌫️ ✅ 👩‍👩‍👧‍👦",
-    "日本語テキスト 漢字かな交じり文", "한국어 문장 테스트입니다", "مرحبا بالعالم", "שלום עולם", "हिन्दी पाठ", "ไทยภาษา",
-    "e\u0301 a\u0308 \u0301", "\u200b\u200d\ufeff x", "\u00a0nbsp\u3000wide\u2003em", "\x00\x01\x7f\x85",
-    "def f(x):\n    return x*2  # c\n\tif x:\n\t\tpass\n", "<s>[INST] hi [/INST]</s>", "<0x0A><0xE2>",
-    "<|im_start|>user\nhi<|im_end|>\n", "▁under▁score ▁", "''''''```\"\"\"......!!!!!!??????",
-    "!!!!!!!!\n\n\n/path/to/file//x", "A" * 300, "a" * 300, " " * 300 + "b", "\n" * 50, "=+-*/^~|`$<>\\",
-    "camelCaseHTTPServer XMLHttpRequest ÀÉÎ ǅ ʰ", "१२३ ٣٤٥ ⅷ ①②", "\ufffd\uffff\U0010ffff", "aa aaa aaaa aaaaaaa",
-    "don't DON'T Don'T 'S", "ｆｕｌｌｗｉｄｔｈ！？",
-]  # fmt: skip
+CASES = json.loads((Path(__file__).parent / "smollm2_llamacpp.json").read_text())
+TORTURE: list[str] = [case["text"] for case in CASES]
+"""Scripts, spaces, numbers, code, control characters, names of special tokens, and random mixtures."""
 
 
 def default_model_path() -> Path:
@@ -51,11 +41,11 @@ def torture() -> list[str]:
 
 def _corpus() -> list[str]:
     code = Path(__file__).read_text()
-    return [code, code.upper(), *(TORTURE * 10)]
+    return [code, code.upper(), *(TORTURE * 5)]
 
 
 def _byte_level(pre: str) -> tuple[Tokenizer, dict[str, object]]:
-    """A trained tokenizer, and the metadata of a GGUF file with the same vocabulary and a few special tokens."""
+    """A trained tokenizer, and the metadata of a file with its vocabulary and a few special tokens."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Sequence(
         [
