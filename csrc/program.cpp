@@ -44,8 +44,7 @@ Program::Program(std::shared_ptr<ThreadPool> pool, const KernelTable& table, Mod
     if (&model_.weights[i]->table() != &table)
       throw std::invalid_argument("weights[" + std::to_string(i) + "]: packed for " + model_.weights[i]->table().name +
                                   ", not for " + table.name);
-  const ThreadPool::Session session(*pool_);
-  kv_ = KvPool(*pool_, model_.cache, sizes.blocks);
+  kv_ = KvPool(model_.cache, sizes.blocks);
   size_t bytes = 0;
   std::vector<size_t> offsets;
   for (size_t v = 0; v < model_.widths.size(); ++v) {

@@ -1,16 +1,10 @@
 #include "ops/attention.h"
 
-#include <cstring>
 #include <stdexcept>
 
 namespace kt {
-namespace {
 
-constexpr int64_t kTouchBytes = int64_t{8} << 20;
-
-}  // namespace
-
-KvPool::KvPool(ThreadPool& pool, const CacheShape& shape, int64_t blocks)
+KvPool::KvPool(const CacheShape& shape, int64_t blocks)
     : kv_heads_(shape.kv_heads), head_stride_(2 * shape.head_dim * kBlockTokens) {
   int64_t bytes = 0;
   if (blocks <= 0) throw std::invalid_argument("blocks: must be positive");
@@ -18,10 +12,6 @@ KvPool::KvPool(ThreadPool& pool, const CacheShape& shape, int64_t blocks)
       __builtin_mul_overflow(block_stride_ * 2, blocks, &bytes))
     throw std::invalid_argument("blocks: the cache does not fit the address space");
   memory_ = Mapping(static_cast<size_t>(bytes));
-  pool.parallel_for((bytes + kTouchBytes - 1) / kTouchBytes, [&](int64_t chunk, int) {
-    const int64_t begin = chunk * kTouchBytes;
-    std::memset(memory_.data() + begin, 0, std::min(kTouchBytes, bytes - begin));
-  });
 }
 
 RowFunction make_store_kv(const KernelTable& table, const Values& values, const KvPool& kv, const op::Attention& op) {

@@ -11,8 +11,10 @@ namespace kt {
 class KvPool {
  public:
   KvPool() = default;
-  // Allocates and touches everything, so that no step meets a page fault. std::invalid_argument, std::bad_alloc.
-  KvPool(ThreadPool& pool, const CacheShape& shape, int64_t blocks);
+  // Reserves everything; a page costs memory when its first block is written. A pool is sized for the busiest hour, and
+  // touching gigabytes at start would make a small model's load slow and its idle server large. (A first touch is one
+  // fault for each 2 MiB.) std::invalid_argument, std::bad_alloc.
+  KvPool(const CacheShape& shape, int64_t blocks);
 
   int64_t block_bytes() const { return block_stride_ * static_cast<int64_t>(sizeof(uint16_t)); }
   int64_t block_stride() const { return block_stride_; }  // in float16 elements
