@@ -2,8 +2,8 @@
 
 `python tests/web/page_server.py [PORT]` serves it for looking at the page by hand. What the API answers is
 chosen by the last message of the user: `#slow` streams until the client leaves, `#error` refuses with 429,
-`#broken` fails inside the stream, `#cut` closes too early, `#xss N` streams the N-th entry of the corpus,
-`#think` reasons first; all else gets `ANSWER`.
+`#long` with 400, `#broken` fails inside the stream, `#cut` closes too early, `#xss N` streams the N-th entry
+of the corpus, `#think` reasons first; all else gets `ANSWER`.
 """
 
 import json
@@ -79,6 +79,9 @@ class _Handler(BaseHTTPRequestHandler):
         if prompt.startswith("#error"):
             message = "You have sent more than 3 requests in this minute."
             self._json(429, _error(message, "rate_limit_exceeded"), {"Retry-After": "7"})
+            return
+        if prompt.startswith("#long"):
+            self._json(400, _error("The prompt is too long.", "context_length_exceeded"))
             return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")

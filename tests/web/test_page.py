@@ -88,7 +88,7 @@ def test_an_answer_streams_and_is_measured(page: Page, server: MockServer) -> No
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
     complete(page)
     assert server.requests[0]["messages"] == [{"role": "user", "content": "Hello\nworld"}]
-    assert "temperature" not in server.requests[0]
+    assert (server.requests[0]["temperature"], "max_tokens" in server.requests[0]) == (0.7, False)
     expect(answer(page).get_by_role("heading", name="Collisions")).to_be_visible()
     expect(answer(page).locator(".hljs-keyword").first).to_have_text("class")
     tokens = -(-len(ANSWER) // 4)
@@ -197,13 +197,16 @@ def test_errors_are_shown_with_the_servers_words(page: Page, server: MockServer)
     assert server.requests[1]["messages"] == [{"role": "user", "content": "#error\n\n#broken"}]
     ask(page, "#cut")
     expect(page.get_by_role("alert").last).to_contain_text("closed before the answer was complete")
+    ask(page, "#long")
+    page.get_by_role("alert").last.get_by_role("button", name="New chat").click()
+    expect(page.get_by_role("article")).to_have_count(0)
 
 
 def test_settings_reach_the_server_and_stay(page: Page, server: MockServer) -> None:
     page.get_by_label("Model").select_option("other")
     page.get_by_role("main").get_by_role("button", name="Settings").click()
     page.get_by_label("System prompt").fill("Be brief.")
-    page.get_by_label("Temperature").fill("0.3")
+    page.get_by_label("Temperature").fill("")
     page.get_by_label("Longest answer").fill("64")
     page.keyboard.press("Escape")
     page.reload()
@@ -211,7 +214,8 @@ def test_settings_reach_the_server_and_stay(page: Page, server: MockServer) -> N
     ask(page, "#think")
     complete(page)
     request = server.requests[0]
-    assert (request["model"], request["temperature"], request["max_tokens"]) == ("other", 0.3, 64)
+    assert (request["model"], request["max_tokens"]) == ("other", 64)
+    assert "temperature" not in request
     assert request["messages"][0] == {"role": "system", "content": "Be brief."}
     expect(answer(page).get_by_text("Reasoning")).to_be_visible()
     expect(answer(page).get_by_text("Let me see.")).to_be_hidden()

@@ -67,6 +67,8 @@ describe("settings and key", () => {
     const settings = { ...DEFAULT_SETTINGS, system: "Be brief.", temperature: 0.5 };
     saveSettings(settings);
     expect(loadSettings()).toEqual(settings);
+    saveSettings({ ...settings, temperature: null });
+    expect(loadSettings().temperature).toBeNull();
     localStorage.setItem("kt.settings", '{"temperature":"hot","system":5}');
     expect(loadSettings()).toEqual(DEFAULT_SETTINGS);
   });

@@ -30,7 +30,9 @@ export interface Conversation {
 export interface Settings {
   model: string;
   system: string;
+  /** null: the server's default. */
   temperature: number | null;
+  /** null: the server's default. */
   maxTokens: number | null;
   /** Keep the API key beyond this tab. */
   rememberKey: boolean;
@@ -39,7 +41,8 @@ export interface Settings {
 export const DEFAULT_SETTINGS: Settings = {
   model: "",
   system: "",
-  temperature: null,
+  // The protocol's default is 1, at which small models ramble.
+  temperature: 0.7,
   maxTokens: null,
   rememberKey: false,
 };
@@ -90,8 +93,8 @@ export function loadSettings(): Settings {
   const settings = { ...DEFAULT_SETTINGS };
   if (typeof stored["model"] === "string") settings.model = stored["model"];
   if (typeof stored["system"] === "string") settings.system = stored["system"];
-  if (typeof stored["temperature"] === "number") settings.temperature = stored["temperature"];
-  if (typeof stored["maxTokens"] === "number") settings.maxTokens = stored["maxTokens"];
+  if (isNumberOrNull(stored["temperature"])) settings.temperature = stored["temperature"];
+  if (isNumberOrNull(stored["maxTokens"])) settings.maxTokens = stored["maxTokens"];
   settings.rememberKey = stored["rememberKey"] === true;
   return settings;
 }
@@ -130,6 +133,10 @@ function isMessage(value: unknown): value is Message {
     (stats === undefined || isRecord(stats, { tokens: "number", exact: "boolean", finish: "string" })) &&
     (error === undefined || isRecord(error, { message: "string", status: "number" }))
   );
+}
+
+function isNumberOrNull(value: unknown): value is number | null {
+  return value === null || typeof value === "number";
 }
 
 function isRecord(value: unknown, types: Record<string, "number" | "string" | "boolean">): boolean {
