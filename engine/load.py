@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Final
 
 from ktransformers.engine import machine
@@ -182,6 +183,7 @@ def block_bytes(config: EngineConfig, program: Program) -> int:
 def device_memory(config: EngineConfig) -> int:
     """Bytes free where the model will live."""
     if config.executor == "torch" and config.device != "cpu":
+        _need_torch()
         from ktransformers.engine.executors.torch import free_memory
 
         free = free_memory(config.device)
@@ -190,9 +192,18 @@ def device_memory(config: EngineConfig) -> int:
     return machine.available_memory()
 
 
+def _need_torch() -> None:
+    """torch is no dependency of the CPU path: who asks for it without having it is told so."""
+    missing = [name for name in ("torch", "gguf") if find_spec(name) is None]
+    if missing:
+        what = f"needs {' and '.join(missing)}: pip install 'ktransformers[torch]'"
+        raise ModelError(f"executor: 'torch' {what}, or use the native executor")
+
+
 def build_executor(config: EngineConfig, program: Program, plan: Plan, progress: Progress) -> Executor:
     """Load the weights. ModelError for settings that this executor cannot honour."""
     if config.executor == "torch":
+        _need_torch()
         from ktransformers.engine.executors.torch import TorchExecutor
 
         return TorchExecutor(

@@ -11,6 +11,7 @@ import pytest
 
 from ktransformers.engine import machine
 from ktransformers.engine.config import EngineConfig
+from ktransformers.engine.executors.native import NativeExecutor
 from ktransformers.engine.executors.torch import TorchExecutor
 from ktransformers.engine.load import (
     CannotFit,
@@ -29,14 +30,14 @@ from ktransformers.kvcache.config import CacheConfig
 GIB = 2**30
 
 
-def tiny(path: Path, seed: int = 0, context: int = 512) -> Path:
+def tiny(path: Path, seed: int = 0, heads: int = 2) -> Path:
     """A llama of one layer."""
     w = gguf.GGUFWriter(path, "llama")
     w.add_block_count(1)
-    w.add_context_length(context)
+    w.add_context_length(512)
     w.add_embedding_length(32)
     w.add_feed_forward_length(64)
-    w.add_head_count(2)
+    w.add_head_count(heads)
     w.add_layer_norm_rms_eps(1e-5)
     w.add_token_list([f"t{i}" for i in range(32)])
     rng = np.random.default_rng(seed)
@@ -146,6 +147,40 @@ def test_build_tells_its_progress(config: EngineConfig, model: tuple[Program, Fa
     assert executor.block_bytes == block_bytes(config, program)
     assert told == sorted(told) and told[-1] == (facts.weight_bytes, facts.weight_bytes)
     executor.close()
+
+
+def test_native_blocks_have_their_size(config: EngineConfig) -> None:
+    odd = msgspec.structs.replace(config, executor="native", cache=CacheConfig(block_tokens=32))
+    program, facts = open_model(odd)
+    with pytest.raises(ModelError, match="block_tokens: 32 is not supported; the native executor has"):
+        build_executor(odd, program, plan(odd, program, facts), lambda done, total: None)
+
+
+def test_native_blocks_cost_what_the_plan_says(config: EngineConfig) -> None:
+    native = msgspec.structs.replace(config, executor="native")
+    program, facts = open_model(native)
+    planned = plan(native, program, facts)
+    executor = build_executor(native, program, planned, lambda done, total: None)
+    assert isinstance(executor, NativeExecutor)
+    assert executor.block_bytes == planned.block_bytes == block_bytes(native, program)
+    executor.close()
+
+
+def test_torch_is_asked_for_by_name(
+    config: EngineConfig, model: tuple[Program, Facts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = plan(config, *model)
+    monkeypatch.setattr("ktransformers.engine.load.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"'torch' needs torch and gguf: pip install 'ktransformers\[torch\]'"):
+        build_executor(config, model[0], planned, lambda done, total: None)
+
+
+def test_a_head_that_kernels_cannot_compute_is_refused(tmp_path: Path) -> None:
+    path = tiny(tmp_path / "odd.gguf", heads=4)
+    native = EngineConfig(model=str(path), max_sequences=4)
+    program, facts = open_model(native)
+    with pytest.raises(ModelError, match=r"odd\.gguf: the native executor cannot run it: .*head_dim"):
+        build_executor(native, program, plan(native, program, facts), lambda done, total: None)
 
 
 # ---- the machine
