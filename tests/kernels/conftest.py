@@ -1,4 +1,4 @@
-"""Shared by the kernel tests: every table usable here, a fresh seed each run, random weights in every format."""
+"""Every table usable here, a fresh seed for each test, and random weights in every format."""
 
 import os
 import secrets
@@ -47,7 +47,7 @@ class WeightFormat:
         return self.block == 1
 
     def random(self, rng: np.random.Generator, rows: int, cols: int, *, extreme: bool = False) -> U8:
-        """Raw rows [rows, bytes]. Scales of both signs, within 2^-9 .. 2^-2 or any finite float16 if `extreme`."""
+        """Raw rows [rows, bytes]; scales within 2^-9 .. 2^-2, or any finite float16 if `extreme`."""
         if self.is_float:
             values = rng.standard_normal((rows, cols)).astype(np.float32)
             if self.name == "BF16":

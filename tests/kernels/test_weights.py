@@ -1,4 +1,4 @@
-"""Packing: every element of every format comes back as the gguf package reads it, in the room that it should take."""
+"""Packing: every element comes back as the gguf package reads it, in the room that it should take."""
 
 import numpy as np
 import pytest
