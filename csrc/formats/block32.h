@@ -24,14 +24,28 @@ inline void copy_f16(const uint8_t* src, int lane, uint8_t* dst) { __builtin_mem
 inline Floats f16_at(const uint8_t* p) { return load_f16(reinterpret_cast<const uint16_t*>(p)); }
 constexpr int kF16Row = 2 * kPanelRows;
 
+// Eight elements at a time in a 64-bit word: compilers make single bytes of loops this short.
+constexpr uint64_t kEachByte = 0x0101010101010101;
+
 inline void read_nibbles(const uint8_t* qs, uint8_t* q) {
-  for (int j = 0; j < 16; ++j) {
-    q[j] = qs[j] & 15;
-    q[j + 16] = qs[j] >> 4;
+  for (int j = 0; j < 16; j += 8) {
+    uint64_t both;
+    __builtin_memcpy(&both, qs + j, 8);
+    const uint64_t low = both & (kEachByte * 15), high = (both >> 4) & (kEachByte * 15);
+    __builtin_memcpy(q + j, &low, 8);
+    __builtin_memcpy(q + j + 16, &high, 8);
   }
 }
+
 inline void add_fifth_bits(const uint8_t* qh, uint8_t* q) {
-  for (int j = 0; j < 32; ++j) q[j] = static_cast<uint8_t>(q[j] | ((qh[j / 8] >> (j % 8)) & 1) << 4);
+  for (int j = 0; j < 4; ++j) {
+    // Bit i of the byte alone in byte i; adding 127 carries any that is set to the top.
+    const uint64_t apart = (qh[j] * kEachByte) & 0x8040201008040201;
+    uint64_t word;
+    __builtin_memcpy(&word, q + 8 * j, 8);
+    word |= ((apart + kEachByte * 127) >> 3) & (kEachByte * 16);
+    __builtin_memcpy(q + 8 * j, &word, 8);
+  }
 }
 
 // One float16 scale for each block. Two groups share a header, so that it is a whole cache line.
