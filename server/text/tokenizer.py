@@ -19,6 +19,8 @@ from ktransformers.server.text.vocabulary import TokenType, Vocabulary, Vocabula
 
 _SPACE: Final = "\u2581"
 """What SentencePiece writes for a space."""
+_PART: Final = 2**16
+"""Characters that are encoded at once while it is not known whether a text fits."""
 _HIDDEN: Final = frozenset({TokenType.CONTROL, TokenType.UNKNOWN})
 
 
@@ -108,14 +110,31 @@ class Tokenizer:
             if isinstance(piece, int):
                 ids.append(piece)
             elif piece:
-                if limit is not None and self.longest and len(piece) > (limit - len(ids)) * self.longest:
-                    raise TooLongError(f"the text has more than {limit} tokens")
-                # The batch call is the one that releases the GIL.
-                batch = self._rust.encode_batch_fast([without_surrogates(piece)], add_special_tokens=False)
-                ids += batch[0].ids
+                if limit is not None:
+                    self._refuse_far_too_long(piece, limit - len(ids))
+                ids += self._encode_plain(piece)
             if limit is not None and len(ids) > limit:
                 raise TooLongError(f"the text has more than {limit} tokens")
         return ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        # The batch call is the one that releases the GIL.
+        batch = self._rust.encode_batch_fast([without_surrogates(text)], add_special_tokens=False)
+        ids: list[int] = batch[0].ids
+        return ids
+
+    def _refuse_far_too_long(self, text: str, room: int) -> None:
+        """Bound the work on text that cannot fit: encoding all of 16 MiB takes seconds and half a gigabyte.
+
+        Encoded in parts, a text has a few more tokens for each seam; an eighth more is beyond doubt too long.
+        """
+        if self.longest and len(text) > room * self.longest:
+            raise TooLongError("the text is longer than the tokens allowed can write")
+        count = 0
+        for start in range(0, len(text) if len(text) > _PART else 0, _PART):
+            count += len(self._encode_plain(text[start : start + _PART]))
+            if count > room + room // 8 + 64:
+                raise TooLongError(f"the text has more than {room} tokens")
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text of `ids` from the beginning of a text; bytes that are not UTF-8 become U+FFFD.
@@ -232,10 +251,12 @@ def _byte_level_bpe(vocabulary: Vocabulary, pre: PreTokenizer) -> RustTokenizer:
 def _sentencepiece_bpe(vocabulary: Vocabulary, add_space_prefix: bool) -> RustTokenizer:
     ids = _ids(vocabulary, frozenset({TokenType.CONTROL}))
     unknown = None if vocabulary.unk_id is None else vocabulary.tokens[vocabulary.unk_id]
+    if unknown:
+        ids.setdefault(unknown, vocabulary.unk_id or 0)
     model = models.BPE(
         vocab=ids,
         merges=_merges_by_score(vocabulary),
-        unk_token=unknown if unknown in ids else None,
+        unk_token=unknown or None,
         fuse_unk=True,
         byte_fallback=True,
     )

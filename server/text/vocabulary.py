@@ -1,5 +1,6 @@
 """The vocabulary of a model file: the keys `tokenizer.ggml.*` of its GGUF metadata, checked and typed."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -12,6 +13,11 @@ MAX_TOKENS: Final = 2**21
 MAX_TOKEN_CHARS: Final = 1024
 MAX_CHARS: Final = 32 * 2**20
 """All tokens together. With the two bounds above it caps the work that a hostile file can cause at load."""
+
+
+_NONE: Final = 0xFFFFFFFF
+"""-1 as u32: how some converters write that there is no such token."""
+_BYTE: Final = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 class VocabularyError(ValueError):
@@ -85,7 +91,7 @@ class Vocabulary:
         _check_tokens(tokens)
         eos_id = _id(metadata, "eos", len(tokens))
         eot_id = _id(metadata, "eot", len(tokens))
-        types = _types(metadata, len(tokens))
+        types = _types(metadata, tokens)
         named = (eos_id, eot_id, _id(metadata, "eom", len(tokens)))
         end_ids = _end_ids(tokens, types, {i for i in named if i is not None})
         for i in end_ids:
@@ -137,7 +143,7 @@ def _flag(metadata: Mapping[str, object], key: str) -> bool | None:
 def _id(metadata: Mapping[str, object], name: str, count: int) -> int | None:
     key = f"tokenizer.ggml.{name}_token_id"
     value = metadata.get(key)
-    if value is None or value == 0xFFFFFFFF:  # -1 as u32: some converters write "none" so
+    if value is None or (type(value) is int and value == _NONE):
         return None
     if type(value) is not int or not 0 <= value < count:
         raise VocabularyError(f"{key}: {value!r:.40} is not the id of a token (there are {count})")
@@ -155,7 +161,8 @@ def _check_tokens(tokens: list[str]) -> None:
         raise VocabularyError(f"tokenizer.ggml.tokens: {total} characters in all, more than {MAX_CHARS}")
 
 
-def _types(metadata: Mapping[str, object], count: int) -> list[int]:
+def _types(metadata: Mapping[str, object], tokens: list[str]) -> list[int]:
+    count = len(tokens)
     key = "tokenizer.ggml.token_type"
     value = metadata.get(key)
     if value is None:
@@ -163,6 +170,9 @@ def _types(metadata: Mapping[str, object], count: int) -> list[int]:
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or len(value) != count:
         raise VocabularyError(f"{key}: not an array of {count} integers")
     types: list[int] = value.tolist()
+    for token, kind in zip(tokens, types, strict=True):
+        if kind == TokenType.BYTE and not _BYTE.fullmatch(token):
+            raise VocabularyError(f"{key}: {token!r:.80} is no byte token")
     return types
 
 

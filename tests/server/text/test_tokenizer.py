@@ -123,10 +123,21 @@ def test_limit(default_model: TextModel) -> None:
     assert tokenizer.encode("one two three", limit=3)
     with pytest.raises(TooLongError):
         tokenizer.encode("one two three four", limit=3)
-    start = time.perf_counter()
+    text = "one two three " * 20_000
+    ids = tokenizer.encode(text)
+    assert tokenizer.encode(text, limit=len(ids)) == ids
     with pytest.raises(TooLongError):
-        tokenizer.encode("one two " * 2**20, limit=8192)
-    assert time.perf_counter() - start < 0.05
+        tokenizer.encode(text, limit=len(ids) - 1)
+
+
+@pytest.mark.parametrize("limit", [10, 8192, 131_072])
+def test_work_on_text_that_is_too_long(default_model: TextModel, limit: int) -> None:
+    """16 MiB, the largest body: as much work as the limit, not as the text."""
+    text = "one two " * 2**21
+    start = time.process_time()
+    with pytest.raises(TooLongError):
+        default_model.tokenizer.encode(text, limit=limit)
+    assert time.process_time() - start < 1.5
 
 
 UNITS = [" ", "a", "A", "1", "!", "\n", "字", "\u0301", "'s", " \n", "a ", "Aa", "\u02b0", "<|im_", "<"]
@@ -212,6 +223,46 @@ def test_hostile_metadata(byte_level: Make, key: str, value: object) -> None:
         del metadata["tokenizer.ggml.bos_token_id"], metadata["tokenizer.ggml.eos_token_id"]
     with pytest.raises(VocabularyError, match=r"tokenizer\.ggml\."):
         Tokenizer.from_metadata(metadata)
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-1, 2**33),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(
+        st.sampled_from(["a", "b", "ab", "a b", "<0x41>", "<0xZZ>", "<s>", "", " ", "\u2581", "a b c"]),
+        max_size=8,
+    ),
+    st.lists(st.integers(-1, 8), max_size=8).map(lambda v: np.array(v, np.int32)),
+    st.lists(st.floats(width=32), max_size=8).map(lambda v: np.array(v, np.float32)),
+    st.sampled_from(["gpt2", "llama", "default", "qwen2"]),
+)
+KEYS = ["model", "pre", "tokens", "token_type", "scores", "merges", "add_bos_token", "add_space_prefix"]
+KEYS += [f"{name}_token_id" for name in ("bos", "eos", "eot", "unknown")]
+
+
+@given(
+    st.sampled_from(["gpt2", "llama"]), st.dictionaries(st.sampled_from(KEYS), VALUES), st.text(max_size=20)
+)
+@settings(max_examples=500, deadline=None)
+def test_any_metadata_is_used_or_refused(model: str, changes: dict[str, object], text: str) -> None:
+    base: dict[str, object] = {
+        "model": model,
+        "tokens": ["<unk>", "<s>", "</s>", "<0x41>", "a", "b", "ab", "\u2581"],
+        "token_type": np.array([2, 3, 3, 6, 1, 1, 1, 1], np.int32),
+        "scores": np.zeros(8, np.float32),
+        "merges": ["a b"],
+    }
+    metadata = {f"tokenizer.ggml.{k}": v for k, v in {**base, **changes}.items() if v is not None}
+    try:
+        tokenizer = Tokenizer.from_metadata(metadata)
+    except VocabularyError:
+        return
+    ids = tokenizer.encode_prompt(text, special=True)
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+    tokenizer.decode(range(tokenizer.vocab_size), special=True)
 
 
 @pytest.mark.parametrize("token", [-1, 49152, 2**31])
