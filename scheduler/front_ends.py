@@ -31,11 +31,13 @@ class FrontEnds:
             self._heard_at[peer] += seconds
 
     def tell(self, peer: bytes, message: Status | Failed | TokenEvent) -> None:
-        """Say it: an event at the next flush, anything else at once."""
+        """Say it: an event at the next flush, anything else at once, but after the events before it."""
         if isinstance(message, TokenEvent):
             self._events.setdefault(peer, []).append(message)
-        elif not self._send(peer, message):
-            self._lost.add(peer)
+            return
+        if (events := self._events.pop(peer, None)) is not None:
+            self._send_now(peer, Tokens(events))
+        self._send_now(peer, message)
 
     def tell_all(self, message: Status) -> None:
         """Say it to everybody."""
@@ -45,9 +47,12 @@ class FrontEnds:
     def flush(self) -> None:
         """Send what was collected."""
         for peer, events in self._events.items():
-            if not self._send(peer, Tokens(events)):
-                self._lost.add(peer)
+            self._send_now(peer, Tokens(events))
         self._events.clear()
+
+    def _send_now(self, peer: bytes, message: FromScheduler) -> None:
+        if not self._send(peer, message):
+            self._lost.add(peer)
 
     def take_lost(self, now: float) -> set[bytes]:
         """Those that are gone, each told once."""

@@ -431,11 +431,8 @@ class Scheduler:
         if request.emitted:
             self._fail(request, "engine_restarted", "the engine was restarted during the answer")
         elif consecutive:
-            log.error(
-                "quarantined: a request was there at two engine crashes in a row (%d tokens, %s)",
-                request.n_prompt,
-                request.sampling,
-            )
+            shape = f"{request.n_prompt} prompt tokens, max_tokens {request.sampling.max_tokens}"
+            log.error("quarantined: a request was there at two engine deaths in a row (%s)", shape)
             self._fail(request, "internal", "quarantined")
         elif request.requeues > REQUEUES:
             self._fail(request, "engine_restarted", "the engine was restarted too often")

@@ -172,7 +172,7 @@ class FakeEngine:
 
 
 def serve(path: str, step_seconds: float) -> None:
-    from ktransformers.engine.channel import Server
+    from ktransformers.engine.channel import PeerGone, Server
 
     server = Server[ToEngine](path, ToEngine)
     size = {"blocks": 256, "block_tokens": 16, "max_len": 512, "max_sequences": 16, "max_batch_tokens": 128}
@@ -185,13 +185,16 @@ def serve(path: str, step_seconds: float) -> None:
         peer, message = received
         if peer != scheduler:
             engine, scheduler = FakeEngine(hello, every_step=False), peer
-        if isinstance(message, Hello):
-            server.send(peer, hello)
-        elif isinstance(message, Step):
-            time.sleep(step_seconds)
-            server.send(peer, engine.step(message))
-        elif isinstance(message, Shutdown):
-            return
+        try:
+            if isinstance(message, Hello):
+                server.send(peer, hello)
+            elif isinstance(message, Step):
+                time.sleep(step_seconds)
+                server.send(peer, engine.step(message))
+            elif isinstance(message, Shutdown):
+                return
+        except PeerGone:
+            scheduler = b""
 
 
 if __name__ == "__main__":

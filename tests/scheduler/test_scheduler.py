@@ -509,8 +509,8 @@ def test_quarter_pool_recomputes_little(outputs, capsys):
         "long tail": [min(390, 2 + round(rng.expovariate(1 / 60))) for _ in range(256)],
     }[outputs]
     need = sum(-(-(100 + n) // 16) for n in lengths[:64])
-    size = {"blocks": need // 4, "block_tokens": 16, "max_len": 512, "max_sequences": 64, "max_batch_tokens": 512}
-    w = World(every_step=False, **size)
+    size = {"block_tokens": 16, "max_len": 512, "max_sequences": 64, "max_batch_tokens": 512}
+    w = World(every_step=False, blocks=need // 4, **size)
     for i, n in enumerate(lengths):
         p = prompt(100, i)
         if outputs in ("fixed", "known"):
