@@ -133,7 +133,10 @@ class _Socket(Generic[M]):
             self._unwatch(self._loop)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_exception(PeerGone("the channel was closed"))
-        self._socket.close()
+        self._shut(None)
+
+    def _shut(self, linger: int | None) -> None:
+        self._socket.close(linger)
 
 
 class Server(_Socket[M]):
@@ -260,8 +263,7 @@ class Client(_Socket[M]):
         """A new socket with a new identity: nothing queued for the old peer reaches the new one."""
         if self._loop is not None:
             self._unwatch(self._loop)
-        self._monitor.close()
-        self._socket.close(linger=0)
+        self._shut(0)
         self._peer_epoch = None
         self._there = self._came = self._went = False
         self._socket = self._new_socket()
@@ -277,11 +279,11 @@ class Client(_Socket[M]):
         super()._unwatch(loop)
         loop.remove_reader(_fd(self._monitor))
 
-    def close(self) -> None:
-        """As _Socket.close."""
-        if not self._socket.closed:
-            super().close()
-            self._monitor.close()
+    def _shut(self, linger: int | None) -> None:
+        # In this order: an event for a monitor that nobody reads blocks ZeroMQ's I/O thread for ever.
+        self._socket.disable_monitor()
+        self._monitor.close()
+        super()._shut(linger)
 
 
 def _fd(socket: "zmq.Socket[bytes]") -> int:
