@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from fake_engine import answer
+from step_engine import answer
 
 from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.protocol import Sampling
@@ -35,7 +35,7 @@ class Processes:
         self.start_scheduler()
 
     def start_engine(self) -> None:
-        fake = str(HERE / "fake_engine.py")
+        fake = str(HERE / "step_engine.py")
         self.engine = subprocess.Popen([sys.executable, fake, self._engine_socket, str(self._step_seconds)])
 
     def start_scheduler(self) -> None:

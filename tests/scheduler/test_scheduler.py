@@ -3,7 +3,7 @@ import signal
 import time
 
 import pytest
-from fake_engine import answer
+from step_engine import answer
 from world import PEER, World
 
 from ktransformers.engine.protocol import Fault, Loading, Sampling, StepDone

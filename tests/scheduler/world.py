@@ -2,7 +2,7 @@
 
 from collections import deque
 
-import fake_engine
+import step_engine
 
 from ktransformers.engine.channel import Lost
 from ktransformers.engine.config import EngineConfig
@@ -21,7 +21,7 @@ class World:
         config = SchedulerConfig(engine=engine, **(settings or {}))
         self.now = 1000.0
         self.scheduler = Scheduler(config, self, self.now)
-        self.ready = fake_engine.ready(**ready)
+        self.ready = step_engine.ready(**ready)
         self.every_step = every_step
         self.engine = None
         self.to_do: deque[Step] = deque()
@@ -73,12 +73,12 @@ class World:
         submit = self.submits[id_]
         if how in ("stop", "length"):
             room = min(self.ready.max_len, self.ready.blocks * self.ready.block_tokens) - len(submit.tokens)
-            assert (self.tokens[id_], how) == fake_engine.answer(submit.tokens, submit.sampling, room), id_
+            assert (self.tokens[id_], how) == step_engine.answer(submit.tokens, submit.sampling, room), id_
 
     # ---- moves
 
     def start_engine(self):
-        self.engine = fake_engine.FakeEngine(self.ready, self.every_step)
+        self.engine = step_engine.FakeEngine(self.ready, self.every_step)
         self.scheduler.engine(self.ready, self.now)
         self.advance()
 

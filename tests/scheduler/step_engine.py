@@ -2,7 +2,7 @@
 
 The KV of a position is a digest of all tokens up to it, so a block that holds anything else than the KV of
 its own sequence is seen at once. Tokens are drawn from that digest: they depend on the sequence alone, as
-law 1 asks. Run as a program it serves a socket: `fake_engine.py SOCKET [SECONDS_PER_STEP]`.
+law 1 asks. Run as a program it serves a socket: `step_engine.py SOCKET [SECONDS_PER_STEP]`.
 """
 
 import os
