@@ -25,8 +25,7 @@ _SHORT: Final = 4096
 _THREADS: Final = 2
 _TEMPLATE_GROWTH: Final = 4
 _TEMPLATE_CHARS: Final = 2**18
-"""A template writes at most _TEMPLATE_GROWTH characters for each of the conversation's, and this many more.
-"""
+"""A template writes at most _TEMPLATE_GROWTH characters for each of the conversation's, and these."""
 
 # https://github.com/ggml-org/llama.cpp/blob/master/include/llama.h, enum llama_ftype: the name of
 # `general.file_type`.
@@ -74,13 +73,13 @@ class ModelFacts:
 
 
 class TextModel:
-    """Text in and out of one model. May be used from any thread; the async methods are those for an event
-    loop.
+    """Text in and out of one model. May be used from any thread; an event loop uses the async methods.
 
     Attributes:
         facts: Name, sizes, formats.
         tokenizer: The vocabulary.
-        template: The chat template, or None; has_tools says whether it shows tools to the model.
+        template: The chat template, or None.
+        has_tools: Whether the template shows tools to the model.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str | None, facts: ModelFacts) -> None:
@@ -93,9 +92,7 @@ class TextModel:
 
     @classmethod
     def from_gguf(cls, path: str | os.PathLike[str]) -> "TextModel":
-        """Blocks for the parsing of the header and the vocabulary, 0.1 to 3 s. Raises GgufError,
-        VocabularyError.
-        """
+        """Blocks for 0.1 to 3 s, by the size of the vocabulary. Raises GgufError, VocabularyError."""
         file = read_gguf(path)
         template = file.metadata.get("tokenizer.chat_template")
         if template is not None and not isinstance(template, str):
@@ -118,15 +115,18 @@ class TextModel:
         """
         if self.template is None:
             raise NoTemplateError("this model has no chat template; use the completions API")
+        source = self.template.source
+        conversation = chat.template_messages(messages)
+        given = chat.template_arguments(arguments or {})
         if tools and not self.has_tools:
             raise TemplateError("this model's chat template does not support tools")
+        if "tool_calls" not in source and any("tool_calls" in message for message in conversation):
+            raise TemplateError("this model's chat template does not support tool_calls")
+        if unknown := [name for name in given if name not in source]:
+            raise TemplateError(f"this model's chat template does not know {', '.join(unknown)}")
         special = self.tokenizer.special_tokens
-        given = {
-            "messages": chat.template_messages(messages),
-            "tools": list(tools) or None,
-            **chat.template_arguments(arguments or {}),
-        }
-        guarded, mark = chat.guard(given, special, self.template.source)
+        given |= {"messages": conversation, "tools": list(tools) or None}
+        guarded, mark = chat.guard(given, special, source)
         if not isinstance(guarded, dict):
             raise TypeError(type(guarded))
         context = {

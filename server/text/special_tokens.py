@@ -21,8 +21,7 @@ from functools import cached_property
 from typing import Final
 
 MAX_CHARS: Final = 2**18
-"""Characters of all control tokens: bounds the memory of the tables below. Real vocabularies have up to 80 k.
-"""
+"""Characters of all control tokens: bounds the tables below. Real vocabularies have up to 80 k."""
 MAX_LENGTH: Final = 128
 _MARKS: Final = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 """Private-use planes: characters that mean nothing."""
@@ -44,9 +43,7 @@ class SpecialTokens:
         return self._ids.get(text)
 
     def split(self, text: str) -> Iterator[str | int]:
-        """Text cut at control tokens (leftmost, then longest): pieces of plain text and ids, in order.
-        Linear.
-        """
+        """Plain text and ids in order: `text` cut at control tokens, leftmost, then longest. Linear."""
         if not self._ids:
             yield text
             return
@@ -130,8 +127,7 @@ def unused_mark(texts: Sequence[str]) -> str:
 
 
 def _longest_of(texts: list[str]) -> str:
-    """A regular expression that matches the longest of the sorted `texts` at a place, without trying one by
-    one.
+    """A regular expression that matches the longest of the sorted `texts` that stands at a place.
 
     Common beginnings are factored out, so that matching costs the length of the match.
     """

@@ -149,9 +149,7 @@ def _confine(highest_fd: int) -> None:
 
 
 def serve(connection: socket.socket) -> None:
-    """Answer requests until the other end closes. Every failure is answered, and the next request starts
-    clean.
-    """
+    """Answer requests until the other end closes. A failure is answered, too, and leaves nothing behind."""
     env = environment()
     template: jinja2.Template | None = None
     seconds = 1.0

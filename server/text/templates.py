@@ -1,9 +1,8 @@
-"""Chat templates: the Jinja program in a model file that turns a conversation into the text the model was
-trained on.
+"""Chat templates: the Jinja program in a model file that writes a conversation as the model learnt it.
 
 They run in one child process per model (template_worker.py says why, and what it may not do), started at the
 first use, kept warm, and killed and replaced when a rendering takes longer than a second. A rendering costs
-about 0.2 ms.
+about 0.1 ms.
 """
 
 import os

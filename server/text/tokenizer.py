@@ -32,11 +32,13 @@ class Tokenizer:
     """One model's vocabulary. Immutable; all methods may be called from any thread.
 
     Attributes:
-        vocab_size: Number of ids. bos_id, eos_id: Beginning and end of sequence, or None. add_bos, add_eos:
-        Whether the model wants them around a prompt (see encode_prompt). eog_ids: Tokens that end generation.
-        special_tokens: The control tokens. add_space_prefix: Text that follows no text gets a space before it
-        that decoding removes (SentencePiece). longest: Bytes of text that one token can stand for at most;
-        None when there is no bound.
+        vocab_size: Number of ids.
+        bos_id, eos_id: Beginning and end of sequence, or None.
+        add_bos, add_eos: Whether the model wants them around a prompt (see encode_prompt).
+        eog_ids: Tokens that end generation.
+        special_tokens: The control tokens.
+        add_space_prefix: Text that follows no text gets a space that decoding removes (SentencePiece).
+        longest: Bytes of text that one token can stand for at most; None when there is no bound.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -87,8 +89,7 @@ class Tokenizer:
         A control token in the text is encoded as the characters it is written with, unless `special`: only
         for text that no client can write. Lone surrogates become U+FFFD; bytes that a vocabulary has no token
         for are dropped or become its unknown token, as it was trained. About 4 MB/s without the GIL. With
-        `limit`, TooLongError for text of more tokens: at once when its length alone shows it, so that no
-        client can buy seconds of work.
+        `limit`, TooLongError for text of more tokens, after work in proportion to the limit, not to the text.
         """
         return self.encode_pieces(self.special_tokens.split(text) if special else (text,), limit)
 
@@ -102,9 +103,7 @@ class Tokenizer:
         return ids
 
     def encode_pieces(self, pieces: Iterable[str | int], limit: int | None = None) -> list[int]:
-        """Ids of pieces of plain text (special=False) between ids. Text that follows an id is a new
-        beginning.
-        """
+        """Ids of plain text (special=False) between ids. Text that follows an id is a new beginning."""
         ids: list[int] = []
         for piece in pieces:
             if isinstance(piece, int):
@@ -145,9 +144,7 @@ class Tokenizer:
         return detokenizer.feed(ids) + detokenizer.finish()
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that one token stands for, for a control token its name. IndexError outside the
-        vocabulary.
-        """
+        """What one token stands for, for a control token its name. IndexError outside the vocabulary."""
         if token < 0:
             raise IndexError(token)
         text = self._tokens[token]
@@ -175,9 +172,7 @@ class Tokenizer:
 
 
 def _byte_characters() -> dict[str, int]:
-    """GPT-2's writing of bytes: the printable characters of Latin-1 for themselves, U+0100 and up for the
-    others.
-    """
+    """GPT-2's writing of bytes: what Latin-1 can print for itself, U+0100 and up for the others."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

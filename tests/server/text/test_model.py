@@ -23,7 +23,7 @@ FRAMING = (
     "{{ m.content }}{{ m.content | trim }}{{ m.reasoning_content }}"
     "{% for c in m.tool_calls or [] %}<{{ c.function.name }}>{% for k, v in c.function.arguments | items %}"
     "<{{ k }}></{{ k }}><|{{ k }}|>{{ v }}{% endfor %}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% for t in tools or [] %}{{ t | tojson }}"
+    "{{ enable_thinking }}{{ reasoning_effort }}{% for t in tools or [] %}{{ t | tojson }}"
     "{% for k in t.function.parameters %}<{{ k }}>{% endfor %}{% endfor %}"
 )
 
@@ -163,6 +163,14 @@ def test_arguments_are_a_short_list(tiny: TextModel) -> None:
     ):
         with pytest.raises(MessageError, match="chat_template_kwargs"):
             tiny.chat_text(user("x"), arguments=arguments)
+
+
+def test_what_the_template_does_not_know_is_refused(default_model: TextModel) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    with pytest.raises(TemplateError, match="does not support tool_calls"):
+        default_model.chat_text([{"role": "assistant", "tool_calls": [call]}])
+    with pytest.raises(TemplateError, match="does not know enable_thinking"):
+        default_model.chat_text(user("x"), arguments={"enable_thinking": False})
 
 
 def test_tools_need_a_template_that_knows_them(default_model: TextModel) -> None:
