@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -32,10 +33,14 @@ double uniform(int64_t seed, int64_t position) {
   return (static_cast<double>(r[0] >> 5) * 67108864.0 + static_cast<double>(r[1] >> 6)) / 9007199254740992.0;
 }
 
-// The one ranking: larger logits first, then smaller ids.
-auto before(const float* x) {
-  return [x](int32_t a, int32_t b) { return x[a] != x[b] ? x[a] > x[b] : a < b; };
+// The one ranking, larger logits first, then smaller ids, as a number: to compare two ranks touches no logits.
+uint64_t rank_of(float logit, int32_t token) {
+  const uint32_t bits = std::bit_cast<uint32_t>(logit + 0.0f);  // -0 ranks as 0
+  const uint32_t ascending = bits >> 31 ? ~bits : bits | 0x80000000u;
+  return uint64_t{~ascending} << 32 | static_cast<uint32_t>(token);
 }
+
+int32_t token_of(uint64_t rank) { return static_cast<int32_t>(static_cast<uint32_t>(rank)); }
 
 int32_t largest(const float* x, int64_t n, const std::vector<float>& maxima, float maximum) {
   const int64_t run = std::find(maxima.begin(), maxima.end(), maximum) - maxima.begin();
@@ -55,7 +60,7 @@ Sampler::Sampler(const KernelTable& table, int threads, int64_t vocab)
     s.counts.resize(vocab);
     s.gathered.reserve(vocab);
     s.kept.reserve(vocab);
-    s.order.reserve(vocab);
+    s.ranks.reserve(vocab);
   }
 }
 
@@ -127,7 +132,7 @@ int32_t Sampler::pick(Scratch& s, const float* x, int64_t row, const Sampling& p
     if (top_p >= 1.0 && min_p <= 0.0f) return pick_any(s, u * total);
     // However the mass is spread, top_p drops all that lies below this: together it is less than 1 - top_p.
     const double droppable = 0.999 * (1.0 - top_p) * total / static_cast<double>(vocab_);
-    keep_heavy(s, std::max(static_cast<float>(droppable), min_p));
+    keep_from(s, s.weights.data(), s.sums, std::max(static_cast<float>(droppable), min_p));
     if (top_p < 1.0) keep_mass(s, x, top_p * total);
   }
   return pick_kept(s, u * kept_mass(s));
@@ -165,8 +170,27 @@ double Sampler::kept_mass(const Scratch& s) const {
   return sum;
 }
 
-// Keeps the k largest of x, by ascending id. The k-th largest of the maxima of runs is not above the k-th largest logit,
-// so only the few tokens from there on are looked at.
+// Tokens whose value is not below `least`, by ascending id; `upper` bounds the values of each run.
+void Sampler::keep_from(Scratch& s, const float* values, const std::vector<float>& upper, float least) const {
+  s.kept.resize(vocab_);
+  int64_t n = 0;
+  for (int64_t run = 0; run < runs_; ++run) {
+    if (upper[run] < least) continue;
+    for (int64_t i = run * kSampleRun; i < std::min((run + 1) * kSampleRun, vocab_); ++i) {
+      s.kept[n] = static_cast<int32_t>(i);  // no branch: half of them would be mispredicted
+      n += values[i] >= least;
+    }
+  }
+  s.kept.resize(n);
+}
+
+void Sampler::rank_kept(Scratch& s, const float* x) const {
+  s.ranks.resize(s.kept.size());
+  for (size_t i = 0; i < s.kept.size(); ++i) s.ranks[i] = rank_of(x[s.kept[i]], s.kept[i]);
+}
+
+// Keeps the k largest of x. The k-th largest of the maxima of runs is not above the k-th largest logit, so only the few
+// tokens from there on are looked at.
 void Sampler::keep_largest(Scratch& s, const float* x, int64_t k) const {
   float least = -kInfinity;
   if (k <= runs_) {
@@ -174,26 +198,12 @@ void Sampler::keep_largest(Scratch& s, const float* x, int64_t k) const {
     std::nth_element(s.gathered.begin(), s.gathered.begin() + (k - 1), s.gathered.end(), std::greater<>());
     least = s.gathered[k - 1];
   }
-  s.kept.clear();
-  for (int64_t run = 0; run < runs_; ++run) {
-    if (s.maxima[run] < least) continue;
-    for (int64_t i = run * kSampleRun; i < std::min((run + 1) * kSampleRun, vocab_); ++i)
-      if (x[i] >= least) s.kept.push_back(static_cast<int32_t>(i));
-  }
-  if (k < static_cast<int64_t>(s.kept.size())) {
-    std::nth_element(s.kept.begin(), s.kept.begin() + k, s.kept.end(), before(x));
-    s.kept.resize(k);
-  }
-  std::sort(s.kept.begin(), s.kept.end());
-}
-
-void Sampler::keep_heavy(Scratch& s, float least) const {
-  s.kept.clear();
-  for (int64_t run = 0; run < runs_; ++run) {
-    if (s.sums[run] < least) continue;
-    for (int64_t i = run * kSampleRun; i < std::min((run + 1) * kSampleRun, vocab_); ++i)
-      if (s.weights[i] >= least) s.kept.push_back(static_cast<int32_t>(i));
-  }
+  keep_from(s, x, s.maxima, least);
+  if (k >= static_cast<int64_t>(s.kept.size())) return;
+  rank_kept(s, x);
+  std::nth_element(s.ranks.begin(), s.ranks.begin() + (k - 1), s.ranks.end());
+  const uint64_t last = s.ranks[k - 1];
+  std::erase_if(s.kept, [&](int32_t i) { return rank_of(x[i], i) > last; });
 }
 
 void Sampler::weigh_kept(Scratch& s, const float* x, float maximum, float temperature) const {
@@ -206,14 +216,14 @@ void Sampler::weigh_kept(Scratch& s, const float* x, float maximum, float temper
 
 // Keeps the shortest prefix of the ranking that weighs `mass` or more: a selection by weight, halving what is undecided.
 void Sampler::keep_mass(Scratch& s, const float* x, double mass) const {
-  s.order = s.kept;
-  auto begin = s.order.begin(), end = s.order.end();
+  rank_kept(s, x);
+  auto begin = s.ranks.begin(), end = s.ranks.end();
   double above = 0.0;
   while (end - begin > kSortedAtOnce) {
     const auto middle = begin + (end - begin) / 2;
-    std::nth_element(begin, middle, end, before(x));
+    std::nth_element(begin, middle, end);
     double sum = above;
-    for (auto i = begin; i != middle; ++i) sum += s.weights[*i];
+    for (auto i = begin; i != middle; ++i) sum += s.weights[token_of(*i)];
     if (sum >= mass) {
       end = middle;
     } else {
@@ -221,12 +231,10 @@ void Sampler::keep_mass(Scratch& s, const float* x, double mass) const {
       begin = middle;
     }
   }
-  std::sort(begin, end, before(x));
+  std::sort(begin, end);
   auto last = begin;
-  while (last != end && (above += s.weights[*last]) < mass) ++last;
-  if (last == end) return;
-  const auto ranks = before(x);
-  std::erase_if(s.kept, [&](int32_t i) { return ranks(*last, i); });
+  while (last != end && (above += s.weights[token_of(*last)]) < mass) ++last;
+  if (last != end) std::erase_if(s.kept, [&](int32_t i) { return rank_of(x[i], i) > *last; });
 }
 
 // Log-probabilities of the raw logits: of the drawn token and of the `top` likeliest.
@@ -237,10 +245,12 @@ void Sampler::report(Scratch& s, const float* logits, int64_t row, int64_t top, 
   drawn.logprob[row] = static_cast<float>(logits[drawn.token[row]] - log_sum);
   if (top == 0) return;
   keep_largest(s, logits, std::min(top, vocab_));
-  std::sort(s.kept.begin(), s.kept.end(), before(logits));
-  for (size_t i = 0; i < s.kept.size(); ++i) {
-    drawn.top_tokens[row * kMaxLogprobs + i] = s.kept[i];
-    drawn.top_logprobs[row * kMaxLogprobs + i] = static_cast<float>(logits[s.kept[i]] - log_sum);
+  rank_kept(s, logits);
+  std::sort(s.ranks.begin(), s.ranks.end());
+  for (size_t i = 0; i < s.ranks.size(); ++i) {
+    const int32_t token = token_of(s.ranks[i]);
+    drawn.top_tokens[row * kMaxLogprobs + i] = token;
+    drawn.top_logprobs[row * kMaxLogprobs + i] = static_cast<float>(logits[token] - log_sum);
   }
 }
 

@@ -36,7 +36,7 @@ class Sampler {
     std::vector<float> gathered;
     std::vector<int32_t> counts;  // [vocab] zero between uses
     std::vector<int32_t> kept;    // candidates, by ascending id
-    std::vector<int32_t> order;   // the same, partly ranked
+    std::vector<uint64_t> ranks;  // of the candidates
   };
 
   void draw_row(Scratch& s, const float* logits, int64_t row, const Sampling& sampling, const Drawn& drawn) const;
@@ -46,7 +46,8 @@ class Sampler {
   int32_t pick_kept(const Scratch& s, double target) const;
   double kept_mass(const Scratch& s) const;
   void keep_largest(Scratch& s, const float* x, int64_t k) const;
-  void keep_heavy(Scratch& s, float least) const;
+  void keep_from(Scratch& s, const float* values, const std::vector<float>& upper, float least) const;
+  void rank_kept(Scratch& s, const float* x) const;
   void keep_mass(Scratch& s, const float* x, double mass) const;
   void weigh_kept(Scratch& s, const float* x, float maximum, float temperature) const;
   void report(Scratch& s, const float* logits, int64_t row, int64_t top, const Drawn& drawn) const;
