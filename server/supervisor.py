@@ -97,9 +97,10 @@ class Supervisor:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             for child in self._children.values():
-                _kill(child)
-                if child.process is not None:
-                    await child.process.wait()
+                process = child.process
+                if process is not None and process.returncode is None:
+                    _kill_group(process.pid)
+                    await process.wait()
 
     def _on_signal(self) -> None:
         if self._end.done():
@@ -121,7 +122,7 @@ class Supervisor:
                     *child.command, stdin=asyncio.subprocess.DEVNULL, process_group=0
                 )
                 code = await child.process.wait()
-                _kill(child)  # what it may have started
+                _kill_group(child.process.pid)  # what it may have started
                 if self._stopping:
                     return
                 if code == EXIT_CONFIG and not self._ready:
@@ -179,17 +180,16 @@ class Supervisor:
         hurry.cancel()
         if not ended.done():
             log.warning("%s is killed", child.role)
-            _kill(child)
+            _kill_group(process.pid)
             await ended
             return EXIT_DRAIN_TIMEOUT
         return ended.result()
 
 
-def _kill(child: Child) -> None:
-    """Kill the child's process group, of which little or nothing may be left."""
-    if child.process is not None:
-        with suppress(ProcessLookupError):
-            os.killpg(child.process.pid, signal.SIGKILL)
+def _kill_group(pid: int) -> None:
+    """Of a child that runs, or has ended just now: later its number may be another's."""
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def _how(code: int) -> str:
