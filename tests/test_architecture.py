@@ -19,7 +19,8 @@ EDGES = {
 
 # Single modules that reach further, each with its reason.
 EXCEPTIONS = {
-    "server.cli": ("engine.explain", "engine.load", "engine.config", "engine.kernels", "engine._kernels"),  # explain, doctor
+    "server.commands.explain": ("engine.explain", "engine.load", "engine.config", "engine.machine"),
+    "server.commands.doctor": ("engine.load", "engine.machine", "engine._kernels"),
     "server.text.model": ("engine.weights.gguf",),  # one parser of hostile files, not two
 }
 

@@ -81,7 +81,7 @@ class Server:
         return str(listed[0]["id"])
 
     def stream(self, body: dict[str, Any], answer: Answer) -> Iterator[str]:
-        """Pieces of the answer, also noted in `answer`. Leaving early closes the connection, which cancels."""
+        """Pieces of the answer, also noted in `answer`. Leaving early closes the connection: cancelled."""
         body = body | {"stream": True, "stream_options": {"include_usage": True}}
         with closing(self.connect()) as connection:
             response = self.request(connection, "/v1/chat/completions", body)
