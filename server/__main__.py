@@ -26,7 +26,7 @@ from ktransformers.server.routing import Service
 from ktransformers.server.text.model import TextModel
 
 EXIT_OK, EXIT_CONFIG, EXIT_INTERNAL, EXIT_DRAIN_TIMEOUT = 0, 1, 70, 75
-CLOSING_SECONDS = 5
+CLOSING_SECONDS = 3
 """What a cut-off stream's last event may take to reach its client."""
 _PR_SET_PDEATHSIG = 1
 

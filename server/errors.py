@@ -41,6 +41,13 @@ _CODES: dict[str, tuple[int, str]] = {
 }
 
 
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"description": "The request cannot be done; the error names the field at fault"},
+    "5XX": {"description": "The server cannot do it now"},
+}
+"""What the OpenAPI description says of every route."""
+
+
 class RequestError(HTTPException):
     """Ends a request. `param` names the field at fault; `retry_after` is in seconds, 0 is none."""
 

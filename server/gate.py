@@ -52,12 +52,10 @@ class HostPolicy:
     def __init__(self, listen: str, hosts: Iterable[str], origins: Iterable[str]) -> None:
         """`listen` is the address listened on. Where other machines can reach it keys are required, which a
         foreign page does not have, so that without a list of hosts any name is accepted there."""
-        self._hosts = {host.lower() for host in hosts} | {listen.lower()}
-        self._any = "*" in self._hosts
-        if is_loopback(listen):
-            self._hosts |= {"localhost", "127.0.0.1", "::1"}
-        elif self._hosts == {listen.lower()}:
-            self._any = True
+        listed = {host.lower() for host in hosts}
+        self._any = "*" in listed or not (listed or is_loopback(listen))
+        # Names that a foreign page's request cannot carry.
+        self._hosts = listed | {listen.lower(), "localhost", "127.0.0.1", "::1"}
         self._origins = {origin.lower().rstrip("/") for origin in origins}
 
     def check(self, method: str, headers: Headers) -> None:

@@ -7,7 +7,7 @@ on it. Nothing carries a tenant or a word of a prompt.
 
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ktransformers.scheduler.protocol import Status
@@ -82,6 +82,9 @@ REQUEST_BUCKETS = (
     7680.0,
 )
 LENGTH_BUCKETS = tuple(float(1 << power) for power in range(0, 21, 2))
+# Twice the series, which no dashboard reads.
+disable_created_metrics()
+
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 # Field of Status -> (suffix of the native name, of vLLM's, help)

@@ -6,12 +6,13 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from ktransformers.server.auth import Role, requires
+from ktransformers.server.errors import RESPONSES
 from ktransformers.server.routing import GuardedRoute, context_of
 
-router = APIRouter(route_class=GuardedRoute, tags=["health"])
+router = APIRouter(route_class=GuardedRoute, tags=["health"], responses=RESPONSES)
 
 
-@router.get("/livez", operation_id="livez")
+@router.get("/livez", operation_id="livez", response_class=PlainTextResponse)
 @requires(Role.PUBLIC)
 async def livez() -> Response:
     """200 when the event loop turns, which answering shows."""
@@ -28,7 +29,7 @@ def _state(request: Request) -> tuple[bool, str]:
     return status.ready, "ready" if status.ready else status.detail
 
 
-@router.get("/readyz", operation_id="readyz")
+@router.get("/readyz", operation_id="readyz", response_class=PlainTextResponse)
 @requires(Role.PUBLIC)
 async def readyz(request: Request) -> Response:
     """200 when a request would be served now, else 503 and what is missing."""
@@ -53,7 +54,7 @@ async def healthz(request: Request) -> Response:
     return JSONResponse(answer, 200 if ready else 503)
 
 
-@router.get("/metrics", operation_id="metrics")
+@router.get("/metrics", operation_id="metrics", response_class=PlainTextResponse)
 @requires(Role.ADMIN)
 async def metrics(request: Request) -> Response:
     """Prometheus text. For the operator: the load of the others is no tenant's business."""

@@ -18,13 +18,14 @@ from ktransformers.server.api.ollama_requests import (
     ShowRequest,
 )
 from ktransformers.server.auth import Role, requires
-from ktransformers.server.errors import RequestError
+from ktransformers.server.errors import RESPONSES, RequestError
 from ktransformers.server.generation import Generation, Generator, TokenLogprob, Usage
 from ktransformers.server.routing import Context, GuardedRoute, context_of
 from ktransformers.server.streaming import ByteStream, while_connected, with_error_event
 
-router = APIRouter(route_class=GuardedRoute, tags=["ollama"])
+router = APIRouter(route_class=GuardedRoute, tags=["ollama"], responses=RESPONSES)
 _encode = msgspec.json.Encoder().encode
+_STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/x-ndjson": {}}}}
 _FOREVER = "2318-04-11T12:00:00Z"
 """As Ollama says of a model that is kept loaded: in some three hundred years."""
 
@@ -40,7 +41,7 @@ def _now() -> str:
 # ---- chat and generate
 
 
-@router.post("/api/chat", operation_id="ollama_chat")
+@router.post("/api/chat", operation_id="ollama_chat", responses=_STREAMED)
 @requires(Role.USER)
 async def chat(body: OllamaChatRequest, request: Request) -> Response:
     """Answer a conversation."""
@@ -61,7 +62,7 @@ async def chat(body: OllamaChatRequest, request: Request) -> Response:
     )
 
 
-@router.post("/api/generate", operation_id="ollama_generate")
+@router.post("/api/generate", operation_id="ollama_generate", responses=_STREAMED)
 @requires(Role.USER)
 async def generate(body: OllamaGenerateRequest, request: Request) -> Response:
     """Continue a prompt, put into the model's template unless `raw`."""

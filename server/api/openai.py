@@ -14,14 +14,15 @@ from ktransformers.server import errors
 from ktransformers.server.api import logprobs
 from ktransformers.server.api.openai_requests import ChatRequest, CompletionRequest
 from ktransformers.server.auth import Role, requires
-from ktransformers.server.errors import RequestError
+from ktransformers.server.errors import RESPONSES, RequestError
 from ktransformers.server.generation import Generation, TokenLogprob, Usage
 from ktransformers.server.routing import Context, GuardedRoute, context_of
 from ktransformers.server.streaming import ByteStream, while_connected, with_error_event
 from ktransformers.server.text.detokenizer import Pieces
 
-router = APIRouter(route_class=GuardedRoute, tags=["openai"])
+router = APIRouter(route_class=GuardedRoute, tags=["openai"], responses=RESPONSES)
 _encode = msgspec.json.Encoder().encode
+_STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -77,7 +78,7 @@ async def get_model(model: str, request: Request) -> Response:
 # ---- chat completions
 
 
-@router.post("/v1/chat/completions", operation_id="create_chat_completion")
+@router.post("/v1/chat/completions", operation_id="create_chat_completion", responses=_STREAMED)
 @requires(Role.USER)
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
@@ -206,7 +207,7 @@ def _last(start: bytes, include_usage: bool, usage: Usage) -> bytes:
 # ---- legacy completions
 
 
-@router.post("/v1/completions", operation_id="create_completion")
+@router.post("/v1/completions", operation_id="create_completion", responses=_STREAMED)
 @requires(Role.USER)
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Continue one or more prompts."""

@@ -2,11 +2,17 @@
 script."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
+import uvloop
 from fastapi import FastAPI
 
 from ktransformers.engine.config import EngineConfig
@@ -16,6 +22,7 @@ from ktransformers.scheduler.protocol import Logprobs, Status, Submit, TokenEven
 from ktransformers.server.app import make_app
 from ktransformers.server.auth import Keys
 from ktransformers.server.config import ServerConfig
+from ktransformers.server.gate import BoundedProtocol
 from ktransformers.server.generation import Generator
 from ktransformers.server.metrics import Metrics
 from ktransformers.server.model import ModelCard
@@ -68,6 +75,7 @@ class ScriptedScheduler:
         self.fail_after = 0
         self.cached = 0
         self.submits: list[Submit] = []
+        self.on_submit: Callable[[Submit], object] = lambda submit: None
         self.left: list[str] = []
         self.cancelled: set[str] = set()
         self.drained = False
@@ -75,6 +83,7 @@ class ScriptedScheduler:
 
     async def submit(self, submit: Submit) -> AsyncGenerator[TokenEvent, None]:
         self.submits.append(submit)
+        self.on_submit(submit)
         ended = False
         try:
             async for event in self._events(submit):
@@ -148,18 +157,29 @@ def anyio_backend() -> str:
 AppMaker = Callable[..., FastAPI]
 
 
-@pytest.fixture
-def make(scheduler: ScriptedScheduler) -> AppMaker:
-    """Builds the application; keyword arguments are settings."""
-
+def _maker(scheduler: ScriptedScheduler) -> AppMaker:
     def build(**changes: Any) -> FastAPI:
         config = make_config(**changes)
         metrics = Metrics("tiny", lambda: scheduler.status, config.vllm_metrics)
         generator = Generator("tiny", ByteText(), scheduler, metrics, config.request_timeout)
-        card = ModelCard("tiny", 1_700_000_000, 1234, "0" * 64, "llama", "1M", "F16", "apache-2.0", "{{ x }}")
+        card = ModelCard(
+            "tiny", 1_700_000_000, 1234, "0" * 64, "llama", "1M", "F16", "apache-2.0", "{{ x }}"
+        )  # fmt: skip
         return make_app(Service(config, Keys.load(config), metrics, generator, card))
 
     return build
+
+
+@pytest.fixture
+def make(scheduler: ScriptedScheduler) -> AppMaker:
+    """Builds the application; keyword arguments are settings."""
+    return _maker(scheduler)
+
+
+@pytest.fixture(scope="module")
+def make_once() -> AppMaker:
+    """The same for a whole module, with a scheduler of its own."""
+    return _maker(ScriptedScheduler())
 
 
 @pytest.fixture
@@ -173,3 +193,40 @@ def connect() -> Callable[[FastAPI], httpx.AsyncClient]:
     return lambda app: httpx.AsyncClient(
         transport=httpx.ASGITransport(app=app), base_url="http://localhost:8000"
     )
+
+
+@contextmanager
+def _served(app: FastAPI) -> Iterator[int]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, http=BoundedProtocol, ws="none", lifespan="off", log_config=None, access_log=False
+        )
+    )
+
+    def run() -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            # Not serve(), which takes over signals and so belongs in the main thread.
+            runner.run(server._serve([listener]))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.005)
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def served() -> Callable[[FastAPI], AbstractContextManager[int]]:
+    """Runs an application behind a real socket, in a thread; gives the port."""
+    return _served
+
+
+@pytest.fixture(scope="module")
+def served_once() -> Callable[[FastAPI], AbstractContextManager[int]]:
+    """The same for a whole module."""
+    return _served
