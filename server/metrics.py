@@ -83,7 +83,7 @@ REQUEST_BUCKETS = (
 )
 LENGTH_BUCKETS = tuple(float(1 << power) for power in range(0, 21, 2))
 # Twice the series, which no dashboard reads.
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
