@@ -74,6 +74,8 @@ class Supervisor:
         self._restarts = restarts
         self._children = {role: Child(role, command) for role, command in commands.items()}
         self._ready = False
+        self._starting = 0
+        """Children that are being started: they run, and their numbers are not known yet."""
         self._stopping = False
         self._hurry = asyncio.Event()
 
@@ -85,7 +87,9 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         self._end: asyncio.Future[int | None] = loop.create_future()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, self._on_signal)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
+                loop.add_signal_handler(number, self._on_signal)
+        loop.add_signal_handler(signal.SIGCHLD, self._reap_orphans)
         tasks = [loop.create_task(self._keep(child)) for child in self._children.values()]
         tasks.append(loop.create_task(self._wait_ready(announce)))
         try:
@@ -117,12 +121,9 @@ class Supervisor:
     async def _keep(self, child: Child) -> None:
         try:
             while not self._stopping:
-                child.started = time.monotonic()
-                child.process = await asyncio.create_subprocess_exec(
-                    *child.command, stdin=asyncio.subprocess.DEVNULL, process_group=0
-                )
-                code = await child.process.wait()
-                _kill_group(child.process.pid)  # what it may have started
+                process = await self._start(child)
+                code = await process.wait()
+                _kill_group(process.pid)  # what it may have started
                 if self._stopping:
                     return
                 if code == EXIT_CONFIG and not self._ready:
@@ -138,6 +139,29 @@ class Supervisor:
         except OSError as error:
             log.error("%s cannot be started: %s", child.role, error)
             self._finish(EXIT_INTERNAL)
+
+    async def _start(self, child: Child) -> asyncio.subprocess.Process:
+        child.started = time.monotonic()
+        self._starting += 1
+        try:
+            child.process = await asyncio.create_subprocess_exec(
+                *child.command, stdin=asyncio.subprocess.DEVNULL, process_group=0
+            )
+        finally:
+            self._starting -= 1
+        return child.process
+
+    def _reap_orphans(self) -> None:
+        """Take leave of what dead children left to us, as they do to process 1 of a container."""
+        children = {child.process.pid for child in self._children.values() if child.process is not None}
+        while not self._starting:
+            try:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if ended is None or ended.si_pid in children:
+                return
+            os.waitpid(ended.si_pid, os.WNOHANG)
 
     def _delay(self, child: Child) -> float:
         """Seconds until the restart of a child that has just died."""

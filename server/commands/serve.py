@@ -1,6 +1,7 @@
 """`ktransformers serve`: settle what is to be served, then supervise it."""
 
 import asyncio
+import ctypes
 import logging
 import os
 import resource
@@ -23,6 +24,8 @@ from ktransformers.server.library import resolve
 from ktransformers.server.run_folder import run_folder, write_configurations
 from ktransformers.server.supervisor import Supervisor, check_listening, commands
 
+_PR_SET_CHILD_SUBREAPER = 36
+
 
 def run(file: Path | None, overrides: Mapping[str, Any]) -> int:
     """Serve until told to stop; the exit code. Errors: ConfigError, before anything is started."""
@@ -30,6 +33,8 @@ def run(file: Path | None, overrides: Mapping[str, Any]) -> int:
     level = config.log_level.upper()
     logging.basicConfig(level=level, format="%(asctime)s supervisor %(levelname)s %(message)s")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # What a dead child leaves behind is ours to end, not process 1's, which may not care.
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     # Of all processes the last to be ended for memory. Only a privileged user may ask for it.
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("-200")

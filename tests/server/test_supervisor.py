@@ -1,6 +1,7 @@
 """Starting, restarting and taking down, over children that are small scripts; the folder they live in."""
 
 import asyncio
+import ctypes
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from ktransformers.server.run_folder import run_folder, write_configurations
 from ktransformers.server.supervisor import Restarts, Supervisor, check_listening, commands
 
 T = TypeVar("T")
+PR_SET_CHILD_SUBREAPER = 36
 FAST = Restarts(first_seconds=0.05, settled_seconds=1.0, window_seconds=3.0)
 
 IDLE = "import os, signal; signal.signal(signal.SIGTERM, lambda *_: os._exit(0)); signal.pause()"
@@ -140,6 +142,38 @@ def test_children_are_in_groups_of_their_own_and_take_their_children_along(tmp_p
         assert await task == 0
 
     run(main())
+
+
+def test_orphans_are_reaped(tmp_path: Path) -> None:
+    """A grandchild in a session of its own outlives its parent, becomes ours, and leaves no zombie."""
+
+    async def main() -> None:
+        child = f"""
+            import os, signal, subprocess, sys
+            code = "import sys; sys.stdin.read()"
+            p = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True)
+            open({str(tmp_path / "orphan")!r}, "w").write(f"{{p.pid}} ")
+            {IDLE}
+        """
+        trial = Trial(tmp_path, engine=child)
+        task = trial.run()
+        await trial.urls.get()
+        while not (file := tmp_path / "orphan").exists() or not file.read_text().endswith(" "):
+            await asyncio.sleep(0.01)
+        orphan = int(file.read_text())
+        os.kill(await trial.starts("engine", 1), signal.SIGKILL)
+        while Path(f"/proc/{orphan}").exists():
+            await asyncio.sleep(0.01)
+        await trial.starts("engine", 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await task == 0
+
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        run(main())
+    finally:
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 0)
 
 
 @pytest.mark.parametrize(
