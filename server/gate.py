@@ -26,6 +26,8 @@ MAX_BODY_BYTES = 16 << 20
 MAX_BODIES_BYTES = 256 << 20
 """All bodies being read or held at one time."""
 MAX_JSON_DEPTH = 32
+MAX_JSON_NODES = 100_000
+"""Lists, objects and keys of one document: what takes memory and time far beyond its bytes."""
 MAX_HEADER_BYTES = 16 << 10
 MAX_CONNECTIONS = 4096
 HEADER_SECONDS = 10.0
@@ -39,9 +41,9 @@ _SECURITY_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 _NO_CONTENT_POLICY = "default-src 'none'; frame-ancestors 'none'"
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_STRINGS = re.compile(rb'"[^"]*"')
 _TO_SQUARE = bytes.maketrans(b"{}", b"[]")
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_NOT_STRUCTURE = bytes(set(range(256)) - set(b"[]{}:"))
 
 log = logging.getLogger("ktransformers.server.gate")
 
@@ -232,20 +234,27 @@ class BoundedRequest(Request):
 
 def strict_json(body: bytes) -> Any:
     """Decode a JSON document. Raises RequestError "invalid_json"."""
+    _check_structure(body)
     try:
-        value = msgspec.json.decode(body)
-    except RecursionError:
-        raise _too_deep() from None
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return msgspec.json.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise RequestError("invalid_json", "the body is not valid JSON") from None
-    if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH:
-        # Brackets outside of strings only; each round takes away exactly the innermost level.
-        brackets = _STRINGS.sub(b"", body).translate(_TO_SQUARE, _NOT_BRACKETS)
-        for _ in range(MAX_JSON_DEPTH):
-            brackets = brackets.replace(b"[]", b"")
-        if brackets:
-            raise _too_deep()
-    return value
+
+
+def _check_structure(body: bytes) -> None:
+    """Bound depth and nodes before anything is built. A few passes in C over the bytes, whatever they are."""
+    if body.count(b"[") + body.count(b"{") + body.count(b":") <= MAX_JSON_DEPTH:
+        return
+    outside = _STRINGS.sub(b"", body.replace(b"\\\\", b"").replace(b'\\"', b""))
+    structure = outside.translate(_TO_SQUARE, _NOT_STRUCTURE)
+    nodes = structure.count(b"[") + structure.count(b":")
+    if nodes > MAX_JSON_NODES:
+        raise RequestError("invalid_json", f"the JSON has more than {MAX_JSON_NODES} lists, objects and keys")
+    brackets = structure.replace(b":", b"")
+    for _ in range(MAX_JSON_DEPTH):  # each round takes away exactly the innermost level
+        brackets = brackets.replace(b"[]", b"")
+    if brackets:
+        raise RequestError("invalid_json", f"the JSON is nested deeper than {MAX_JSON_DEPTH}, or not closed")
 
 
 def _too_large() -> RequestError:
@@ -254,10 +263,6 @@ def _too_large() -> RequestError:
         f"the body is larger than {MAX_BODY_BYTES >> 20} MiB",
         headers={"Connection": "close"},
     )
-
-
-def _too_deep() -> RequestError:
-    return RequestError("invalid_json", f"the JSON is nested deeper than {MAX_JSON_DEPTH}")
 
 
 class BoundedProtocol(HttpToolsProtocol):

@@ -247,12 +247,12 @@ class Generator:
             longest = parameters.context
         if not prompt:
             raise _invalid("prompt", "is empty")
-        vocabulary = self.text.tokenizer.vocab_size
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise _invalid("prompt", f"token ids must be 0 .. {vocabulary - 1}")
         room = longest - len(prompt)
         if room < 1:
             raise _too_long(longest)
+        vocabulary = self.text.tokenizer.vocab_size
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            raise _invalid("prompt", f"token ids must be 0 .. {vocabulary - 1}")
         wanted = parameters.max_tokens
         if wanted is not None and wanted > longest:
             raise _invalid(parameters.limit_name, f"the context of this model has {longest} tokens")

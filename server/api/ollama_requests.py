@@ -128,7 +128,7 @@ class OllamaChatRequest(OllamaRequest):
     """POST /api/chat. No message: is the model there?"""
 
     neutral: ClassVar[Mapping[str, Sequence[Any]]] = {**_NOT_DONE, "tools": (None, [])}
-    messages: Annotated[list[OllamaMessage], Field(max_length=2048)] | None = None
+    messages: Annotated[list[OllamaMessage], Field(fail_fast=True, max_length=2048)] | None = None
 
 
 class OllamaGenerateRequest(OllamaRequest):

@@ -4,7 +4,7 @@ usual."""
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from ktransformers.scheduler.protocol import Sampling
@@ -23,10 +23,15 @@ from ktransformers.server.api.parameters import (
     Temperature,
     TokenCount,
     TokenId,
+    TokenIds,
     TopP,
+    at_most,
     to_seed,
 )
 from ktransformers.server.generation import Parameters
+
+Biases = Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias], at_most(300)]
+Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Label], at_most(16)]
 
 
 class StreamOptions(StrictModel):
@@ -52,11 +57,9 @@ class SampledRequest(StrictModel):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: RepetitionPenalty | None = None
-    logit_bias: (
-        Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias], Field(max_length=300)] | None
-    ) = None
+    logit_bias: Biases | None = None
     stop: StopString | StopStrings | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=300)] | None = None
+    stop_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=1 << 24)] | None = None
     seed: Seed | None = None
@@ -109,7 +112,7 @@ class TextPart(StrictModel):
     text: str
 
 
-Content = str | Annotated[list[TextPart], Field(min_length=1, max_length=2048)]
+Content = str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1, max_length=2048)]
 
 
 class Message(StrictModel):
@@ -161,12 +164,12 @@ class ChatRequest(SampledRequest):
         "prompt_cache_retention": (None,),
         "prompt_cache_options": (None,),
     }
-    messages: Annotated[list[Message], Field(min_length=1, max_length=2048)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=2048)]
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
     response_format: ResponseFormat | None = None
-    metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Label], Field(max_length=16)] | None = None
+    metadata: Metadata | None = None
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None
 
@@ -186,7 +189,17 @@ class ChatRequest(SampledRequest):
         return self.parameters(self.max_completion_tokens, logprobs, "max_completion_tokens")
 
 
-Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=1 << 24)]
+Tokens = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=1 << 20)]
+Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=16)]
+TokenLists = Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_length=16)]
+
+
+def _kind_of_prompt(prompt: Any) -> str:
+    """Which of the four forms is meant, so that a long list is not held against the three others."""
+    if not isinstance(prompt, list):
+        return "text"
+    first = prompt[0] if prompt else 0
+    return "texts" if isinstance(first, str) else "token_lists" if isinstance(first, list) else "tokens"
 
 
 class CompletionRequest(SampledRequest):
@@ -197,12 +210,13 @@ class CompletionRequest(SampledRequest):
         "suffix": (None,),
         "best_of": (None, 1),
     }
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=16)]
-        | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=16)]
-    )
+    prompt: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[Texts, Tag("texts")]
+        | Annotated[Tokens, Tag("tokens")]
+        | Annotated[TokenLists, Tag("token_lists")],
+        Discriminator(_kind_of_prompt),
+    ]
     logprobs: Logprobs | None = None
 
     def to_parameters(self) -> Parameters:

@@ -7,12 +7,14 @@ it knows but this server does not do, unless its value is the one that asks for 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ktransformers.server.errors import RequestError
 
 MAX_STOP_BYTES = 128
+MAX_FIELDS = 128
+"""Of one object; more than any model here has. One error is enough: pydantic would list them all."""
 
 
 def _bounded_stop(stop: str) -> str:
@@ -23,13 +25,25 @@ def _bounded_stop(stop: str) -> str:
     return stop
 
 
+def at_most(entries: int) -> BeforeValidator:
+    """Refuse a larger object before its entries are looked at: pydantic counts them last, and lists what is
+    wrong with each of a million.
+    """
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > entries:
+            raise PydanticCustomError("too_long", "Must have at most {max} entries", {"max": entries})
+        return value
+
+    return BeforeValidator(check)
+
+
 def _bounded_bytes(text: str) -> str:
     if len(text.encode()) > 512:
         raise PydanticCustomError("too_long", "Must have at most 512 bytes")
     return text
 
 
-Finite = Field(allow_inf_nan=False)
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 MinP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -42,7 +56,8 @@ TokenCount = Annotated[int, Field(ge=1, le=1 << 24)]
 Logprobs = Annotated[int, Field(ge=0, le=20)]
 TokenId = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
 StopString = Annotated[str, AfterValidator(_bounded_stop)]
-StopStrings = Annotated[list[StopString], Field(max_length=16)]
+StopStrings = Annotated[list[StopString], Field(fail_fast=True, max_length=16)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=300)]
 Label = Annotated[str, AfterValidator(_bounded_bytes)]
 
 
@@ -58,6 +73,8 @@ class StrictModel(BaseModel):
     def _refuse_what_is_not_done(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        if len(data) > MAX_FIELDS:
+            raise PydanticCustomError("too_long", "Must have at most {max} fields", {"max": MAX_FIELDS})
         for name in cls.neutral.keys() & data.keys():
             if not any(
                 data[name] is value or (data[name] == value and type(data[name]) is type(value))
