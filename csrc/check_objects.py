@@ -1,8 +1,8 @@
 """Prove that the object of one instruction set can harm nobody: `check_objects.py BUILD_FOLDER`.
 
 An inline function compiled with AVX-512 and kept by the linker for the whole program, or a constructor that
-runs before the dispatcher has looked at the processor, would be an illegal instruction on an older machine. So
-each object may define its kernel table and nothing else that is visible, nothing weak, and no constructor.
+runs before the dispatcher has looked at the processor, would be an illegal instruction on an older machine.
+So each object may define its kernel table and nothing else that is visible, nothing weak, and no constructor.
 """
 
 import subprocess

@@ -47,6 +47,7 @@ struct KernelTable {
   const char* name;
 
   // ---- weights. Panels [begin, end) of kPanelRows outputs each; the last panel is padded with zeros.
+  // `packed` is best aligned to 64 bytes; nothing needs it.
   size_t (*packed_bytes)(Format, int64_t rows, int64_t cols);  // 0: format or shape not supported
   void (*pack)(Format, const uint8_t* src, int64_t rows, int64_t cols, int64_t begin, int64_t end, uint8_t* packed);
   void (*unpack_row)(Format, const uint8_t* packed, int64_t rows, int64_t cols, int64_t row, float* out);
