@@ -5,12 +5,17 @@ many more is a bet on their output lengths; a lost bet costs a preemption, whose
 computed again.
 """
 
+import bisect
+import itertools
+import math
+from collections import deque
 from collections.abc import Iterable
 
 from ktransformers.scheduler.request import Request
 
-_WEIGHT = 1 / 16
-"""Of the newest output length in the average."""
+_RECENT = 64
+"""Output lengths remembered."""
+_PRIOR_DECAY = 15 / 16
 _RAISE = 1.5
 _MOST = 8.0
 _DECAY = 0.998
@@ -18,26 +23,35 @@ _DECAY = 0.998
 
 
 class OutputEstimate:
-    """How many tokens a request will still draw: min(max_tokens, average output) x factor.
+    """How many tokens a request will still draw, from how many those did that ended of late.
 
-    The average of no observation is the request's own max_tokens, and each observation takes a sixteenth of
-    what is left of that prior: the requests that end first are the short ones, so a few of them say little.
-    The factor is SGLang's new-token ratio turned round: each preemption raises it, each step lets it decay
-    towards 1.
+    Of the recent outputs that were longer than what it has drawn so far, the average of what was still to
+    come: who has outlived the short ones is known to be one of the long. While little has been observed its
+    max_tokens counts too, less with each observation, for the first to end are the short ones. All that
+    times a factor which each preemption raises and each step lets decay towards 1 (SGLang's new-token
+    ratio, turned round).
     """
 
     def __init__(self) -> None:
         self.factor = 1.0
-        self._sum = 0.0
-        self._prior = 1.0
+        self.prior = 1.0
+        """The weight of max_tokens."""
+        self._recent: deque[int] = deque()
+        self._sorted: list[int] = []
+        self._sums: list[int] = []
+        """Of the longest 1, 2, ... of them."""
 
     def ended(self, output_tokens: int) -> None:
         """A request has ended by itself after so many output tokens."""
-        self._sum += (output_tokens - self._sum) * _WEIGHT
-        self._prior *= 1 - _WEIGHT
+        self.prior *= _PRIOR_DECAY
+        self._recent.append(output_tokens)
+        bisect.insort(self._sorted, output_tokens)
+        if len(self._recent) > _RECENT:
+            del self._sorted[bisect.bisect_left(self._sorted, self._recent.popleft())]
+        self._sums = list(itertools.accumulate(reversed(self._sorted)))
 
     def preempted(self) -> None:
-        """The bet was lost."""
+        """More was let in than fitted."""
         self.factor = min(self.factor * _RAISE, _MOST)
 
     def stepped(self) -> None:
@@ -45,10 +59,13 @@ class OutputEstimate:
         self.factor = max(self.factor * _DECAY, 1.0)
 
     def left(self, request: Request) -> int:
-        """Tokens that it will still draw: a quarter of its output so far at least, up to max_tokens."""
-        most = request.sampling.max_tokens
-        expected = min(most, self._sum + self._prior * most) * self.factor
-        return min(most - request.drawn, round(max(expected - request.drawn, request.drawn / 4)))
+        """Tokens that it will still draw."""
+        most = request.sampling.max_tokens - request.drawn
+        longer = len(self._sorted) - bisect.bisect_right(self._sorted, request.drawn)
+        # What has outlived all others is expected to go on for as long again.
+        expected = self._sums[longer - 1] / longer - request.drawn if longer else request.drawn
+        blend = self.prior * most + (1 - self.prior) * expected
+        return min(most, math.ceil(blend * self.factor))
 
 
 def peak_blocks(shared: int, runs: Iterable[tuple[int, int]], block_tokens: int) -> int:

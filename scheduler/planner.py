@@ -54,12 +54,14 @@ class _Draft:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
+        self.recomputed = 0
         self.new: list[NewSeq] = []
         self.go_on: list[Go] = []
         self.work: list[Work] = []
         self.planned: set[Request] = set()
 
     def add(self, request: Request, n: int, new_blocks: list[int]) -> None:
+        self.recomputed += max(0, min(request.most_computed, request.computed + n) - request.computed)
         draws = request.plan(n)
         self.budget -= n
         self.planned.add(request)
@@ -104,6 +106,7 @@ class Planner:
             return None
         self._steps += 1
         self._estimate.stepped()
+        self._counters.recomputed_tokens += draft.recomputed
         step = Step(self._steps, gone, draft.new, draft.go_on)
         return Plan(step, draft.work, self._max_batch_tokens - draft.budget)
 

@@ -261,6 +261,10 @@ class Scheduler:
         self._requests[request.id] = request
         self._queue.push(request)
         if submit.deadline > 0:
+            # Most end long before their deadline: do not keep them for its sake.
+            if len(self._deadlines) > 2 * len(self._requests) + 64:
+                self._deadlines = [entry for entry in self._deadlines if not entry[2].ended]
+                heapq.heapify(self._deadlines)
             heapq.heappush(self._deadlines, (submitted + submit.deadline, request.order, request))
 
     def _cancel(self, request_id: str) -> None:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 _DECAY = 0.999
 """A step; the slowest one of the last thousand or so counts."""
+_WEIGHT = 1 / 32
+"""Of the newest step in the averages."""
 
 
 @dataclass
@@ -26,15 +28,16 @@ class Pace:
 
     def __init__(self) -> None:
         self._slowest = 0.0
-        self._mean = 0.0
+        self._tokens = 0.0
+        self._seconds = 0.0
 
     def measured(self, tokens: int, seconds: float) -> None:
         """A step computed `tokens` tokens in `seconds`."""
         if tokens <= 0:
             return
-        each = seconds / tokens
-        self._slowest = max(each, self._slowest * _DECAY)
-        self._mean = each if self._mean == 0 else self._mean + (each - self._mean) / 32
+        self._slowest = max(seconds / tokens, self._slowest * _DECAY)
+        self._tokens += (tokens - self._tokens) * _WEIGHT
+        self._seconds += (seconds - self._seconds) * _WEIGHT
 
     def at_most(self, tokens: int) -> float | None:
         """Seconds that a step of `tokens` tokens should not exceed; None while nothing was measured.
@@ -44,5 +47,5 @@ class Pace:
         return tokens * self._slowest if self._slowest else None
 
     def expected(self, tokens: int) -> float:
-        """Seconds that computing `tokens` tokens takes on the average; 0 while nothing was measured."""
-        return tokens * self._mean
+        """Seconds that `tokens` tokens take at the present throughput; 0 while nothing was measured."""
+        return tokens * self._seconds / self._tokens if self._tokens else 0.0

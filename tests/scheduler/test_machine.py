@@ -33,7 +33,7 @@ class Machine(RuleBasedStateMachine):
             max_batch_tokens=budget,
         )
         # 0: everybody is thought to stop at once, so that too many are let in and blocks run out.
-        self.w.scheduler._estimate._prior = believed
+        self.w.scheduler._estimate.prior = believed
         self.n = 0
         self.crashes = 0
 
