@@ -1,6 +1,7 @@
 """The command line. Every command imports what it needs when it runs, so that --help is quick."""
 
 import sys
+from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +28,10 @@ ConfigFile = Annotated[
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"ktransformers {installed_version('ktransformers')}")
+        try:
+            print(f"ktransformers {installed_version('ktransformers')}")
+        except PackageNotFoundError:
+            print("ktransformers, not installed: a checkout")
         raise typer.Exit
 
 

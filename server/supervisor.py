@@ -206,7 +206,8 @@ class Supervisor:
             log.warning("%s is killed", child.role)
             _kill_group(process.pid)
             await ended
-            return EXIT_DRAIN_TIMEOUT
+            # Only the API has requests to cut off; of the others it is a fault not to end.
+            return EXIT_DRAIN_TIMEOUT if role == "server" or self._hurry.is_set() else EXIT_INTERNAL
         return ended.result()
 
 

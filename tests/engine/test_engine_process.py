@@ -96,7 +96,7 @@ async def generate(client: EngineClient, prompt: list[int], n: int, first: int =
 
 def test_loading_ready_steps_shutdown(folder: Path, fake: ModuleType) -> None:
     async def main() -> None:
-        async with engine(folder, model="fake:0.5") as (process, client):
+        async with engine(folder, model="fake:1.5") as (process, client):
             assert await client.recv() == Back()
             loading = await until(client, Loading)
             assert 0 <= loading.done <= loading.total
@@ -121,6 +121,16 @@ def test_good_child(folder: Path) -> None:
             proc = Path(f"/proc/{process.pid}")
             assert int((proc / "oom_score_adj").read_text()) >= 200
             assert "Max core file size        0                    0" in (proc / "limits").read_text()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(5) == 0
+
+    run(main())
+
+
+def test_sigterm_while_loading(folder: Path) -> None:
+    async def main() -> None:
+        async with engine(folder, model="fake:30") as (process, client):
+            await until(client, Loading)
             process.send_signal(signal.SIGTERM)
             assert process.wait(5) == 0
 

@@ -62,6 +62,8 @@ def test_help_and_version_are_quick(home: Path) -> None:
         assert done.returncode == 0
         assert "serve" in done.stdout
     print(f"--help: {min(seconds):.2f} s")
+    done = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout.split()[0].strip(",")) == (0, "ktransformers")
     code = "import sys; sys.argv = ['x', '--help']\nimport ktransformers.server.cli as cli\n"
     code += "try: cli.main()\nexcept SystemExit: print(*sorted(sys.modules), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)

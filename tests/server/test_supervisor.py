@@ -194,6 +194,21 @@ def test_exit_code_of_a_drain(tmp_path: Path, drain_seconds: float, drain_code: 
     assert run(main()) == expected
 
 
+def test_an_engine_that_hangs_does_not_stop_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ktransformers.server.supervisor.STOP_SECONDS", 0.3)
+
+    async def main() -> None:
+        trial = Trial(tmp_path)
+        task = trial.run()
+        await trial.urls.get()
+        os.kill(await trial.starts("engine", 1), signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await task == 70
+        assert not alive(trial.pids("engine")[0])
+
+    run(main())
+
+
 def test_second_signal_is_immediate(tmp_path: Path) -> None:
     async def main() -> None:
         trial = Trial(tmp_path, drain_seconds=60)
