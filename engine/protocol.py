@@ -22,19 +22,19 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Over prompt and output, the last `repetition_window` tokens of them (0: all)."""
     repetition_window: int = 0
     presence_penalty: float = 0.0
-    """Over output only, as frequency_penalty."""
+    """Over output only (what of it lies in the window, when there is one), as frequency_penalty."""
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     """0 .. 2**63 - 1."""
     stop_tokens: tuple[int, ...] = ()
-    """Tokens that end the sequence with finish "stop" (the model's own end tokens among them unless ignore_eos)."""
+    """Tokens that end the sequence with finish "stop"; the model's own are among them unless ignore_eos."""
     min_tokens: int = 0
     """Stop tokens cannot be drawn before this many output tokens."""
     max_tokens: int = 0
     """Output tokens after which the sequence ends with finish "length"; >= 1."""
     logprobs: int = -1
-    """-1: none; 0: of the drawn token; n: and of the n likeliest (<= 20). Of the raw distribution, before any penalty."""
+    """-1: none; 0: of the drawn token; n: and of the n likeliest (<= 20). Of the raw distribution."""
 
 
 # ---- scheduler -> engine
@@ -45,21 +45,21 @@ class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class NewSeq(msgspec.Struct, frozen=True, array_like=True):
-    """A sequence enters a slot. `tokens[:n_prompt]` is the prompt, what follows was generated before a preemption."""
+    """A sequence enters a slot. `tokens[:n_prompt]` is the prompt, the rest from before a preemption."""
 
     slot: int
     tokens: list[int]
     n_prompt: int
     computed: int
-    """Leading tokens whose KV the first blocks hold already (a prefix hit); a multiple of the block size, < len(tokens)."""
+    """Leading tokens whose KV the first blocks hold already (a prefix hit): whole blocks, < len(tokens)."""
     sampling: Sampling
 
 
 class Go(msgspec.Struct, frozen=True, array_like=True):
-    """Compute the next `n_tokens` of a slot. When that reaches the slot's last known token, one token is drawn.
+    """Compute the next `n_tokens` of a slot. When that reaches its last known token, one token is drawn.
 
-    A slot that has finished by itself (stop token, max_tokens, numerical error) ignores a Go that was planned before the
-    scheduler could know.
+    A slot that has finished by itself (stop token, max_tokens, error) ignores a Go that was planned before
+    the scheduler could know.
     """
 
     slot: int
@@ -119,7 +119,8 @@ class SlotToken(msgspec.Struct, frozen=True, array_like=True):
     slot: int
     token: int
     finish: str = ""
-    """"" goes on; "stop", "length" or "error" (numerical_error: the logits were not finite; token is -1)."""
+    """"" goes on; "stop", "length" or "error" (token is -1: the logits were not finite, or what the scheduler
+    said of this sequence could not be done, which the engine's log explains)."""
     logprob: float = 0.0
     top: list[tuple[int, float]] = []
 
