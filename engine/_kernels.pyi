@@ -47,7 +47,9 @@ def gemm(pool: ThreadPool, weight: Weight, x: F32) -> F32:
     """x [n, cols] -> [n, rows]: quantises x as the weight's format asks, then the product. For tests."""
 
 def elementwise(isa: str, op: str, a: F32, b: F32) -> F32:
-    """One kernel over arrays of one shape, for tests. `op`: "add", "silu_mul", "gelu_tanh_mul", "rms_norm" (of a, with
+    """One kernel over arrays of one shape, for tests.
+
+    `op`: "add", "silu_mul", "gelu_tanh_mul", "rms_norm" (of a, with
     weight b and eps 1e-6) or "softcap" (of a, with cap b[0])."""
 
 def sample(

@@ -33,7 +33,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """Parameters of the R draws (see engine.protocol.Sampling), one array a parameter, so that one C++ call does them all."""
+    """Parameters of the R draws (see engine.protocol.Sampling), one array a parameter: one C++ call does them
+    all."""
 
     temperature: F32
     top_k: I32

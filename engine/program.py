@@ -1,9 +1,9 @@
 """A model compiled to a flat list of ops over numbered values: the one thing that executors run.
 
-Values are two-dimensional float32, one row for each token of the batch (after GatherRows: for each row that needs
-logits); `Program.widths[v]` is the row length of value v. Weights are named tensors in the format of their file,
-`[rows, cols]` with one output in each row. Ops run in order; a later op sees what an earlier one wrote. An architecture
-adds no code to executors as long as its mathematics is here.
+Values are two-dimensional float32, one row for each token of the batch (after GatherRows: for each row that
+needs logits); `Program.widths[v]` is the row length of value v. Weights are named tensors in the format of
+their file, `[rows, cols]` with one output in each row. Ops run in order; a later op sees what an earlier
+one wrote. An architecture adds no code to executors as long as its mathematics is here.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ WeightId = int
 
 @dataclass(frozen=True)
 class Tensor:
-    """A weight as its file has it. `format` is the GGUF type number; `data` the raw bytes of `rows` x `cols` elements."""
+    """A weight as its file has it. `format` is the GGUF type number; `data` the raw bytes of `rows` x
+    `cols` elements."""
 
     name: str
     format: int
@@ -69,10 +70,11 @@ class Linear:
 
 @dataclass(frozen=True)
 class Rope:
-    """In place: rotate the first `2 * len(inv_freq)` elements of each head by position * inv_freq, times `scale`.
+    """In place: rotate the first `2 * len(inv_freq)` elements of each head by position * inv_freq, times
+    `scale`.
 
-    Pairs are (i, i + n) with n = len(inv_freq) ("neox"), or (2i, 2i + 1) when `interleaved`. inv_freq is F32 [1, n], any
-    context extension already in it.
+    Pairs are (i, i + n) with n = len(inv_freq) ("neox"), or (2i, 2i + 1) when `interleaved`. inv_freq is
+    F32 [1, n], any context extension already in it.
     """
 
     x: ValueId
@@ -85,10 +87,12 @@ class Rope:
 
 @dataclass(frozen=True)
 class Attention:
-    """Write k and v of this step to the cache of `layer`, then causal attention of q over all positions so far.
+    """Write k and v of this step to the cache of `layer`, then causal attention of q over all positions so
+    far.
 
-    q head h reads kv head h // (heads // kv_heads). Scores are `scale * q.k`, then softcap * tanh(s / softcap) when
-    softcap > 0; with window > 0 position p sees (p - window, p]. Folded in tiles aligned to absolute positions.
+    q head h reads kv head h // (heads // kv_heads). Scores are `scale * q.k`, then softcap * tanh(s /
+    softcap) when softcap > 0; with window > 0 position p sees (p - window, p]. Folded in tiles aligned to
+    absolute positions.
     """
 
     q: ValueId

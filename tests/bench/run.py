@@ -1,7 +1,7 @@
 """Ours against llama.cpp on the default model: same file, same threads, same machine, in one run.
 
-Both sides are worker processes that load once and then take turns, so that whatever else the machine is doing falls on
-both; the figure is the median over the rounds of each round's ratio.
+Both sides are worker processes that load once and then take turns, so that whatever else the machine is
+doing falls on both; the figure is the median over the rounds of each round's ratio.
 
     make bench                        # builds llama.cpp natively into build/peer the first time (minutes)
     make bench ARGS="--rounds 9 --model PATH.gguf --threads 2"
@@ -24,7 +24,11 @@ class Worker:
 
     def __init__(self, python: str, script: Path, model: str, threads: int) -> None:
         self.process = subprocess.Popen(
-            [python, str(script), model, str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/"
+            [python, str(script), model, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd="/",
         )
         self.about = self._read()
 
@@ -50,14 +54,19 @@ class Worker:
 def build_peer(venv: Path) -> str:
     """llama.cpp as llama-cpp-python, compiled for this machine, in a virtual environment of its own."""
     python = venv / "bin" / "python"
-    if subprocess.run([python, "-c", "import llama_cpp"], capture_output=True).returncode if python.exists() else True:
+    if (
+        subprocess.run([python, "-c", "import llama_cpp"], capture_output=True).returncode
+        if python.exists()
+        else True
+    ):
         print("Building the peer (llama.cpp, native): minutes", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", venv], check=True)
         environment = os.environ | {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}
         subprocess.run(
             [python, "-m", "pip", "-q", "install", "llama-cpp-python", "--no-binary", "llama-cpp-python"],
-            check=True, env=environment,
-        )  # fmt: skip
+            check=True,
+            env=environment,
+        )
     return str(python)
 
 
@@ -72,7 +81,9 @@ def main() -> None:
     """Parse, measure, print, write build/bench.json."""
     from ktransformers.server.default_model import default_model  # the path of the model that `serve` serves
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=None)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=7)
@@ -85,7 +96,12 @@ def main() -> None:
     peer = Worker(peer_python, HERE / "worker_llamacpp.py", model, options.threads)
     print(f"{model}\n{options.threads} threads; ours: {ours.about}; peer: {peer.about}")
     print(f"{'tokens/s, min/median/max':28} {'ours':>22} {'llama.cpp':>22} {'ratio':>18}")
-    report: dict[str, object] = {"model": model, "threads": options.threads, "ours": ours.about, "peer": peer.about}
+    report: dict[str, object] = {
+        "model": model,
+        "threads": options.threads,
+        "ours": ours.about,
+        "peer": peer.about,
+    }
     for name, job in JOBS:
         rounds = []
         for worker in (ours, peer):
@@ -95,10 +111,17 @@ def main() -> None:
             a, b = first.measure(**job), second.measure(**job)
             rounds.append((a, b) if first is ours else (b, a))
         ratios = sorted(a / b for a, b in rounds)
-        columns = ["/".join(f"{f(side):.0f}" for f in (min, statistics.median, max)) for side in zip(*rounds, strict=True)]
+        columns = [
+            "/".join(f"{f(side):.0f}" for f in (min, statistics.median, max))
+            for side in zip(*rounds, strict=True)
+        ]
         spread = f"{ratios[0]:.2f}/{statistics.median(ratios):.2f}/{ratios[-1]:.2f}"
         print(f"{name:28} {columns[0]:>22} {columns[1]:>22} {spread:>18}", flush=True)
-        report[name] = {"ours": [a for a, _ in rounds], "peer": [b for _, b in rounds], "ratio": statistics.median(ratios)}
+        report[name] = {
+            "ours": [a for a, _ in rounds],
+            "peer": [b for _, b in rounds],
+            "ratio": statistics.median(ratios),
+        }
     ours.close()
     peer.close()
     target = ROOT / "build" / "bench.json"

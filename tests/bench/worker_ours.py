@@ -17,14 +17,27 @@ def greedy(rows: int) -> SamplingBatch:
     f, i, w = np.zeros(rows, np.float32), np.zeros(rows, np.int32), np.zeros(rows, np.int64)
     ones, starts, none = np.ones(rows, np.float32), np.zeros(rows + 1, np.int32), np.zeros(0, np.int32)
     return SamplingBatch(
-        temperature=f, top_k=i, top_p=ones, min_p=f, repetition=ones, presence=f, frequency=f, seed=w, position=w,
-        logprobs=i - 1, history_starts=starts, history=none, history_output=i, bias_starts=starts, bias_tokens=none,
+        temperature=f,
+        top_k=i,
+        top_p=ones,
+        min_p=f,
+        repetition=ones,
+        presence=f,
+        frequency=f,
+        seed=w,
+        position=w,
+        logprobs=i - 1,
+        history_starts=starts,
+        history=none,
+        history_output=i,
+        bias_starts=starts,
+        bias_tokens=none,
         bias_values=np.zeros(0, np.float32),
-    )  # fmt: skip
+    )
 
 
 def batch(sequences: list[tuple[list[int], int, np.ndarray]]) -> Batch:
-    """One step of (new tokens, tokens in the cache, block table) sequences; the last token of each is drawn after."""
+    """One step of (new tokens, tokens in the cache, block table) sequences; each draws one token."""
     lengths = np.array([len(tokens) for tokens, _, _ in sequences], np.int32)
     tables = [table[: -(-(context + len(tokens)) // 16)] for tokens, context, table in sequences]
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)

@@ -41,19 +41,27 @@ class Server:
         self.log = folder / "server.log"
         environment = {k: v for k, v in os.environ.items() if not k.startswith("KTRANSFORMERS_")}
         environment |= {f"KTRANSFORMERS_{name.upper()}": str(value) for name, value in settings.items()}
-        environment |= {f"XDG_{kind}_HOME": str(folder / kind.lower()) for kind in ("CONFIG", "STATE", "CACHE")}
+        environment |= {
+            f"XDG_{kind}_HOME": str(folder / kind.lower()) for kind in ("CONFIG", "STATE", "CACHE")
+        }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "ktransformers.server.cli", "serve", "--port", str(self.port)],
-                env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+                env=environment,
+                cwd=folder,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         self.wait_ready(60)
 
     def wait_ready(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise AssertionError(f"the server exited with {self.process.returncode}:\n{self.log.read_text()[-4000:]}")
+                raise AssertionError(
+                    f"the server exited with {self.process.returncode}:\n{self.log.read_text()[-4000:]}"
+                )
             if self.ready():
                 return
             time.sleep(0.05)
@@ -92,7 +100,9 @@ class Server:
                 self.process.wait(45)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-                raise AssertionError(f"SIGTERM did not end the server:\n{self.log.read_text()[-4000:]}") from None
+                raise AssertionError(
+                    f"SIGTERM did not end the server:\n{self.log.read_text()[-4000:]}"
+                ) from None
         return self.process.returncode
 
 
@@ -149,5 +159,11 @@ def native_executor(default_program: Program) -> NativeExecutor:
 @pytest.fixture(scope="session")
 def torch_executor(default_program: Program) -> TorchExecutor:
     return TorchExecutor(
-        default_program, device="cpu", threads=2, blocks=256, block_tokens=16, max_tokens=512, progress=lambda done, total: None
+        default_program,
+        device="cpu",
+        threads=2,
+        blocks=256,
+        block_tokens=16,
+        max_tokens=512,
+        progress=lambda done, total: None,
     )

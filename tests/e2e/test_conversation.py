@@ -31,11 +31,22 @@ def test_openai_chat(client: openai.OpenAI, question: str, answer: str) -> None:
 
 def test_a_stream_is_the_same_answer_in_pieces(client: openai.OpenAI) -> None:
     model = client.models.list().data[0].id
-    ask = {"model": model, "messages": [{"role": "user", "content": "Name three fruits."}], "temperature": 0.7, "seed": 11, "max_tokens": 32}
+    ask = {
+        "model": model,
+        "messages": [{"role": "user", "content": "Name three fruits."}],
+        "temperature": 0.7,
+        "seed": 11,
+        "max_tokens": 32,
+    }
     whole = client.chat.completions.create(**ask)
     chunks = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
-    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
-    assert chunks[-1].usage == whole.usage or chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert (
+        "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        == whole.choices[0].message.content
+    )
+    assert (
+        chunks[-1].usage == whole.usage or chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    )
     assert len(chunks) > 5
     finishes = [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason]
     assert finishes == [whole.choices[0].finish_reason]
@@ -57,14 +68,28 @@ def test_completions_n_stop_and_logprobs(client: openai.OpenAI) -> None:
 def test_ollama_chat(server, question: str, answer: str) -> None:
     client = ollama.Client(host=server.url)
     model = client.list().models[0].model
-    reply = client.chat(model=model, messages=[{"role": "user", "content": question}], options={"temperature": 0, "num_predict": 40})
+    reply = client.chat(
+        model=model,
+        messages=[{"role": "user", "content": question}],
+        options={"temperature": 0, "num_predict": 40},
+    )
     assert answer in reply.message.content
     pieces = [
         part.message.content
-        for part in client.chat(model=model, messages=[{"role": "user", "content": question}], options={"temperature": 0, "num_predict": 40}, stream=True)
+        for part in client.chat(
+            model=model,
+            messages=[{"role": "user", "content": question}],
+            options={"temperature": 0, "num_predict": 40},
+            stream=True,
+        )
     ]
     assert "".join(pieces) == reply.message.content
-    assert answer in client.generate(model=model, prompt=question, options={"temperature": 0, "num_predict": 40}).response
+    assert (
+        answer
+        in client.generate(
+            model=model, prompt=question, options={"temperature": 0, "num_predict": 40}
+        ).response
+    )
 
 
 def test_the_page_and_the_banner(server) -> None:

@@ -22,14 +22,16 @@ def chunks(executor: Executor, tokens: list[int], size: int = 256):
     blocks = np.arange(-(-len(tokens) // executor.block_tokens), dtype=np.int32)
     for begin in range(0, len(tokens), size):
         part = np.array(tokens[begin : begin + size], np.int32)
-        yield executor.logits(Batch(
-            tokens=part,
-            starts=np.array([0, len(part)], np.int32),
-            context=np.array([begin], np.int32),
-            block_starts=np.array([0, len(blocks)], np.int32),
-            blocks=blocks,
-            logit_rows=np.arange(len(part), dtype=np.int32),
-        ))  # fmt: skip
+        yield executor.logits(
+            Batch(
+                tokens=part,
+                starts=np.array([0, len(part)], np.int32),
+                context=np.array([begin], np.int32),
+                block_starts=np.array([0, len(blocks)], np.int32),
+                blocks=blocks,
+                logit_rows=np.arange(len(part), dtype=np.int32),
+            )
+        )
 
 
 @pytest.mark.timeout(600)
@@ -37,7 +39,9 @@ def test_native_against_float32(default_program, native_executor, torch_executor
     tokens = default_tokenizer.encode(LICENCE.read_text())[: POSITIONS + 1]
     assert len(tokens) == POSITIONS + 1
     divergence, same, loss_native, loss_exact, seen = 0.0, 0, 0.0, 0.0, 0
-    for native, exact in zip(chunks(native_executor, tokens[:-1]), chunks(torch_executor, tokens[:-1]), strict=True):
+    for native, exact in zip(
+        chunks(native_executor, tokens[:-1]), chunks(torch_executor, tokens[:-1]), strict=True
+    ):
         p, q = log_softmax(exact), log_softmax(native)
         divergence += float((np.exp(p) * (p - q)).sum())
         same += int((exact.argmax(1) == native.argmax(1)).sum())
@@ -47,7 +51,10 @@ def test_native_against_float32(default_program, native_executor, torch_executor
         loss_native -= float(q[rows, target].sum())
         seen += len(p)
     exact_ppl, native_ppl = math.exp(loss_exact / seen), math.exp(loss_native / seen)
-    print(f"{seen} positions: mean KL {divergence / seen:.5f}, top-1 {same / seen:.2%}, perplexity {native_ppl:.3f} against {exact_ppl:.3f}")
+    print(
+        f"{seen} positions: mean KL {divergence / seen:.5f}, top-1 {same / seen:.2%}, "
+        f"perplexity {native_ppl:.3f} against {exact_ppl:.3f}"
+    )
     assert divergence / seen <= 0.004
     assert same / seen >= 0.96
     assert abs(native_ppl / exact_ppl - 1) <= 0.003

@@ -16,7 +16,9 @@ BLOCK = CacheConfig().block_tokens
 BLOCK_BYTES = 30 * 2 * 3 * 64 * 2 * BLOCK  # layers, keys and values, kv heads, head size, float16
 
 
-async def stream(client: httpx.AsyncClient, url: str, body: dict, read: int | None = None) -> tuple[list[str], str]:
+async def stream(
+    client: httpx.AsyncClient, url: str, body: dict, read: int | None = None
+) -> tuple[list[str], str]:
     """Read a completion's stream (at most `read` events, then hang up): pieces of text, and how it ended."""
     pieces: list[str] = []
     ended: list[str] = []
@@ -51,7 +53,11 @@ def drained(server, seconds: float = 10) -> dict[str, float]:
     deadline = time.monotonic() + seconds
     while True:
         metrics = server.metrics()
-        busy = [metrics["ktransformers_requests_running"], metrics["ktransformers_requests_waiting"], metrics["ktransformers_kv_blocks_used"]]
+        busy = [
+            metrics["ktransformers_requests_running"],
+            metrics["ktransformers_requests_waiting"],
+            metrics["ktransformers_kv_blocks_used"],
+        ]
         if not any(busy) or time.monotonic() > deadline:
             return metrics
         time.sleep(0.2)
@@ -64,19 +70,37 @@ def test_64_streams_in_a_quarter_of_the_room(start) -> None:
 
     async def run() -> list[tuple[list[str], str]]:
         async with client() as http:
-            return await asyncio.gather(*(
-                stream(http, server.url, {"model": "default", "prompt": f"Number {i}. {PROMPT}" * 3, "max_tokens": length,
-                                          "ignore_eos": True, "stream": True, "seed": i})
-                for i in range(64)
-            ))  # fmt: skip
+            return await asyncio.gather(
+                *(
+                    stream(
+                        http,
+                        server.url,
+                        {
+                            "model": "default",
+                            "prompt": f"Number {i}. {PROMPT}" * 3,
+                            "max_tokens": length,
+                            "ignore_eos": True,
+                            "stream": True,
+                            "seed": i,
+                        },
+                    )
+                    for i in range(64)
+                )
+            )
 
     results = asyncio.run(run())
     assert [end for _, end in results] == ["length"] * 64
     metrics = drained(server)
     assert metrics["ktransformers_kv_blocks_used"] == 0
     assert metrics["ktransformers_kv_blocks"] == need // 4
-    recomputed, computed = metrics["ktransformers_recomputed_tokens_total"], metrics["ktransformers_computed_tokens_total"]
-    print(f"recomputed {recomputed:.0f} of {computed:.0f} tokens, {metrics['ktransformers_preemptions_total']:.0f} preemptions")
+    recomputed, computed = (
+        metrics["ktransformers_recomputed_tokens_total"],
+        metrics["ktransformers_computed_tokens_total"],
+    )
+    print(
+        f"recomputed {recomputed:.0f} of {computed:.0f} tokens, "
+        f"{metrics['ktransformers_preemptions_total']:.0f} preemptions"
+    )
     assert recomputed <= 0.05 * computed
 
 
@@ -84,7 +108,13 @@ def test_a_thousand_clients_vanish(server) -> None:
     rng = random.Random(20261124)
 
     async def one(http: httpx.AsyncClient, gate: asyncio.Semaphore, i: int) -> None:
-        body = {"model": "default", "prompt": f"{i} {PROMPT * rng.randrange(1, 12)}", "max_tokens": 64, "ignore_eos": True, "stream": rng.random() < 0.7}
+        body = {
+            "model": "default",
+            "prompt": f"{i} {PROMPT * rng.randrange(1, 12)}",
+            "max_tokens": 64,
+            "ignore_eos": True,
+            "stream": rng.random() < 0.7,
+        }
         async with gate:
             patience = rng.choice((0.0, 0.002, 0.02, 0.2)) * rng.random()
             try:
@@ -102,8 +132,17 @@ def test_a_thousand_clients_vanish(server) -> None:
 
     asyncio.run(run())
     metrics = drained(server)
-    assert metrics["ktransformers_requests_running"] == metrics["ktransformers_requests_waiting"] == metrics["ktransformers_kv_blocks_used"] == 0
-    reply = httpx.post(f"{server.url}/v1/completions", json={"model": "default", "prompt": "1, 2, 3,", "max_tokens": 4}, timeout=30)
+    assert (
+        metrics["ktransformers_requests_running"]
+        == metrics["ktransformers_requests_waiting"]
+        == metrics["ktransformers_kv_blocks_used"]
+        == 0
+    )
+    reply = httpx.post(
+        f"{server.url}/v1/completions",
+        json={"model": "default", "prompt": "1, 2, 3,", "max_tokens": 4},
+        timeout=30,
+    )
     assert reply.status_code == 200
 
 
@@ -115,13 +154,31 @@ def test_kill_mid_stream(start, victim: str) -> None:
     async def run() -> tuple[list[tuple[list[str], str]], list[int]]:
         async with client() as http:
             tasks = [
-                asyncio.create_task(stream(http, server.url, {"model": "default", "prompt": PROMPT * 4, "max_tokens": 400, "ignore_eos": True, "stream": True}))
+                asyncio.create_task(
+                    stream(
+                        http,
+                        server.url,
+                        {
+                            "model": "default",
+                            "prompt": PROMPT * 4,
+                            "max_tokens": 400,
+                            "ignore_eos": True,
+                            "stream": True,
+                        },
+                    )
+                )
                 for _ in range(16)
-            ]  # fmt: skip
+            ]
             queued = [
-                asyncio.create_task(stream(http, server.url, {"model": "default", "prompt": PROMPT * 40, "max_tokens": 4, "stream": True}))
+                asyncio.create_task(
+                    stream(
+                        http,
+                        server.url,
+                        {"model": "default", "prompt": PROMPT * 40, "max_tokens": 4, "stream": True},
+                    )
+                )
                 for _ in range(8)
-            ]  # fmt: skip
+            ]
             await asyncio.sleep(1.0)
             server.role(victim).send_signal(signal.SIGKILL)
             seen: list[int] = []
@@ -139,7 +196,11 @@ def test_kill_mid_stream(start, victim: str) -> None:
     ends = [end for _, end in results]
     assert set(ends) <= {"length", "stop", "engine_restarted", "http 503", "http 500"}, ends
     assert seen[-2:] == [503, 200], seen
-    reply = httpx.post(f"{server.url}/v1/completions", json={"model": "default", "prompt": "1, 2, 3,", "max_tokens": 4}, timeout=30)
+    reply = httpx.post(
+        f"{server.url}/v1/completions",
+        json={"model": "default", "prompt": "1, 2, 3,", "max_tokens": 4},
+        timeout=30,
+    )
     assert reply.status_code == 200
     assert drained(server)["ktransformers_kv_blocks_used"] == 0
 
@@ -149,5 +210,8 @@ def test_an_idle_server_burns_nothing(server) -> None:
     time.sleep(2)
     before = {p.pid: sum(p.cpu_times()[:2]) for p in server.processes()}
     time.sleep(30)
-    spent = {p.name() + str(p.cmdline()[1:3]): sum(p.cpu_times()[:2]) - before.get(p.pid, 0.0) for p in server.processes()}
+    spent = {
+        p.name() + str(p.cmdline()[1:3]): sum(p.cpu_times()[:2]) - before.get(p.pid, 0.0)
+        for p in server.processes()
+    }
     assert sum(spent.values()) < 0.30, f"CPU seconds in 30 s: {spent}"

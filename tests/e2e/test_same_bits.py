@@ -1,7 +1,8 @@
-"""Law 1: a request's tokens and log-probabilities are the same bits, whoever runs beside it and however it is run.
+"""Law 1: a request's tokens and log-probabilities are the same bits, whoever runs beside it.
 
-The production scheduler, runner and native executor with the default model, without sockets: 50 prompts, greedy and
-sampled, are answered alone, and then all together in every way that the scheduler has of running them.
+The production scheduler, runner and native executor with the default model, without sockets: 50 prompts,
+greedy and sampled, are answered alone, and then all together in every way that the scheduler has of running
+them.
 """
 
 import random
@@ -33,7 +34,9 @@ class Answer:
 class Stack:
     """Scheduler and engine in one thread, two steps deep as in production."""
 
-    def __init__(self, executor: NativeExecutor, *, chunk: int, blocks: int = BLOCKS, reuse: bool = True) -> None:
+    def __init__(
+        self, executor: NativeExecutor, *, chunk: int, blocks: int = BLOCKS, reuse: bool = True
+    ) -> None:
         limits = Limits(blocks, executor.block_tokens, 2048, SLOTS, chunk, 49152)
         self.runner = Runner(executor, limits)
         config = SchedulerConfig(engine=EngineConfig(model="", cache=CacheConfig(prefix_reuse=reuse)))
@@ -42,7 +45,20 @@ class Stack:
         self.now = 0.0
         self.scheduler = Scheduler(config, self, self.now)
         self.scheduler.engine(
-            Ready(1, blocks, executor.block_tokens, 1, limits.max_len, SLOTS, chunk, limits.vocab, executor.isa, 0, b"f"), self.now
+            Ready(
+                1,
+                blocks,
+                executor.block_tokens,
+                1,
+                limits.max_len,
+                SLOTS,
+                chunk,
+                limits.vocab,
+                executor.isa,
+                0,
+                b"f",
+            ),
+            self.now,
         )
 
     def to_engine(self, message: ToEngine) -> None:
@@ -97,16 +113,40 @@ Prompts = dict[str, tuple[list[int], Sampling]]
 def prompts(default_tokenizer) -> Prompts:
     """50 prompts of 1 to 300 tokens, some with a long common beginning; half of them sampled in all ways."""
     rng = random.Random(7)
-    common = default_tokenizer.encode("You are the keeper of a lighthouse and answer each question with a story. " * 5)
-    words = "sea storm lamp ship night gull rock letter captain fog bell keeper rope".split()
+    common = default_tokenizer.encode(
+        "You are the keeper of a lighthouse and answer each question with a story. " * 5
+    )
+    words = [
+        "sea",
+        "storm",
+        "lamp",
+        "ship",
+        "night",
+        "gull",
+        "rock",
+        "letter",
+        "captain",
+        "fog",
+        "bell",
+        "keeper",
+        "rope",
+    ]
     found: Prompts = {}
     for i in range(50):
         text = " ".join(rng.choice(words) for _ in range(rng.choice((1, 5, 30, 120, 250))))
         tokens = (common if i % 3 == 0 else []) + default_tokenizer.encode(text)
         if i % 2:
-            sampling = Sampling(temperature=rng.choice((0.5, 1.0, 1.5)), top_k=rng.choice((0, 5, 40)), top_p=rng.choice((1.0, 0.9)),
-                                min_p=rng.choice((0.0, 0.05)), repetition_penalty=rng.choice((1.0, 1.2)), presence_penalty=rng.choice((0.0, 0.5)),
-                                seed=rng.randrange(2**63), max_tokens=rng.choice((1, 6, 12, 60)), logprobs=3)  # fmt: skip
+            sampling = Sampling(
+                temperature=rng.choice((0.5, 1.0, 1.5)),
+                top_k=rng.choice((0, 5, 40)),
+                top_p=rng.choice((1.0, 0.9)),
+                min_p=rng.choice((0.0, 0.05)),
+                repetition_penalty=rng.choice((1.0, 1.2)),
+                presence_penalty=rng.choice((0.0, 0.5)),
+                seed=rng.randrange(2**63),
+                max_tokens=rng.choice((1, 6, 12, 60)),
+                logprobs=3,
+            )
         else:
             sampling = Sampling(temperature=0.0, max_tokens=rng.choice((1, 6, 12, 60)), logprobs=2)
         found[f"r{i}"] = (tokens, sampling)
@@ -133,7 +173,9 @@ def check(answers: dict[str, Answer], alone: dict[str, Answer]) -> None:
 
 @pytest.mark.parametrize("chunk", [16, 64, 512])
 @pytest.mark.parametrize("reuse", [False, True])
-def test_all_together(native_executor, prompts: Prompts, alone: dict[str, Answer], chunk: int, reuse: bool) -> None:
+def test_all_together(
+    native_executor, prompts: Prompts, alone: dict[str, Answer], chunk: int, reuse: bool
+) -> None:
     stack = Stack(native_executor, chunk=chunk, reuse=reuse)
     for name, (tokens, sampling) in prompts.items():
         stack.submit(name, tokens, sampling)

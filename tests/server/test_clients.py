@@ -6,6 +6,7 @@ from typing import Any
 import ollama
 import openai
 import pytest
+
 from ktransformers.scheduler.client import RequestFailed
 
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
