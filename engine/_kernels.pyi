@@ -1,5 +1,7 @@
 """The C++ module: everything heavy. Arrays are C-contiguous numpy arrays; long calls release the GIL.
 
+Arrays are not copied: nobody may write to them until the call returns.
+
 Errors: ValueError for a shape, format or buffer that does not fit, with its name; MemoryError.
 """
 

@@ -19,7 +19,7 @@ enum class Activation : int32_t { kF32, kBF16, kInt8 };
 // packed weight may be read by any of them; tables with tiles (AMX) will have their own, which is why pack is in here.
 inline constexpr int64_t kPanelRows = 16;
 
-// Tokens of a KV block are folded by attention as one tile, at absolute positions.
+// Tokens of a KV block. Attention folds tiles of whole blocks that begin at absolute positions.
 inline constexpr int64_t kBlockTokens = 16;
 
 // Logits that share a partial maximum and sum in the sampler.
