@@ -79,7 +79,7 @@ JOBS = (
 
 def main() -> None:
     """Parse, measure, print, write build/bench.json."""
-    from ktransformers.server.default_model import default_model  # the path of the model that `serve` serves
+    from ktransformers.server.library import resolve
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peer-python", help="a python that has llama_cpp; default: built into build/peer")
     options = parser.parse_args()
-    model = options.model or str(default_model())
+    model = str(resolve(options.model or ""))
     peer_python = options.peer_python or build_peer(ROOT / "build" / "peer")
 
     ours = Worker(sys.executable, HERE / "worker_ours.py", model, options.threads)
