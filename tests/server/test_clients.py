@@ -68,15 +68,17 @@ def test_openai_completions(client: openai.OpenAI) -> None:
 def test_openai_extra_fields(client: openai.OpenAI, scheduler) -> None:
     extra = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": True, "min_tokens": 1}
     client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=3, extra_body=extra)
-    sampling = scheduler.submits[0].sampling
-    assert (sampling.top_k, sampling.min_p, sampling.repetition_penalty, sampling.min_tokens) == (5, 0.1, 1.1, 1)
+    taken = scheduler.submits[0].sampling
+    assert (taken.top_k, taken.min_p, taken.repetition_penalty, taken.min_tokens) == (5, 0.1, 1.1, 1)
 
 
 @pytest.mark.parametrize(("code", "error"), [
     ("overloaded", openai.InternalServerError), ("context_length_exceeded", openai.BadRequestError),
     ("engine_restarted", openai.InternalServerError),
 ])  # fmt: skip
-def test_openai_errors(client: openai.OpenAI, scheduler, code: str, error: type[openai.APIStatusError]) -> None:
+def test_openai_errors(
+    client: openai.OpenAI, scheduler, code: str, error: type[openai.APIStatusError]
+) -> None:
     scheduler.failure = RequestFailed(code, "why", 1)
     with pytest.raises(error) as raised:
         client.chat.completions.create(model="tiny", messages=MESSAGES)
@@ -141,7 +143,8 @@ def test_ollama(url: str, scheduler) -> None:
     parts = list(client.chat(model=name, messages=MESSAGES, stream=True))
     assert "".join(part.message.content for part in parts) == "Hello, world!" and parts[-1].done
     assert client.generate(model=name, prompt="x", system="s").response == "Hello, world!"
-    assert "".join(p.response for p in client.generate(model=name, prompt="x", stream=True)) == "Hello, world!"
+    parts = client.generate(model=name, prompt="x", stream=True)
+    assert "".join(part.response for part in parts) == "Hello, world!"
     with pytest.raises(ollama.ResponseError) as raised:
         client.chat(model="other", messages=MESSAGES)
     assert raised.value.status_code == 404
