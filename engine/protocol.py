@@ -95,7 +95,7 @@ class Loading(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """The engine takes steps. Numbers that the scheduler plans with."""
+    """The engine takes steps. Numbers that the scheduler plans with. Also sent unasked when loading ends."""
 
     pid: int
     blocks: int

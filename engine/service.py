@@ -45,6 +45,8 @@ class Service:
         self._scheduler = b""
         """Identity of the scheduler that said Hello last: the slots are its own."""
         self._replaced: set[bytes] = set()
+        self._waiting = b""
+        """Who said Hello last while the model was being loaded."""
 
     def run(self, load: Load) -> None:
         """Load in a thread while answering Hello with Loading, then do steps until Shutdown.
@@ -87,6 +89,7 @@ class Service:
             if isinstance(message, Step):
                 self._send(peer, Fault(message.n, "loading", "the model is being loaded"))
             else:
+                self._waiting = peer
                 self._send(peer, state)
         if failure:
             raise failure[0]
@@ -97,6 +100,10 @@ class Service:
         # What was made while loading stays for good: no collection in mid-step need look at it again.
         gc.collect()
         gc.freeze()
+        if self._waiting:
+            # As if it asked again now: its next Hello may be a second away.
+            self._takes_over(self._waiting, Hello(), runner)
+            self._send(self._waiting, _ready(engine, runner.steps))
         while True:
             received = self._server.poll(None)
             if received is None:
