@@ -47,6 +47,7 @@ class Server(uvicorn.Server):
         """Called by uvicorn for each signal, between two instructions of the event loop's thread."""
         if self._draining is not None:
             self.should_exit = self.force_exit = True
+            self.exit_code = EXIT_DRAIN_TIMEOUT
             return
         loop = asyncio.get_running_loop()
         self._draining = loop.create_task(self._drain())

@@ -54,14 +54,21 @@ class RateLimit(logging.Filter):
 
 
 class DropWhenFull(QueueHandler):
-    """A full disk or a stopped reader of the pipe must not stop the server."""
+    """A full disk or a stopped reader of the pipe must not stop the server; the next line says how many were
+    lost.
+    """
+
+    _dropped = 0
 
     def enqueue(self, record: logging.LogRecord) -> None:
         """Put the record in the queue, or drop it."""
+        if self._dropped:
+            record.msg, record.args = f"{record.getMessage()} [{self._dropped} lines dropped]", None
         try:
             self.queue.put_nowait(record)
+            self._dropped = 0
         except queue.Full:
-            self.dropped = getattr(self, "dropped", 0) + 1
+            self._dropped += 1
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         """Nothing: formatting is the listener's."""

@@ -2,6 +2,7 @@
 disk.
 """
 
+import gzip
 import mimetypes
 from collections.abc import Callable, Coroutine, Iterator
 from importlib.resources import files
@@ -42,39 +43,46 @@ def _walk(folder: Traversable, prefix: str) -> Iterator[tuple[str, bytes]]:
 def page_router(page: dict[str, bytes]) -> APIRouter:
     """`/` and every other file of the page."""
     router = APIRouter(route_class=GuardedRoute)
-    index = page.get(_INDEX)
+    index = _File(_INDEX, page[_INDEX]) if _INDEX in page else None
 
     @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     @requires(Role.PUBLIC)
     async def root(request: Request) -> Response:
-        """The page for browsers. Ollama's clients look here whether somebody is running, and know the
-        words.
-        """
+        """The page for browsers. Ollama's clients look here whether somebody runs, and know the words."""
         if index is not None and "text/html" in request.headers.get("accept", ""):
-            return Response(
-                index,
-                media_type="text/html; charset=utf-8",
-                headers={"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"},
-            )
-        return PlainTextResponse("Ollama is running")
+            return index.answer(request)
+        return PlainTextResponse("Ollama is running", headers={"Vary": "Accept"})
 
     for path, content in page.items():
         if path != _INDEX:
-            router.add_api_route(
-                f"/{path}", _file(path, content), methods=["GET", "HEAD"], include_in_schema=False
-            )
+            endpoint = requires(Role.PUBLIC)(_File(path, content).endpoint())
+            router.add_api_route(f"/{path}", endpoint, methods=["GET", "HEAD"], include_in_schema=False)
     return router
 
 
-def _file(path: str, content: bytes) -> Callable[[], Coroutine[Any, Any, Response]]:
-    media_type = mimetypes.guess_type(path)[0] or "application/octet-stream"
-    # Names under assets/ hold a hash of the content.
-    age = "public, max-age=31536000, immutable" if path.startswith("assets/") else "no-cache"
+class _File:
+    """One file as it is sent, compressed once."""
 
-    @requires(Role.PUBLIC)
-    async def endpoint() -> Response:
-        return Response(
-            content, media_type=media_type, headers={"Content-Security-Policy": _POLICY, "Cache-Control": age}
-        )
+    def __init__(self, path: str, content: bytes) -> None:
+        self._plain, self._gzipped = content, gzip.compress(content, mtime=0)
+        self._media_type = mimetypes.guess_type(path)[0] or "application/octet-stream"
+        self._headers = {
+            "Content-Security-Policy": _POLICY,
+            # Names under assets/ hold a hash of the content.
+            "Cache-Control": "public, max-age=31536000, immutable"
+            if path.startswith("assets/")
+            else "no-cache",
+            "Vary": "Accept, Accept-Encoding",
+        }
 
-    return endpoint
+    def answer(self, request: Request) -> Response:
+        if "gzip" in request.headers.get("accept-encoding", ""):
+            headers = self._headers | {"Content-Encoding": "gzip"}
+            return Response(self._gzipped, media_type=self._media_type, headers=headers)
+        return Response(self._plain, media_type=self._media_type, headers=self._headers)
+
+    def endpoint(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        async def answer(request: Request) -> Response:
+            return self.answer(request)
+
+        return answer

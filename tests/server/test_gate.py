@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -194,6 +195,33 @@ async def test_what_is_not_a_request_is_400(app: FastAPI, connect, path: str, bo
         answer = await client.post(path, content=body, headers=JSON)
         assert answer.status_code == 400, answer.text
         assert len(answer.content) < 600
+
+
+MIB16 = 16 << 20
+HEAD = '{"model":"tiny","messages":[{"role":"user","content":"hi"}]'
+HOSTILE = {
+    "strings": '{"model":"tiny","prompt":[' + '"",' * (MIB16 // 3 - 20) + '""]}',
+    "lists": '{"model":"tiny","prompt":[' + "[1]," * (MIB16 // 4 - 20) + "[1]]}",
+    "wrong numbers": '{"model":"tiny","prompt":[' + "-1," * (MIB16 // 3 - 20) + "-1]}",
+    "objects": '{"model":"tiny","prompt":[1' + ",{}" * (MIB16 // 3 - 20) + "]}",
+    "fields": HEAD + "".join(f',"x{i}":0' for i in range(1_200_000)) + "}",
+    "biases": HEAD + ',"logit_bias":{"0":0' + "".join(f',"x{i}":0' for i in range(90_000)) + "}}",
+    "messages": '{"model":"tiny","messages":[1' + ",1" * (MIB16 // 2 - 40) + "]}",
+    "quotes": '{"model":"tiny","messages":[{"role":"user","content":"' + '[\\"' * (MIB16 // 3 - 40) + '"}]}',
+}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/api/chat"])
+async def test_a_hostile_body_costs_little(app: FastAPI, connect, path: str, body: str) -> None:
+    content = body.encode()
+    assert len(content) <= MIB16
+    async with connect(app) as client:
+        begin = time.process_time()
+        answer = await client.post(path, content=content, headers=JSON)
+        assert answer.status_code == 400 and len(answer.content) < 600
+        assert time.process_time() - begin < 3  # under one here; listing every error took forty
 
 
 def test_depth_is_counted_outside_strings() -> None:
