@@ -6,6 +6,13 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
+
+@pytest.fixture(scope="module")
+def app(make_once) -> FastAPI:
+    """One for all: building it takes longer than the tests."""
+    return make_once()
+
+
 INF, NAN = "Infinity", "NaN"  # put into the JSON bare
 BIG = 1 << 63
 
