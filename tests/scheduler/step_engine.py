@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import zlib
+from contextlib import suppress
 
 from ktransformers.engine.protocol import (
     Go,
@@ -183,9 +184,11 @@ def serve(path: str, step_seconds: float) -> None:
         if received is None:
             continue
         peer, message = received
-        if peer != scheduler:
+        if peer != scheduler and isinstance(message, Hello):
             engine, scheduler = FakeEngine(hello, every_step=False), peer
-        try:
+        if peer != scheduler:
+            continue  # the last words of a scheduler that died
+        with suppress(PeerGone):
             if isinstance(message, Hello):
                 server.send(peer, hello)
             elif isinstance(message, Step):
@@ -193,8 +196,6 @@ def serve(path: str, step_seconds: float) -> None:
                 server.send(peer, engine.step(message))
             elif isinstance(message, Shutdown):
                 return
-        except PeerGone:
-            scheduler = b""
 
 
 if __name__ == "__main__":

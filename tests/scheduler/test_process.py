@@ -140,7 +140,7 @@ def test_the_engine_dies_in_the_middle(start):
 
 def test_the_scheduler_dies_in_the_middle(start):
     async def main() -> None:
-        processes = start(0.005)
+        processes = start(0.05)
         async with connected(processes) as client:
             begun = asyncio.create_task(collect(client, request(0, max_tokens=300)))
             await until(lambda: client.status is not None and client.status.generated_tokens > 0)
