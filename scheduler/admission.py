@@ -15,6 +15,7 @@ from ktransformers.scheduler.protocol import Failed, Sampling, Submit
 _MAX_ID = 128
 _MAX_TENANT = 512
 _MAX_SCOPE = 128
+_WEIGHTS = (0.001, 1000.0)
 _MAX_LIST = 300
 """Entries of stop_tokens and logit_bias."""
 _MAX_LOGPROBS = 20
@@ -69,14 +70,16 @@ def _check_tokens(submit: Submit, limits: Limits) -> None:
 
 def _wrong(submit: Submit, limits: Limits) -> str:
     """What is out of bounds, or ""."""
-    s = submit.sampling
+    s, tenant = submit.sampling, submit.tenant
 
     def in_vocab(token: int) -> bool:
         return 0 <= token < limits.vocab
 
     bounds = {
         "id": 0 < len(submit.id) <= _MAX_ID,
-        "tenant": len(submit.tenant) <= _MAX_TENANT,
+        "tenant": len(tenant.id) <= _MAX_TENANT and len(tenant.user) <= _MAX_TENANT,
+        "weight": _WEIGHTS[0] <= tenant.weight <= _WEIGHTS[1],
+        "tenant limits": min(tenant.max_running, tenant.max_waiting, tenant.max_waiting_tokens) >= 0,
         "cache_scope": len(submit.cache_scope) <= _MAX_SCOPE,
         "deadline": math.isfinite(submit.deadline) and submit.deadline >= 0,
         "temperature": math.isfinite(s.temperature) and s.temperature >= 0,

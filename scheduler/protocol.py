@@ -18,6 +18,8 @@ __all__ = [
     "Sampling",
     "Status",
     "Submit",
+    "Tenant",
+    "TenantStatus",
     "ToScheduler",
     "TokenEvent",
     "Tokens",
@@ -26,12 +28,35 @@ __all__ = [
 
 # ---- server -> scheduler
 
+PRIORITIES = {"low": 1.0, "normal": 4.0, "high": 16.0}
+"""Priority class -> factor of the weight: a share, not a strict order, so that nothing starves."""
+
+
+class Tenant(msgspec.Struct, frozen=True, array_like=True):
+    """Whose request it is and what it is entitled to; what the newest Submit says holds for all of them.
+
+    Tenants share the engine by weight; within a tenant its users share alike.
+    """
+
+    id: str
+    user: str = ""
+    """Second level: a user or a key of the tenant."""
+    weight: float = 1.0
+    """Share of the engine relative to the other tenants', 0.001 .. 1000: the tenant's own weight times the
+    factor of its priority class (PRIORITIES)."""
+    max_running: int = 0
+    """Requests computed at once; 0: no limit. More wait."""
+    max_waiting: int = 0
+    """Requests that may wait; 0: no limit of its own. The next one fails with code "rate_limited"."""
+    max_waiting_tokens: int = 0
+    """Their prompt tokens; 0: no limit of its own."""
+
 
 class Submit(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Generate from `tokens`."""
 
     id: str
-    tenant: str
+    tenant: Tenant
     tokens: list[int]
     sampling: Sampling
     deadline: float
@@ -94,8 +119,9 @@ class Tokens(msgspec.Struct, frozen=True, tag=True, array_like=True):
 class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """The terminal event of a request that could not be done.
 
-    Codes: "context_length_exceeded", "invalid_request" (client's fault, 400); "overloaded", "draining",
-    "not_ready" (503, with retry_after); "deadline" (408 / 504); "engine_restarted", "numerical_error",
+    Codes: "context_length_exceeded", "invalid_request" (client's fault, 400); "rate_limited" (429: a limit of
+    the tenant's own, with retry_after); "overloaded" (the server is full), "draining", "not_ready" (503, with
+    retry_after); "deadline" (408 / 504); "engine_restarted", "numerical_error",
     "internal" (500).
     """
 
@@ -103,6 +129,17 @@ class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
     code: str
     message: str
     retry_after: float = 0.0
+
+
+class TenantStatus(msgspec.Struct, frozen=True, array_like=True):
+    """One tenant, as the scheduler sees it."""
+
+    id: str
+    weight: float
+    waiting: int
+    running: int
+    service: float
+    """Cost of what was computed for it since it was last unknown, in units (an input token is 1)."""
 
 
 class Status(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -133,6 +170,8 @@ class Status(msgspec.Struct, frozen=True, tag=True, array_like=True):
     prefix_query_tokens: int
     preemptions: int
     engine_restarts: int
+    tenants: list[TenantStatus] = []
+    """Those with most service, 32 at most."""
 
 
 FromScheduler = Tokens | Failed | Status

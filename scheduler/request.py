@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ktransformers.engine.protocol import Sampling
 from ktransformers.kvcache.blocks import BlockTable
+from ktransformers.scheduler.protocol import Tenant
 
 
 @dataclass(eq=False, kw_only=True)
@@ -24,7 +25,7 @@ class Request:
     id: str
     peer: bytes
     """The front end that submitted it."""
-    tenant: str
+    tenant: Tenant
     tokens: list[int]
     """The prompt and the output tokens that have come back."""
     n_prompt: int

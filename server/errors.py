@@ -30,6 +30,7 @@ _CODES: dict[str, tuple[int, str]] = {
     "request_timeout": (408, "invalid_request_error"),
     "request_too_large": (413, "invalid_request_error"),
     "unsupported_media_type": (415, "invalid_request_error"),
+    "rate_limited": (429, "rate_limit_error"),
     "internal": (500, "server_error"),
     "numerical_error": (500, "server_error"),
     "engine_restarted": (500, "server_error"),
@@ -63,7 +64,7 @@ class RequestError(HTTPException):
         self.code, self.message = (code, message) if code in _CODES else ("internal", "the request failed")
         status, self.type = _CODES[self.code]
         headers = dict(headers or {})
-        if status == 503:
+        if status in (429, 503):
             retry_after = retry_after or 1.0
         if retry_after > 0:
             headers["Retry-After"] = str(min(120, max(1, math.ceil(retry_after))))

@@ -15,7 +15,7 @@ from typing import Protocol
 import msgspec
 
 from ktransformers.scheduler.client import RequestFailed
-from ktransformers.scheduler.protocol import Sampling, Status, Submit, TokenEvent
+from ktransformers.scheduler.protocol import Sampling, Status, Submit, Tenant, TokenEvent
 from ktransformers.server.auth import Caller
 from ktransformers.server.errors import RequestError
 from ktransformers.server.metrics import Metrics
@@ -273,7 +273,7 @@ class Generator:
         return [
             Submit(
                 id=secrets.token_hex(16),
-                tenant=caller.tenant,
+                tenant=Tenant(caller.tenant),
                 tokens=prompt,
                 deadline=self._deadline,
                 cache_scope=caller.cache_scope,

@@ -17,7 +17,7 @@ from ktransformers.engine.protocol import Ready, Sampling, Step, StepDone, ToEng
 from ktransformers.engine.runner import Limits, Runner
 from ktransformers.kvcache.config import CacheConfig
 from ktransformers.scheduler.config import SchedulerConfig
-from ktransformers.scheduler.protocol import Failed, FromScheduler, Hello, Submit, TokenEvent, Tokens
+from ktransformers.scheduler.protocol import Failed, FromScheduler, Hello, Submit, Tenant, TokenEvent, Tokens
 from ktransformers.scheduler.scheduler import Scheduler
 
 SLOTS = 64
@@ -84,7 +84,8 @@ class Stack:
 
     def submit(self, name: str, prompt: list[int], sampling: Sampling) -> None:
         self.answers[name] = Answer()
-        self.scheduler.front(b"front", Submit(name, "t", list(prompt), sampling, 0.0, b"scope"), self.now)
+        submit = Submit(name, Tenant("t"), list(prompt), sampling, 0.0, b"scope")
+        self.scheduler.front(b"front", submit, self.now)
         self.scheduler.advance(self.now)
 
     def step(self) -> bool:

@@ -15,6 +15,7 @@ from ktransformers.scheduler.protocol import (
     Sampling,
     Status,
     Submit,
+    Tenant,
     TokenEvent,
     Tokens,
 )
@@ -63,7 +64,7 @@ class Clock:
 
 
 def submit(id_="a", deadline=0.0):
-    return Submit(id_, "t", [1, 2], Sampling(max_tokens=9), deadline, b"")
+    return Submit(id_, Tenant("t"), [1, 2], Sampling(max_tokens=9), deadline, b"")
 
 
 def event(id_="a", token=5, finish=""):

@@ -18,7 +18,7 @@ from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.protocol import Sampling
 from ktransformers.scheduler.client import RequestFailed, SchedulerClient
 from ktransformers.scheduler.config import SchedulerConfig
-from ktransformers.scheduler.protocol import Submit
+from ktransformers.scheduler.protocol import Submit, Tenant
 
 HERE = Path(__file__).parent
 
@@ -81,7 +81,7 @@ async def until(true, seconds: float = 10.0) -> None:
 
 def request(i: int, n_prompt: int = 10, max_tokens: int = 20, **more) -> Submit:
     tokens = [(i * 31 + j * 7) % 1000 for j in range(n_prompt)]
-    return Submit(f"r{i}", "t", tokens, Sampling(max_tokens=max_tokens, **more), 0.0, b"")
+    return Submit(f"r{i}", Tenant("t"), tokens, Sampling(max_tokens=max_tokens, **more), 0.0, b"")
 
 
 async def collect(client: SchedulerClient, submit: Submit) -> tuple[list[int], str]:

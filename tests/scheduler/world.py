@@ -9,7 +9,7 @@ from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.protocol import Sampling, Step
 from ktransformers.kvcache.config import CacheConfig
 from ktransformers.scheduler.config import SchedulerConfig
-from ktransformers.scheduler.protocol import Cancel, Failed, Hello, Status, Submit, Tokens
+from ktransformers.scheduler.protocol import Cancel, Failed, Hello, Status, Submit, Tenant, Tokens
 from ktransformers.scheduler.scheduler import Scheduler
 
 PEER = b"front"
@@ -90,9 +90,9 @@ class World:
 
     def submit(self, id_, prompt, peer=PEER, deadline=0.0, scope=b"", advance=True, **sampling):
         sampling.setdefault("max_tokens", 8)
-        submit = Submit(id_, "tenant", list(prompt), Sampling(**sampling), deadline, scope)
+        submit = Submit(id_, Tenant("tenant"), list(prompt), Sampling(**sampling), deadline, scope)
         # The scheduler may keep and extend the list.
-        self.submits[id_] = Submit(id_, "tenant", list(prompt), submit.sampling, deadline, scope)
+        self.submits[id_] = Submit(id_, Tenant("tenant"), list(prompt), submit.sampling, deadline, scope)
         self.tokens[id_] = []
         self.scheduler.front(peer, submit, self.now)
         if advance:

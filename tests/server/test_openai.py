@@ -177,7 +177,7 @@ async def test_every_parameter_arrives(app: FastAPI, connect, scheduler) -> None
         scheduler.submits[1].sampling.stop_tokens == ()
         and scheduler.submits[1].sampling.max_tokens == 4096 - 9
     )
-    assert scheduler.submits[0].tenant == "default"
+    assert scheduler.submits[0].tenant.id == "default"
 
 
 @pytest.mark.anyio
