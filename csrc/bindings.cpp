@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "ops/limits.h"
 #include "ops/linear.h"
 #include "program.h"
 #include "weight.h"
@@ -176,6 +177,39 @@ Array<float> elementwise(const std::string& isa, const std::string& op, const Ar
   return out;
 }
 
+Activation kind_of(const std::string& name) {
+  if (name == "int8") return Activation::kInt8;
+  if (name == "bf16") return Activation::kBF16;
+  if (name == "f32") return Activation::kF32;
+  throw std::invalid_argument("kind: '" + name + "' is not known");
+}
+
+const char* activation(const std::string& isa, int32_t format) {
+  const KernelTable& table = table_of(isa);
+  if (table.packed_bytes(static_cast<Format>(format), 1, 256) == 0) throw std::invalid_argument("format: not supported");
+  switch (table.activation(static_cast<Format>(format))) {
+    case Activation::kInt8: return "int8";
+    case Activation::kBF16: return "bf16";
+    case Activation::kF32: return "f32";
+  }
+  return "";
+}
+
+double peak(ThreadPool& pool, const std::string& isa, const std::string& kind, double seconds) {
+  const KernelTable& table = table_of(isa);
+  const Activation dot = kind_of(kind);
+  const py::gil_scoped_release release;
+  return measure_peak(pool, table, dot, seconds);
+}
+
+double read_rate(ThreadPool& pool, const std::string& isa, int64_t bytes, double seconds) {
+  constexpr int64_t kMostBytes = int64_t{1} << 40;
+  if (bytes < 1 || bytes > kMostBytes) throw std::invalid_argument("bytes: must be in 1 .. 2^40");
+  const KernelTable& table = table_of(isa);
+  const py::gil_scoped_release release;
+  return measure_read(pool, table, bytes, seconds);
+}
+
 // The arrays of a step, in the order of the Python signature.
 using I32 = Array<int32_t>;
 using I64 = Array<int64_t>;
@@ -283,6 +317,10 @@ PYBIND11_MODULE(_kernels, m) {
 
   m.def("elementwise", &elementwise, py::arg("isa"), py::arg("op"), py::arg("a").noconvert(), py::arg("b").noconvert());
 
+  m.def("activation", &activation, py::arg("isa"), py::arg("format"));
+  m.def("measure_peak", &peak, py::arg("pool"), py::arg("isa"), py::arg("kind"), py::arg("seconds"));
+  m.def("measure_read", &read_rate, py::arg("pool"), py::arg("isa"), py::arg("bytes"), py::arg("seconds"));
+
   const auto a = [](const char* name) { return py::arg(name).noconvert(); };
   m.def("sample", &sample, a("logits"), a("temperature"), a("top_k"), a("top_p"), a("min_p"), a("repetition"),
         a("presence"), a("frequency"), a("seed"), a("position"), a("logprobs"), a("history_starts"), a("history"),
@@ -300,6 +338,7 @@ PYBIND11_MODULE(_kernels, m) {
            a("bias_starts"), a("bias_tokens"), a("bias_values"), a("token"), a("logprob"), a("top_tokens"),
            a("top_logprobs"))
       .def("logits", &logits, a("tokens"), a("starts"), a("context"), a("block_starts"), a("blocks"), a("logit_rows"))
+      .def("set_profiling", &Program::set_profiling, py::arg("on"), py::call_guard<py::gil_scoped_release>())
       .def("profile", &Program::profile);
 }
 

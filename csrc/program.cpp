@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <chrono>
 #include <climits>
-#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -36,7 +35,6 @@ Program::Program(std::shared_ptr<ThreadPool> pool, const KernelTable& table, Mod
       model_(std::move(model)),
       rows_(check_model(model_)),
       sizes_(checked(sizes)),
-      profiling_(std::getenv("KT_PROFILE") != nullptr),
       sampler_(table, pool_->threads(), rows_.vocab),
       block_writer_(sizes.blocks),
       profile_(model_.ops.size() + 1) {
@@ -242,6 +240,12 @@ void Program::timed(size_t op, F&& run) {
   run();
   profile_[op].first += 1;
   profile_[op].second += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+void Program::set_profiling(bool on) {
+  const ThreadPool::Session session(*pool_);
+  if (on && !profiling_) profile_.assign(profile_.size(), {0, 0.0});
+  profiling_ = on;
 }
 
 std::vector<std::pair<int64_t, double>> Program::profile() {

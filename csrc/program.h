@@ -41,7 +41,10 @@ class Program {
   // The same without drawing; logits is [rows][vocab].
   void logits(const Batch& batch, std::span<float> logits);
 
-  // For each op, then for the draw: calls and seconds so far. Only counted when KT_PROFILE is set, which also runs each op by itself.
+  // Count the calls and seconds of each op from now on, or no longer. Profiled row-wise ops run each by itself, not fused.
+  void set_profiling(bool on);
+
+  // For each op, then for the draw: calls and seconds since profiling was switched on.
   std::vector<std::pair<int64_t, double>> profile();
 
  private:
@@ -95,8 +98,6 @@ class Program {
   const Model model_;
   const ModelRows rows_;
   const ProgramSizes sizes_;
-  const bool profiling_;
-
   KvPool kv_;
   Mapping value_memory_, activation_memory_;
   Values values_;
@@ -110,6 +111,7 @@ class Program {
   Step step_;
   std::vector<uint32_t> block_writer_;  // the check that wrote each block last
   uint32_t check_number_ = 0;
+  bool profiling_ = false;
   std::vector<std::pair<int64_t, double>> profile_;
 };
 

@@ -5,6 +5,8 @@ Arrays are not copied: nobody may write to them until the call returns.
 Errors: ValueError for a shape, format or buffer that does not fit, with its name; MemoryError.
 """
 
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 
@@ -47,6 +49,18 @@ def pack(pool: ThreadPool, isa: str, format: int, rows: int, cols: int, data: U8
 
 def gemm(pool: ThreadPool, weight: Weight, x: F32) -> F32:
     """x [n, cols] -> [n, rows]: quantises x as the weight's format asks, then the product. For tests."""
+
+def activation(isa: str, format: int) -> Literal["int8", "bf16", "f32"]:  # noqa: A002
+    """How the input of a product with weights in this GGUF format is presented: which dot product it uses."""
+
+def measure_peak(pool: ThreadPool, isa: str, kind: str, seconds: float) -> float:
+    """Operations per second of a dot product ("int8", "bf16" or "f32") on all threads, operands in registers.
+
+    A multiplication and an addition are two. The best of short rounds; 0: the table has no such dot product.
+    """
+
+def measure_read(pool: ThreadPool, isa: str, bytes: int, seconds: float) -> float:  # noqa: A002
+    """Bytes per second that all threads read together of a buffer in huge pages, at best. MemoryError."""
 
 def elementwise(isa: str, op: str, a: F32, b: F32) -> F32:
     """One kernel over arrays of one shape, for tests.
@@ -104,5 +118,7 @@ class Program:
         tokens: I32, starts: I32, context: I32, block_starts: I32, blocks: I32, logit_rows: I32,
     ) -> F32:
         """One step without drawing: [R, vocab]."""
+    def set_profiling(self, on: bool) -> None:
+        """Count calls and seconds of each op from now on. Row-wise ops then run each by itself, not fused."""
     def profile(self) -> list[tuple[int, float]]:
-        """For each op, then for the draw: calls and seconds so far (all zero unless KT_PROFILE is set)."""
+        """For each op, then for the draw: calls and seconds since profiling was switched on."""

@@ -1,13 +1,9 @@
 """What a program costs, op by op: the numbers that `ktransformers explain` prints."""
 
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
 
-import numpy as np
-
+from ktransformers.engine import _kernels
+from ktransformers.engine.limits import Dot, Limits
 from ktransformers.engine.program import (
     Add,
     Attention,
@@ -24,19 +20,6 @@ from ktransformers.engine.program import (
     WeightId,
 )
 from ktransformers.engine.weights.gguf import FORMATS
-
-_PROBE_BYTES: Final = 64 * 2**20
-_PROBE_SIDE: Final = 512
-
-
-@dataclass(frozen=True)
-class Machine:
-    """How fast a machine is, as far as a prediction needs it."""
-
-    bandwidth: float
-    """Bytes per second that all threads read from memory together."""
-    flops: float
-    """Multiplications and additions per second, float32."""
 
 
 @dataclass(frozen=True)
@@ -55,43 +38,29 @@ class Row:
     """Keys and values that the op reads in a step: the tokens of a sequence share them."""
     flops: int
     """Of one token (of one row, after rows that do not draw were dropped)."""
+    dot: Dot
+    """The instruction that does most of them on the measured table."""
+    drawn: bool
+    """Computed only for the rows that draw a token."""
     seconds: float
     """Predicted for one token of the step: its share of the longer of reading and computing."""
 
 
-def measure(threads: int) -> Machine:
-    """A rough measurement of the machine in a fraction of a second, with numpy alone."""
-    data = np.ones(_PROBE_BYTES // 4, np.float32)
-    with ThreadPoolExecutor(threads) as pool:
-        reading = _best(lambda: list(pool.map(np.sum, np.array_split(data, threads))))
-    a = np.ones((_PROBE_SIDE, _PROBE_SIDE), np.float32)
-    computing = _best(lambda: a @ a)
-    return Machine(bandwidth=_PROBE_BYTES / reading, flops=2 * _PROBE_SIDE**3 / computing)
-
-
-def _best(run: Callable[[], object]) -> float:
-    """Seconds of the fastest of five runs: what disturbs a run only ever makes it longer."""
-    seconds = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds)
-
-
-def explain(program: Program, machine: Machine, *, tokens: int = 1, context: int = 0) -> list[Row]:
+def explain(program: Program, limits: Limits, *, tokens: int = 1, context: int = 0) -> list[Row]:
     """One row for each op, for a step of `tokens` tokens of a sequence that has `context` tokens already."""
     rows: list[Row] = []
     layer: int | None = None
-    computed = tokens
+    drawn = False
     for index, op in enumerate(program.ops):
         layer = _layer(program, op, layer)
+        drawn = drawn or isinstance(op, GatherRows)
+        computed = 1 if drawn else tokens
         weights = _weights(op)
         weight_bytes = sum(_read_bytes(program, op, w) for w in weights)
         kv_bytes = _kv_bytes(op, context, tokens)
         # A token in the middle of the step sees half of the step's other tokens.
         flops = _flops(program, op, context + (tokens + 1) // 2)
-        reading = (weight_bytes + kv_bytes) / machine.bandwidth
+        dot = _dot(program, op, limits.isa)
         formats = sorted({FORMATS[program.weights[w].format].name for w in weights})
         rows.append(
             Row(
@@ -103,11 +72,11 @@ def explain(program: Program, machine: Machine, *, tokens: int = 1, context: int
                 weight_bytes=weight_bytes,
                 kv_bytes=kv_bytes,
                 flops=flops,
-                seconds=max(reading, flops * computed / machine.flops) / tokens,
+                dot=dot,
+                drawn=drawn,
+                seconds=limits.seconds(weight_bytes + kv_bytes, flops * computed, dot) / tokens,
             )
         )
-        if isinstance(op, GatherRows):
-            computed = 1
     return rows
 
 
@@ -123,6 +92,13 @@ def _weights(op: Op) -> list[WeightId]:
             return [op.inv_freq]
         case Attention() | Gated() | Add() | GatherRows():
             return []
+
+
+def _dot(program: Program, op: Op, isa: str) -> Dot:
+    """What a product's weights ask for; the parts of a Linear share their input, so the first speaks."""
+    if isinstance(op, Linear | Logits):
+        return _kernels.activation(isa, program.weights[_weights(op)[0]].format)
+    return "f32"
 
 
 def _read_bytes(program: Program, op: Op, weight: WeightId) -> int:

@@ -27,7 +27,13 @@ EDGES = {
 
 # Single modules that reach further, each with its reason.
 EXCEPTIONS = {
-    "server.commands.explain": ("engine.explain", "engine.load", "engine.config", "engine.machine"),
+    "server.commands.explain": (
+        "engine.explain",
+        "engine.limits",
+        "engine.load",
+        "engine.config",
+        "engine.machine",
+    ),
     "server.commands.doctor": ("engine.load", "engine.machine", "engine._kernels"),
     "server.text.model": ("engine.weights.gguf",),  # one parser of hostile files, not two
 }

@@ -77,6 +77,10 @@ struct KernelTable {
   bool (*scan_logits)(const float* x, int64_t n, float* maxima);  // of each run; false: NaN or infinity among them
   // w[i] = exp((x[i] - maximum) / temperature); sums[run] of them
   void (*exp_logits)(const float* x, int64_t n, float maximum, float temperature, float* w, float* sums);
+
+  // ---- limits, for benchmarks. What comes out must be used, or the compiler would drop the work.
+  int64_t (*peak)(Activation, int64_t rounds, float* sink);  // operations done; 0: no dot product of that kind
+  int32_t (*read)(const uint8_t* data, int64_t bytes);       // a sum of all of it; bytes a multiple of 256
 };
 
 extern const KernelTable kReference, kAvx2, kAvx512, kAvx512Bf16;

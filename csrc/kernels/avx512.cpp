@@ -9,6 +9,7 @@
 #include "kernels/gemm.inl"
 #include "kernels/attention.inl"
 #include "kernels/sampling.inl"
+#include "kernels/limits.inl"
 #include "kernels/table.inl"
 
 namespace kt {

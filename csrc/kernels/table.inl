@@ -25,6 +25,8 @@ constexpr KernelTable make_table(const char* name) {
   t.attention = attention;
   t.scan_logits = scan_logits;
   t.exp_logits = exp_logits;
+  t.peak = peak;
+  t.read = read;
   return t;
 }
 

@@ -164,6 +164,7 @@ inline Bytes broadcast4(const int8_t* p) {
   __builtin_memcpy(&quad, p, sizeof quad);
   return {_mm256_set1_epi32(quad), _mm256_set1_epi32(quad)};
 }
+inline void keep(Bytes& a) { __asm__ volatile("" : "+x"(a.lo), "+x"(a.hi)); }
 // vpmaddubsw saturates at 16 bits: two products of at most 127 * 127 fit, and so do two of 128 * 127.
 inline __m256i dot_step(__m256i acc, __m256i w, __m256i a) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), _mm256_set1_epi16(1)));

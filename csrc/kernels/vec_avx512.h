@@ -114,6 +114,7 @@ inline Bytes broadcast4(const int8_t* p) {
   __builtin_memcpy(&quad, p, sizeof quad);
   return {_mm512_set1_epi32(quad)};
 }
+inline void keep(Bytes& a) { __asm__ volatile("" : "+v"(a.v)); }
 inline Ints dot_u7(Ints acc, Bytes w, Bytes a) { return {_mm512_dpbusd_epi32(acc.v, w.v, a.v)}; }
 // vpdpbusd takes all of u8, so the bias is paid once, at the start.
 inline Ints start_biased128(int32_t negative_sum) { return shift_left<7>(set1_int(negative_sum)); }

@@ -218,6 +218,8 @@ inline Bytes lookup16(const uint8_t* table, Bytes a) {
 inline Bytes broadcast4(const int8_t* p) {
   return byte_lanes([&](int i) { return static_cast<uint8_t>(p[i % 4]); });
 }
+// Nothing, but the compiler may not know what is in `a` afterwards.
+inline void keep(Bytes& a) { __asm__ volatile("" : "+m"(a)); }
 // acc + sum of the lane's four products w * a; w unsigned and at most 127, a signed and not -128.
 inline Ints dot_u7(Ints acc, Bytes w, Bytes a) {
   return lanes<Ints>([&](int i) {

@@ -77,8 +77,12 @@ class NativeExecutor:
         b = batch
         return self._native().logits(b.tokens, b.starts, b.context, b.block_starts, b.blocks, b.logit_rows)
 
+    def set_profiling(self, on: bool) -> None:
+        """Count from now on what each op takes; ops that are fused otherwise then run each by itself."""
+        self._native().set_profiling(on)
+
     def profile(self) -> list[tuple[int, float]]:
-        """Calls and seconds of each op, then of the draw; zero unless KT_PROFILE is set."""
+        """Calls and seconds of each op, then of the draw, since profiling was switched on."""
         return self._native().profile()
 
     def close(self) -> None:

@@ -8,7 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ktransformers.engine.config import EngineConfig
-from ktransformers.engine.explain import Row, explain, measure
+from ktransformers.engine.explain import Row, explain
+from ktransformers.engine.limits import measure
 from ktransformers.engine.load import CannotFit, open_model, plan
 from ktransformers.engine.machine import cpus
 
@@ -39,13 +40,14 @@ def run(config: EngineConfig, tokens: int, context: int, every_op: bool) -> int:
     program, facts = open_model(config)
     threads = config.threads or cpus()
     with console.status("measuring this machine"):
-        machine = measure(threads)
-    rows = explain(program, machine, tokens=tokens, context=context)
+        limits = measure(threads)
+    rows = explain(program, limits, tokens=tokens, context=context)
     lines = _merge(rows, every_op)
+    peaks = ", ".join(f"{rate / 1e9:.0f} {dot}" for dot, rate in limits.peaks.items() if rate)
     console.print(
         f"[bold]{escape(facts.name)}[/] ({facts.spec.architecture}), {escape(Path(config.model).name)}: "
-        f"a step of {tokens} tokens after {context}; this machine reads {machine.bandwidth / 1e9:.1f} GB/s "
-        f"and computes {machine.flops / 1e9:.0f} GFLOP/s with {threads} threads"
+        f"a step of {tokens} tokens after {context}; this machine reads {limits.bandwidth / 1e9:.1f} GB/s "
+        f"and computes {peaks} GOP/s with {threads} threads ({limits.isa})"
     )
     console.print(_table(lines))
     seconds = sum(row.seconds for row in rows)

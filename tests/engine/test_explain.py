@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from ktransformers.engine import _kernels
 from ktransformers.engine.config import EngineConfig
-from ktransformers.engine.explain import Machine, Row, explain, measure
+from ktransformers.engine.explain import Row, explain
+from ktransformers.engine.limits import Limits, measure, read_bytes, thread_counts
 from ktransformers.engine.load import Facts, open_model
 from ktransformers.engine.program import Attention, Program
 
-MACHINE = Machine(bandwidth=20e9, flops=200e9)
+MACHINE = Limits(
+    isa=_kernels.isas()[0], threads=2, reads={2: 20e9}, peaks={"int8": 200e9, "bf16": 100e9, "f32": 50e9}
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +57,10 @@ def test_predicted_time(model: tuple[Program, Facts]) -> None:
     decode = total(explain(program, MACHINE))
     assert decode == pytest.approx(facts.weight_bytes / MACHINE.bandwidth, rel=0.05)
     prefill = total(explain(program, MACHINE, tokens=512))
-    layers = sum(r.flops for r in explain(program, MACHINE, tokens=512) if r.kind != "Logits")
-    assert prefill == pytest.approx(layers / MACHINE.flops, rel=0.05)
+    rows = [r for r in explain(program, MACHINE, tokens=512) if not r.drawn]
+    products = sum(r.flops / MACHINE.peaks["int8"] for r in rows if r.kind == "Linear")
+    rest = sum(r.flops / MACHINE.peaks["f32"] for r in rows if r.kind != "Linear")
+    assert prefill == pytest.approx(products + rest, rel=0.05)
     assert total(explain(program, MACHINE, context=4096)) > decode
 
 
@@ -72,6 +78,37 @@ def test_attention_reads_its_window(model: tuple[Program, Facts]) -> None:
     assert next(r for r in rows if r.kind == "Attention").kv_bytes == 10 * token
 
 
-def test_measure() -> None:
-    machine = measure(1)
-    assert 1e8 < machine.bandwidth < 1e13 and 1e8 < machine.flops < 1e14
+def test_ops_say_where_their_time_goes(model: tuple[Program, Facts]) -> None:
+    rows = explain(model[0], MACHINE)
+    assert {r.dot for r in rows if r.kind in ("Linear", "Logits")} == {"int8"}
+    assert {r.dot for r in rows if r.kind in ("Attention", "RmsNorm", "Add")} == {"f32"}
+    gather = next(r.index for r in rows if r.kind == "GatherRows")
+    assert [r.drawn for r in rows] == [r.index >= gather for r in rows]
+
+
+@pytest.mark.parametrize("isa", _kernels.isas())
+def test_measured_limits(isa: str) -> None:
+    limits = measure(2, isa=isa, seconds=0.01, scaling=True)
+    assert limits.isa == isa and list(limits.reads) == [1, 2]
+    assert all(1e8 < rate < 1e13 for rate in limits.reads.values())
+    assert all(1e8 < limits.peaks[dot] < 1e14 for dot in ("int8", "f32"))
+    assert (limits.peaks["bf16"] > 0) == (_kernels.activation(isa, 30) == "bf16")
+    assert limits.seconds(limits.bandwidth, 0, "f32") == 1.0
+    assert limits.seconds(0, 2 * limits.peaks["int8"], "int8") == 2.0
+
+
+def test_no_cache_holds_what_is_read() -> None:
+    assert read_bytes() >= 2**20
+    assert [list(thread_counts(n)) for n in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    pool = _kernels.ThreadPool(1)
+    with pytest.raises(ValueError, match="kind: 'int4'"):
+        _kernels.measure_peak(pool, _kernels.isas()[0], "int4", 0.01)
+    with pytest.raises(ValueError, match="isa: 'amx'"):
+        _kernels.measure_read(pool, "amx", 2**20, 0.01)
+    with pytest.raises(ValueError, match="bytes"):
+        _kernels.measure_read(pool, _kernels.isas()[0], -1, 0.01)
+    with pytest.raises(ValueError, match="format"):
+        _kernels.activation(_kernels.isas()[0], 9)

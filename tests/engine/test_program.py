@@ -376,14 +376,18 @@ def test_progress_close_and_sizes(small: ModuleType, llama: Llama) -> None:
         ex.logits(small.batch(small.Part([1], 0, [0])))
 
 
-def test_profile(small: ModuleType, llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = small.executor(llama.program)
+def test_profile(small: ModuleType, llama: Llama) -> None:
+    executor = small.executor(llama.program)
     batch = small.batch(small.Part([1, 2], 0, [0]))
-    expected = plain.logits(batch)
-    assert set(plain.profile()) == {(0, 0.0)}
-    monkeypatch.setenv("KT_PROFILE", "1")
-    profiled = small.executor(llama.program)
-    np.testing.assert_array_equal(profiled.logits(batch), expected)
-    calls = profiled.profile()
+    expected = executor.logits(batch)
+    assert set(executor.profile()) == {(0, 0.0)}
+    executor.set_profiling(True)
+    np.testing.assert_array_equal(executor.logits(batch), expected)
+    calls = executor.profile()
     assert len(calls) == len(llama.program.ops) + 1
     assert all(c > 0 and s > 0 for c, s in calls[:-1])
+    executor.set_profiling(False)
+    executor.logits(batch)
+    assert executor.profile() == calls
+    executor.set_profiling(True)
+    assert set(executor.profile()) == {(0, 0.0)}
