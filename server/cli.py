@@ -1,6 +1,7 @@
 """The command line. Every command imports what it needs when it runs, so that --help is quick."""
 
 import sys
+from functools import partial
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -129,6 +130,42 @@ def explain(
 
     settled = settle(config, {"model": model, "threads": threads})
     raise typer.Exit(command.run(settled.scheduler.engine, tokens, context, every_op))
+
+
+@app.command()
+def bench(
+    model: Model = None,
+    random: Annotated[
+        str, typer.Option(help="Random weights of a real shape instead: qwen2.5-1.5b:Q4_K, :Q8_0 or :BF16.")
+    ] = "",
+    layers: Annotated[int | None, typer.Option(min=1, help="Cut the random model to that many.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Compute threads.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each figure is taken.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0, help="Of each.")] = 0.5,
+    only: Annotated[str, typer.Option(help="Loads that begin so, by commas: prefill,decode 1.")] = "",
+    profile: Annotated[bool, typer.Option("--profile", help="Op by op instead.")] = False,
+    llama_bench: Annotated[
+        list[Path] | None, typer.Option(help="A llama-bench program to compare with; may be repeated.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for JSON and plots.")] = Path("bench"),
+) -> None:
+    """Measure this machine and a model on it, each figure with its share of what is possible."""
+    from ktransformers.server.bench.sides import LlamaBench
+    from ktransformers.server.commands import bench as command
+
+    options = command.Options(
+        model=model or "",
+        random=random,
+        layers=layers,
+        threads=threads,
+        rounds=rounds,
+        seconds=seconds,
+        only=tuple(_list(only) or ()),
+        profile=profile,
+        peers=tuple(partial(LlamaBench, program) for program in llama_bench or ()),
+        out=out,
+    )
+    raise typer.Exit(command.run(options))
 
 
 @app.command()

@@ -1,0 +1,161 @@
+"""Model files of a real shape with random weights, so that a speed can be measured without a download.
+
+The values are noise of a sane size. Blocks are drawn in their packed form, never quantised from floats.
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from ktransformers.engine.weights.gguf import FORMATS
+
+U8 = npt.NDArray[np.uint8]
+_ALIGNMENT: Final = 32
+_POOL_BLOCKS: Final = 1 << 16
+"""Blocks that are drawn; a tensor repeats them from a place of its own."""
+_SIGMA: Final = 0.02
+"""Of a weight, as models are initialised."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A dense model of the qwen2 architecture."""
+
+    name: str
+    layers: int
+    width: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    context: int = 32768
+    rope_base: float = 1e6
+
+
+SHAPES: Final = {
+    s.name: s for s in (Shape("qwen2.5-1.5b", 28, 1536, 8960, 12, 2, 151936),)
+}  # fmt: skip
+QUANTS: Final = {"Q4_K": ("Q4_K", "Q6_K"), "Q8_0": ("Q8_0", "Q8_0"), "BF16": ("BF16", "BF16")}
+"""Name -> formats of the layers and of the embedding, which is the output, too."""
+
+_NUMBERS: Final = {fmt.name: number for number, fmt in FORMATS.items()}
+
+
+def write(path: Path, shape: Shape, quant: str, layers: int | None = None) -> None:
+    """Write the file, whole or not at all. `layers` cuts the model. OSError."""
+    shape = shape if layers is None else Shape(**{**vars(shape), "layers": layers})
+    tensors = list(_tensors(shape, *QUANTS[quant]))
+    part = path.with_name(path.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with part.open("wb") as file:
+        keys = list(_keys(shape, quant))
+        header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys)) + b"".join(keys)
+        offset = 0
+        for name, kind, rows, cols in tensors:
+            dims = (cols,) if rows == 0 else (cols, rows)
+            header += _text(name) + struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
+            header += struct.pack("<IQ", _NUMBERS[kind], offset)
+            offset += -(-_size(kind, rows, cols) // _ALIGNMENT) * _ALIGNMENT
+        file.write(header + bytes(-len(header) % _ALIGNMENT))
+        pools: dict[str, U8] = {}
+        for i, (_, kind, rows, cols) in enumerate(tensors):
+            size = _size(kind, rows, cols)
+            data = np.ones(cols, np.float32).view(np.uint8) if rows == 0 else _noise(pools, kind, i, size)
+            file.write(data.tobytes() + bytes(-size % _ALIGNMENT))
+    part.replace(path)
+
+
+def _tensors(shape: Shape, layer: str, embedding: str) -> Iterator[tuple[str, str, int, int]]:
+    """(name, format, rows, columns); rows 0 is a vector."""
+    width, kv = shape.width, shape.width // shape.heads * shape.kv_heads
+    yield "token_embd.weight", embedding, shape.vocab, width
+    yield "output_norm.weight", "F32", 0, width
+    for i in range(shape.layers):
+        for name, rows, cols in (
+            ("attn_q", width, width),
+            ("attn_k", kv, width),
+            ("attn_v", kv, width),
+            ("attn_output", width, width),
+            ("ffn_gate", shape.ffn, width),
+            ("ffn_up", shape.ffn, width),
+            ("ffn_down", width, shape.ffn),
+        ):
+            yield f"blk.{i}.{name}.weight", layer, rows, cols
+            if name in ("attn_q", "attn_k", "attn_v"):
+                yield f"blk.{i}.{name}.bias", "F32", 0, rows
+        yield f"blk.{i}.attn_norm.weight", "F32", 0, width
+        yield f"blk.{i}.ffn_norm.weight", "F32", 0, width
+
+
+def _keys(shape: Shape, quant: str) -> Iterator[bytes]:
+    uint32, float32, string, array = 4, 6, 8, 9
+
+    def key(name: str, kind: int, value: bytes) -> bytes:
+        return _text(name) + struct.pack("<I", kind) + value
+
+    yield key("general.architecture", string, _text("qwen2"))
+    yield key("general.name", string, _text(f"{shape.name} shape, {shape.layers} layers, random {quant}"))
+    yield key("general.alignment", uint32, struct.pack("<I", _ALIGNMENT))
+    for name, number in (
+        ("block_count", shape.layers),
+        ("context_length", shape.context),
+        ("embedding_length", shape.width),
+        ("feed_forward_length", shape.ffn),
+        ("attention.head_count", shape.heads),
+        ("attention.head_count_kv", shape.kv_heads),
+        ("vocab_size", shape.vocab),
+    ):
+        yield key(f"qwen2.{name}", uint32, struct.pack("<I", number))
+    yield key("qwen2.rope.freq_base", float32, struct.pack("<f", shape.rope_base))
+    yield key("qwen2.attention.layer_norm_rms_epsilon", float32, struct.pack("<f", 1e-6))
+    # There is no text to it; llama.cpp takes the size from above then, we count the tokens.
+    yield key("tokenizer.ggml.model", string, _text("no_vocab"))
+    tokens = b"".join(_text(str(i)) for i in range(shape.vocab))
+    yield key("tokenizer.ggml.tokens", array, struct.pack("<IQ", string, shape.vocab) + tokens)
+
+
+def _text(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def _size(kind: str, rows: int, cols: int) -> int:
+    fmt = FORMATS[_NUMBERS[kind]]
+    return max(rows, 1) * cols // fmt.block * fmt.nbytes
+
+
+def _noise(pools: dict[str, U8], kind: str, seed: int, size: int) -> U8:
+    """`size` bytes of valid blocks."""
+    pool = pools.get(kind)
+    if pool is None:
+        pool = pools[kind] = _blocks(kind).reshape(-1)
+    block = FORMATS[_NUMBERS[kind]].nbytes
+    begin = seed * 7919 % _POOL_BLOCKS * block
+    return np.resize(np.roll(pool, -begin), size)
+
+
+def _blocks(kind: str) -> U8:
+    """_POOL_BLOCKS random blocks with scales that make weights of about _SIGMA."""
+    random = np.random.default_rng(len(kind))
+    if kind == "BF16":
+        values = random.normal(0, _SIGMA, _POOL_BLOCKS).astype(np.float32)
+        return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    blocks = random.integers(0, 256, (_POOL_BLOCKS, FORMATS[_NUMBERS[kind]].nbytes), np.uint8)
+
+    def half(at: int, value: float) -> None:
+        blocks[:, at : at + 2] = np.array([value], np.float16).view(np.uint8)
+
+    if kind == "Q8_0":  # scale, 32 signed bytes
+        half(0, _SIGMA / 74)
+    elif kind == "Q4_K":  # scale, minimum, 6-bit pairs of them, 4-bit values: the mean of both parts is equal
+        half(0, _SIGMA / (32 * 4.6))
+        half(2, 7.5 * _SIGMA / (32 * 4.6))
+    elif kind == "Q6_K":  # 6-bit values about 32, signed bytes as scales, scale
+        half(208, _SIGMA / (74 * 18.5))
+    else:
+        raise ValueError(f"no random blocks of {kind}")
+    return blocks

@@ -1,0 +1,157 @@
+"""What a benchmark has found: as tables in the terminal, as JSON, as plots."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.markup import escape
+from rich.table import Table
+
+from ktransformers.engine.bench.bounds import Profile, Spent
+from ktransformers.engine.limits import Limits
+
+
+@dataclass
+class Row:
+    """One load, measured in rounds: each side once in each round."""
+
+    name: str
+    bound: float
+    """Tokens per second that the machine would allow."""
+    rates: dict[str, list[float | None]] = field(default_factory=dict)
+    """Tokens per second of each side in each round; ours is the side "ktransformers"."""
+
+
+@dataclass
+class Report:
+    """Everything of one run."""
+
+    cpu: str
+    model: str
+    limits: Limits
+    load_average: float
+    """Of the machine when the run began: what else it was doing."""
+    rows: list[Row] = field(default_factory=list)
+    serving: list[dict[str, Any]] = field(default_factory=list)
+    profiles: list[Profile] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """As JSON. OSError."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1))
+
+
+OURS = "ktransformers"
+
+
+def cpu_name() -> str:
+    """As the kernel calls it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return "unknown"
+
+
+def headline(report: Report) -> str:
+    """What was measured where, in three lines."""
+    limits = report.limits
+    reads = ", ".join(f"{rate / 1e9:.1f} ({count})" for count, rate in limits.reads.items())
+    peaks = ", ".join(f"{rate / 1e9:.0f} {dot}" for dot, rate in limits.peaks.items() if rate)
+    return (
+        f"{report.cpu}, {limits.threads} threads, table {limits.isa}, "
+        f"load average {report.load_average:.1f}\n"
+        f"reads {reads} GB/s (threads); computes {peaks} GOP/s\n"
+        f"{report.model}"
+    )
+
+
+def rows_table(rows: Sequence[Row]) -> Table:
+    """Rates as min/median/max, the best as a share of the bound, and medians of the ratios of the rounds."""
+    peers = list(dict.fromkeys(side for row in rows for side in row.rates if side != OURS))
+    table = Table("tokens/s", box=None, pad_edge=False)
+    for name in (OURS, "bound", "best of it", *(column for peer in peers for column in (peer, "ratio"))):
+        table.add_column(escape(name), justify="right")
+    for row in rows:
+        ours = [rate for rate in row.rates[OURS] if rate is not None]
+        cells = [row.name, _spread(ours), f"{row.bound:.0f}", f"{max(ours) / row.bound:.0%}"]
+        for peer in peers:
+            rates = row.rates.get(peer, [])
+            cells += [_spread([rate for rate in rates if rate is not None]), _ratio(row.rates[OURS], rates)]
+        table.add_row(*cells)
+    return table
+
+
+def ratio(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float | None:
+    """The median over the rounds of each round's ratio: whatever disturbs a round falls on both."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=False) if a and b]
+    return statistics.median(ratios) if ratios else None
+
+
+def _ratio(ours: Sequence[float | None], theirs: Sequence[float | None]) -> str:
+    value = ratio(ours, theirs)
+    return "" if value is None else f"{value:.2f}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    digits = 1 if min(values) < 100 else 0
+    return "/".join(f"{f(values):.{digits}f}" for f in (min, statistics.median, max))
+
+
+@dataclass
+class _Line:
+    """Ops that differ in nothing but their layer."""
+
+    first: Spent
+    count: int = 0
+    seconds: float = 0.0
+    nbytes: int = 0
+    flops: int = 0
+    bound: float = 0.0
+
+
+def profile_table(profile: Profile) -> Table:
+    """Op by op: time, bytes, operations, and how near to its bound."""
+    lines: dict[tuple[str, str, str], _Line] = {}
+    for op in profile.ops:
+        line = lines.setdefault((op.row.kind, op.row.detail, op.row.format), _Line(op))
+        line.count += 1
+        line.seconds += op.seconds
+        line.nbytes += op.nbytes
+        line.flops += op.flops
+        line.bound += op.bound
+    whole = sum(line.seconds for line in lines.values()) + profile.drawing
+    table = Table(box=None, pad_edge=False)
+    table.add_column("op", no_wrap=True)
+    table.add_column("what", overflow="fold")
+    table.add_column("format", no_wrap=True)
+    for name in ("times", "us", "share", "MB", "GB/s", "GOP", "GOP/s", "bound us", "of it"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in lines.values():
+        seconds = line.seconds or 1e-9
+        table.add_row(
+            line.first.row.kind,
+            escape(line.first.row.detail),
+            line.first.row.format,
+            str(line.count),
+            f"{line.seconds * 1e6:.0f}",
+            f"{line.seconds / whole:.1%}",
+            f"{line.nbytes / 1e6:.2f}",
+            f"{line.nbytes / seconds / 1e9:.1f}",
+            f"{line.flops / 1e9:.3f}",
+            f"{line.flops / seconds / 1e9:.0f}",
+            f"{line.bound * 1e6:.0f}",
+            f"{line.bound / seconds:.0%}",
+        )
+    share = f"{profile.drawing / whole:.1%}"
+    table.add_row("draw", "", "", "1", f"{profile.drawing * 1e6:.0f}", share, *[""] * 6)
+    bound = sum(line.bound for line in lines.values())
+    table.caption = (
+        f"{profile.load.name}: {whole * 1e3:.2f} ms op by op, {profile.step * 1e3:.2f} ms as it runs fused; "
+        f"bound {bound * 1e3:.2f} ms"
+    )
+    return table
