@@ -35,6 +35,7 @@ Program::Program(std::shared_ptr<ThreadPool> pool, const KernelTable& table, Mod
       model_(std::move(model)),
       rows_(check_model(model_)),
       sizes_(checked(sizes)),
+      attention_memory_(table, model_.ops, pool_->threads()),
       sampler_(table, pool_->threads(), rows_.vocab),
       block_writer_(sizes.blocks),
       profile_(model_.ops.size() + 1) {
@@ -71,13 +72,10 @@ void Program::build_products() {
       product = std::make_unique<Product>(table_, model_, values_, rows_.of_op[i], *logits);
     if (product != nullptr)
       activation_bytes = std::max(activation_bytes, product->activation_bytes() * max_rows(rows_.of_op[i]));
-    if (const auto* attention = std::get_if<op::Attention>(&model_.ops[i]))
-      scratch_stride_ = std::max(scratch_stride_, align(attention_scratch(table_, *attention)));
     products_.push_back(std::move(product));
   }
   activation_memory_ = Mapping(activation_bytes);
   std::memset(activation_memory_.data(), 0, activation_bytes);
-  scratch_.resize(scratch_stride_ * pool_->threads());
 }
 
 // The angles of a step serve all layers.
@@ -136,7 +134,7 @@ void Program::add(size_t i, const op::Rope& op) {
 }
 void Program::add(size_t i, const op::Attention& op) {
   add_row_op(i, rows_.of_op[i], 4 * values_.widths[op.k], make_store_kv(table_, values_, kv_, op));
-  stages_.push_back(WholeOp{i, make_attention(table_, *pool_, values_, kv_, op, scratch_.data(), scratch_stride_)});
+  stages_.push_back(WholeOp{i, make_attention(table_, *pool_, values_, kv_, op, attention_memory_)});
 }
 void Program::add(size_t i, const op::Gated& op) {
   add_row_op(i, rows_.of_op[i], 3 * values_.widths[op.out], make_gated(table_, values_, op));

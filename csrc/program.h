@@ -102,8 +102,7 @@ class Program {
   Mapping value_memory_, activation_memory_;
   Values values_;
   std::vector<RopeAngles> angles_;
-  std::vector<float> scratch_;  // of attention, scratch_stride_ floats for each thread
-  size_t scratch_stride_ = 0;
+  AttentionMemory attention_memory_;
   std::vector<std::unique_ptr<Product>> products_;  // of each op; null where it is none
   std::vector<Stage> stages_;
   Sampler sampler_;

@@ -25,9 +25,14 @@ inline constexpr int64_t kBlockTokens = 16;
 // Logits that share a partial maximum and sum in the sampler.
 inline constexpr int64_t kSampleRun = 64;
 
-// The KV of one layer and one kv head in one block, 2 * head_dim * kBlockTokens float16:
-//   keys   [head_dim][kBlockTokens]   (transposed: 16 scores are one vector)
-//   values [kBlockTokens][head_dim]
+// Attention folds tiles into a state for each span of this many positions, and merges the states in order: spans may be
+// computed by different threads.
+inline constexpr int64_t kSpanTokens = 512;
+
+// The KV of one layer and one kv head in one block, 2 * head_dim * kBlockTokens bfloat16, in the pairs that a dot
+// product takes:
+//   keys   [head_dim / 2][kBlockTokens][2]   (transposed: 16 scores are one vector)
+//   values [kBlockTokens / 2][head_dim][2]   (two positions side by side)
 struct AttentionTask {
   const float* q;          // row r, head g of the group at q + r * q_stride + g * head_dim
   float* out;              // same layout as q with out_stride
@@ -37,7 +42,7 @@ struct AttentionTask {
   int64_t group;           // query heads that share this kv head
   int64_t head_dim;        // multiple of 16, <= 512
   const uint16_t* kv;      // pool base of this layer and kv head: block b at kv + b * block_stride
-  int64_t block_stride;    // in float16 elements
+  int64_t block_stride;    // in bfloat16 elements
   const int32_t* blocks;   // block table of the sequence
   float scale, softcap;    // softcap 0: none
   int64_t window;          // 0: none; else position p sees (p - window, p]
@@ -72,6 +77,10 @@ struct KernelTable {
   void (*store_kv)(const float* k, const float* v, int64_t head_dim, int64_t offset_in_block, uint16_t* block);
   size_t (*attention_scratch_floats)(const AttentionTask&);
   void (*attention)(const AttentionTask&, float* scratch);
+  // The same in parts: the state of one span that any of the rows sees, then all of them, one after another, merged.
+  size_t (*attention_state_floats)(const AttentionTask&);
+  void (*attention_span)(const AttentionTask&, int64_t span, float* state, float* scratch);
+  void (*attention_merge)(const AttentionTask&, const float* states, float* scratch);
 
   // ---- sampling: passes over a row of n logits, in runs of kSampleRun
   bool (*scan_logits)(const float* x, int64_t n, float* maxima);  // of each run; false: NaN or infinity among them

@@ -1,12 +1,14 @@
-// Paged causal attention over the vector vocabulary: online softmax, one pass over the keys and values.
+// Paged causal attention over the vector vocabulary: online softmax, one pass over the keys and values, products of
+// bfloat16 pairs summed in float32.
 //
-// The positions are folded in tiles that begin at multiples of kTile, whatever the row and the chunk. For one query the
-// sequence of operations thus depends on its position only: a tile that others of the chunk see but it does not is
-// skipped or folded as an exact no-op (maximum unchanged, sum + 0), and its bits are the same alone, in any chunk, or
-// after a prefix hit. What is masked is never multiplied: memory behind it may hold anything, NaN among it.
+// The positions are folded in tiles that begin at multiples of kTile, and tiles in spans that begin at multiples of
+// kSpanTokens, whatever the row and the chunk. For one query the sequence of operations thus depends on its position
+// only: a tile that others of the chunk see but it does not is skipped or folded as an exact no-op (maximum unchanged,
+// sum + 0), and its bits are the same alone, in any chunk, or after a prefix hit. What is masked is never multiplied:
+// memory behind it may hold anything, NaN among it.
 //
-// Fast because queries (rows x heads of the group) are taken kQueries at a time: each key and value is converted from
-// float16 once for all of them, and their sums stay in registers.
+// Fast because queries (rows x heads of the group) are taken kQueries at a time: each key and value is loaded once for
+// all of them, and their sums stay in registers.
 #pragma once
 
 namespace kt {
@@ -17,79 +19,130 @@ static_assert(kBlock == kLanes, "the scores of a block are one vector");
 
 constexpr int kTileBlocks = 4;
 constexpr int kTile = kTileBlocks * kBlock;
+static_assert(kSpanTokens % kTile == 0);
 constexpr int kQueries = 6;
-// Vectors per query kept in registers: 6 x 4 accumulators of 32 registers, or 6 x 1 pairs of 16.
-constexpr int kWide = kTileRowsFloat >= 12 ? 4 : 1;
+// Vectors per query kept in registers: 6 x 4 accumulators of 32 registers, less where keys and values must be split
+// into their even and odd elements, or 6 x 1 pairs of 16.
+constexpr int kWide = kHasDotBf16 ? 4 : kTileRowsFloat >= 12 ? 2 : 1;
 constexpr float kMinusInfinity = -__builtin_inff();
 
 // Up to kQueries queries in front of one tile. Positions are relative to the tile's first.
 struct Front {
-  const float* q[kQueries];
+  const Pair* q[kQueries];
   float* out[kQueries];
   int begin[kQueries], end[kQueries];  // positions that each sees
   int low, high;                       // ... that any sees
-  int all_low, all_high;               // ... that all see; empty when all_low >= all_high
+  int all_low, all_high;               // ... that all see, in whole pairs; empty when all_low >= all_high
 };
 
+// `ahead` is what to prefetch while the tile is read: the blocks of the next one, or its own when there is no need. (The
+// processor's own prefetching ends with a page, and one kv head's part of a block is about that long.)
 struct Tile {
-  const uint16_t* block[kTileBlocks];
+  const uint16_t *block[kTileBlocks], *ahead[kTileBlocks];
 };
 
+// What has been folded so far: for each query a maximum of its scores, a vector of sums of weights, and head_dim sums of
+// weighted values.
+template <class Float>
+struct State {
+  Float *maximum, *sum, *out;
+  State(const AttentionTask& t, Float* at)
+      : maximum(at), sum(at + t.rows * t.group), out(sum + t.rows * t.group * kLanes) {}
+};
+
+size_t attention_state_floats(const AttentionTask& t) {
+  return static_cast<size_t>(t.rows * t.group * (1 + kLanes + t.head_dim));
+}
+
+// The working memory of a task.
+struct Scratch {
+  Pair* q;         // [queries][head_dim / 2]
+  Pair* weights;   // [kQueries][kTile / 2]
+  float* scores;   // [kQueries][kTile]
+  float* part;     // a state
+  float* total;    // a state
+  static size_t floats_of_pairs(int64_t pairs) { return static_cast<size_t>(pairs) * sizeof(Pair) / sizeof(float); }
+  static size_t floats(const AttentionTask& t) {
+    return floats_of_pairs(t.rows * t.group * t.head_dim / 2 + kQueries * kTile / 2) + kQueries * kTile +
+           2 * attention_state_floats(t);
+  }
+  Scratch(const AttentionTask& t, float* at) {
+    q = reinterpret_cast<Pair*>(at);
+    weights = q + t.rows * t.group * t.head_dim / 2;
+    scores = reinterpret_cast<float*>(weights + kQueries * kTile / 2);
+    part = scores + kQueries * kTile;
+    total = part + attention_state_floats(t);
+  }
+};
+
+size_t attention_scratch_floats(const AttentionTask& t) { return Scratch::floats(t); }
+
+// Element by element: the pair of a value may belong to a row that another thread writes now.
 void store_kv(const float* k, const float* v, int64_t head_dim, int64_t offset_in_block, uint16_t* block) {
-  uint16_t half[kLanes];
-  uint16_t* values = block + head_dim * kBlock + offset_in_block * head_dim;
+  uint16_t* values = block + head_dim * kBlock + offset_in_block / 2 * 2 * head_dim + offset_in_block % 2;
   for (int64_t d = 0; d < head_dim; d += kLanes) {
-    store_f16(half, load(k + d));
-    for (int i = 0; i < kLanes; ++i) block[(d + i) * kBlock + offset_in_block] = half[i];
-    store_f16(values + d, load(v + d));
+    int32_t key[kLanes], value[kLanes];
+    store_ints(key, round_to_bf16(load(k + d)));
+    store_ints(value, round_to_bf16(load(v + d)));
+    for (int i = 0; i < kLanes; i += 2) {
+      const uint32_t pair = static_cast<uint32_t>(key[i]) >> 16 | static_cast<uint32_t>(key[i + 1]);
+      __builtin_memcpy(block + (d + i) * kBlock + 2 * offset_in_block, &pair, sizeof pair);
+    }
+    for (int i = 0; i < kLanes; ++i) values[2 * (d + i)] = static_cast<uint16_t>(static_cast<uint32_t>(value[i]) >> 16);
   }
 }
 
-// weights[m][b * kBlock + lane] = q_m . k
+// scores[m][b * kBlock + lane] = q_m . k
 template <int M, int B>
-inline void dot_keys(const Front& f, const uint16_t* const* blocks, int64_t head_dim, float* weights) {
+inline void dot_keys(const Front& f, const Tile& tile, int first, int64_t head_dim, float* scores) {
   Floats s[M][B];
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) s[m][b] = set1(0.0f);
-  for (int64_t d = 0; d < head_dim; ++d) {
-    Floats k[B];
+  for (int64_t pair = 0; pair < head_dim / 2; ++pair) {
+    Ints k[B];
 #pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) k[b] = load_f16(blocks[b] + d * kBlock);
-#pragma GCC unroll 6
-    for (int m = 0; m < M; ++m) {
-      const Floats q = set1(f.q[m][d]);
-#pragma GCC unroll 4
-      for (int b = 0; b < B; ++b) s[m][b] = fma(q, k[b], s[m][b]);
+    for (int b = 0; b < B; ++b) {
+      k[b] = load_ints(tile.block[first + b] + pair * 2 * kBlock);
+      __builtin_prefetch(tile.ahead[first + b] + pair * 2 * kBlock);
     }
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) s[m][b] = dot_pair(s[m][b], k[b], f.q[m][pair]);
   }
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) store(weights + m * kTile + b * kBlock, s[m][b]);
+    for (int b = 0; b < B; ++b) store(scores + m * kTile + b * kBlock, s[m][b]);
 }
 
-// out_m[d, d + D vectors) += weights[m][j] * value[j], for j in [begin, end) in ascending order.
+// 16 elements, from d, of the values at positions 2 pair and 2 pair + 1 of the tile.
+inline Ints values_of_pair(const Tile& tile, int pair, int64_t head_dim, int64_t d) {
+  const int block = pair / (kBlock / 2);
+  const int64_t at = (kBlock + pair % (kBlock / 2) * 2) * head_dim + 2 * d;
+  __builtin_prefetch(tile.ahead[block] + at);
+  return load_ints(tile.block[block] + at);
+}
+
+// out_m[d, d + D vectors) += the weighted values of pairs [begin, end), in ascending order.
 template <int M, int D>
-inline void add_values(float* const* out, const float* const* weights, const Tile& tile, int64_t head_dim, int64_t d,
-                       int begin, int end) {
+inline void add_values(float* const* out, const Pair* weights, const Tile& tile, int64_t head_dim, int64_t d, int begin,
+                       int end) {
   Floats acc[M][D];
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int i = 0; i < D; ++i) acc[m][i] = load(out[m] + d + i * kLanes);
-  for (int j = begin; j < end; ++j) {
-    const uint16_t* value = tile.block[j / kBlock] + (kBlock + j % kBlock) * head_dim + d;
-    Floats v[D];
+  for (int pair = begin; pair < end; ++pair) {
+    Ints v[D];
 #pragma GCC unroll 4
-    for (int i = 0; i < D; ++i) v[i] = load_f16(value + i * kLanes);
+    for (int i = 0; i < D; ++i) v[i] = values_of_pair(tile, pair, head_dim, d + i * kLanes);
 #pragma GCC unroll 6
-    for (int m = 0; m < M; ++m) {
-      const Floats w = set1(weights[m][j]);
+    for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-      for (int i = 0; i < D; ++i) acc[m][i] = fma(w, v[i], acc[m][i]);
-    }
+      for (int i = 0; i < D; ++i) acc[m][i] = dot_pair(acc[m][i], v[i], weights[m * kTile / 2 + pair]);
   }
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m)
@@ -97,39 +150,57 @@ inline void add_values(float* const* out, const float* const* weights, const Til
     for (int i = 0; i < D; ++i) store(out[m] + d + i * kLanes, acc[m][i]);
 }
 
-// All of [begin, end), head_dim in slices of kWide vectors and then of one.
+// Positions [begin, end), an even number and whole pairs; head_dim in slices of kWide vectors and then of one.
 template <int M>
-inline void add_all_values(float* const* out, const float* const* weights, const Tile& tile, int64_t head_dim,
-                           int begin, int end) {
+inline void add_all_values(float* const* out, const Pair* weights, const Tile& tile, int64_t head_dim, int begin,
+                           int end) {
   if (begin >= end) return;
   int64_t d = 0;
   for (; d + kWide * kLanes <= head_dim; d += kWide * kLanes)
-    add_values<M, kWide>(out, weights, tile, head_dim, d, begin, end);
-  for (; d < head_dim; d += kLanes) add_values<M, 1>(out, weights, tile, head_dim, d, begin, end);
+    add_values<M, kWide>(out, weights, tile, head_dim, d, begin / 2, end / 2);
+  for (; d < head_dim; d += kLanes) add_values<M, 1>(out, weights, tile, head_dim, d, begin / 2, end / 2);
+}
+
+// One position of which the other half of the pair is not seen. Its weight is 0, and 0 takes its value's place.
+inline void add_half(float* out, const Pair* weights, const Tile& tile, int64_t head_dim, int position) {
+  const Ints seen = set1_int(position % 2 == 0 ? 0xFFFF : -65536);
+  for (int64_t d = 0; d < head_dim; d += kLanes) {
+    const Ints v = values_of_pair(tile, position / 2, head_dim, d) & seen;
+    store(out + d, dot_pair(load(out + d), v, weights[position / 2]));
+  }
+}
+
+// Positions [begin, end) for one query.
+inline void add_some_values(float* out, const Pair* weights, const Tile& tile, int64_t head_dim, int begin, int end) {
+  if (begin >= end) return;
+  if (begin % 2 != 0) add_half(out, weights, tile, head_dim, begin++);
+  add_all_values<1>(&out, weights, tile, head_dim, begin, end / 2 * 2);
+  if (end % 2 != 0 && begin < end) add_half(out, weights, tile, head_dim, end - 1);
 }
 
 // Scores of the blocks [first, last) of the tile that any of the queries sees.
 template <int M>
-inline void score(const AttentionTask& t, const Front& f, const Tile& tile, int first, int last, float* weights) {
+inline void score(const AttentionTask& t, const Front& f, const Tile& tile, int first, int last, float* scores) {
   int b = first;
-  for (; b + kWide <= last; b += kWide)
-    dot_keys<M, kWide>(f, tile.block + b, t.head_dim, weights + b * kBlock);
-  for (; b < last; ++b) dot_keys<M, 1>(f, tile.block + b, t.head_dim, weights + b * kBlock);
+  for (; b + kWide <= last; b += kWide) dot_keys<M, kWide>(f, tile, b, t.head_dim, scores + b * kBlock);
+  for (; b < last; ++b) dot_keys<M, 1>(f, tile, b, t.head_dim, scores + b * kBlock);
 }
 
-// Scales, caps and masks the scores of one query; returns their maximum.
+// Caps and masks the scores of one query, which are logarithms to base 2; returns their maximum.
 inline float finish_scores(const AttentionTask& t, int begin, int end, int first, int last, float* scores) {
-  const float lane_numbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const Floats lane = load(lane_numbers);
   Floats maximum = set1(kMinusInfinity);
+  if (t.softcap == 0.0f && begin <= first * kBlock && end >= last * kBlock) {
+    for (int b = first; b < last; ++b) maximum = max(load(scores + b * kBlock), maximum);
+    return hmax(maximum);
+  }
+  const float lane_numbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Floats lane = load(lane_numbers), cap = set1(t.softcap * kLog2E);
   for (int b = first; b < last; ++b) {
-    Floats s = load(scores + b * kBlock) * set1(t.scale);
-    if (t.softcap > 0.0f) s = set1(t.softcap) * tanh(s / set1(t.softcap));
-    if (begin > b * kBlock || end < (b + 1) * kBlock) {
-      const Floats position = lane + set1(static_cast<float>(b * kBlock));
-      s = select_less(position, set1(static_cast<float>(end)), s, set1(kMinusInfinity));
-      s = select_less(position, set1(static_cast<float>(begin)), set1(kMinusInfinity), s);
-    }
+    Floats s = load(scores + b * kBlock);
+    if (t.softcap > 0.0f) s = cap * tanh(s);
+    const Floats position = lane + set1(static_cast<float>(b * kBlock));
+    s = select_less(position, set1(static_cast<float>(end)), s, set1(kMinusInfinity));
+    s = select_less(position, set1(static_cast<float>(begin)), set1(kMinusInfinity), s);
     store(scores + b * kBlock, s);
     maximum = max(s, maximum);
   }
@@ -139,10 +210,10 @@ inline float finish_scores(const AttentionTask& t, int begin, int end, int first
 // Turns scores into weights, and rescales what was summed before when the maximum has moved.
 template <int M>
 inline void fold_scores(const AttentionTask& t, const Front& f, int first, int last, float* maximum, float* sum,
-                        float* weights) {
+                        float* scores, Pair* weights) {
   float shift[kQueries], delta[kLanes] = {};
   for (int m = 0; m < M; ++m) {
-    const float tile_max = finish_scores(t, f.begin[m], f.end[m], first, last, weights + m * kTile);
+    const float tile_max = finish_scores(t, f.begin[m], f.end[m], first, last, scores + m * kTile);
     const float old = maximum[m];
     maximum[m] = tile_max > old ? tile_max : old;
     // A query that has seen nothing yet (its window begins later) must not compute infinity - infinity.
@@ -150,13 +221,12 @@ inline void fold_scores(const AttentionTask& t, const Front& f, int first, int l
     delta[m] = old - shift[m];
   }
   float factor[kLanes];
-  store(factor, exp(load(delta)));
+  store(factor, exp2_of_negative(load(delta)));
   for (int m = 0; m < M; ++m) {
     Floats total = load(sum + m * kLanes) * set1(factor[m]);
     for (int b = first; b < last; ++b) {
-      float* w = weights + m * kTile + b * kBlock;
-      const Floats p = exp(load(w) - set1(shift[m]));
-      store(w, p);
+      const Floats p = exp2_of_negative(load(scores + m * kTile + b * kBlock) - set1(shift[m]));
+      store_pairs(weights + m * kTile / 2 + b * kPairsOfVector, p);
       total = total + p;
     }
     store(sum + m * kLanes, total);
@@ -167,22 +237,23 @@ inline void fold_scores(const AttentionTask& t, const Front& f, int first, int l
 }
 
 template <int M>
-void fold_tile(const AttentionTask& t, const Front& f, const Tile& tile, float* maximum, float* sum, float* weights) {
+void fold_tile(const AttentionTask& t, const Front& f, const Tile& tile, float* maximum, float* sum, const Scratch& s) {
   const int first = f.low / kBlock, last = (f.high + kBlock - 1) / kBlock;
-  score<M>(t, f, tile, first, last, weights);
-  fold_scores<M>(t, f, first, last, maximum, sum, weights);
-  const float* w[kQueries];
-  for (int m = 0; m < M; ++m) w[m] = weights + m * kTile;
+  score<M>(t, f, tile, first, last, s.scores);
+  fold_scores<M>(t, f, first, last, maximum, sum, s.scores, s.weights);
   const int begin = f.all_low, end = f.all_low < f.all_high ? f.all_high : f.all_low;
   for (int m = 0; m < M; ++m)
-    add_all_values<1>(f.out + m, w + m, tile, t.head_dim, f.begin[m], f.end[m] < begin ? f.end[m] : begin);
-  add_all_values<M>(f.out, w, tile, t.head_dim, begin, end);
+    add_some_values(f.out[m], s.weights + m * kTile / 2, tile, t.head_dim, f.begin[m],
+                    f.end[m] < begin ? f.end[m] : begin);
+  add_all_values<M>(f.out, s.weights, tile, t.head_dim, begin, end);
   for (int m = 0; m < M; ++m)
-    add_all_values<1>(f.out + m, w + m, tile, t.head_dim, f.begin[m] > end ? f.begin[m] : end, f.end[m]);
+    add_some_values(f.out[m], s.weights + m * kTile / 2, tile, t.head_dim, f.begin[m] > end ? f.begin[m] : end,
+                    f.end[m]);
 }
 
 // Points the queries [first, first + count) at the tile that begins at `start`. False when none of them sees it.
-inline bool make_front(const AttentionTask& t, int64_t first, int count, int64_t start, Front& f) {
+inline bool make_front(const AttentionTask& t, int64_t first, int count, int64_t start, const Pair* q, float* out,
+                       Front& f) {
   f.low = f.all_high = kTile;
   f.high = f.all_low = 0;
   int64_t row = first / t.group, head = first % t.group;
@@ -190,8 +261,8 @@ inline bool make_front(const AttentionTask& t, int64_t first, int count, int64_t
     const int64_t position = t.first_position + row;
     const int64_t begin = (t.window > 0 ? position - t.window + 1 : 0) - start;
     const int64_t end = position + 1 - start;
-    f.q[m] = t.q + row * t.q_stride + head * t.head_dim;
-    f.out[m] = t.out + row * t.out_stride + head * t.head_dim;
+    f.q[m] = q + (first + m) * t.head_dim / 2;
+    f.out[m] = out + (first + m) * t.head_dim;
     f.begin[m] = static_cast<int>(begin < 0 ? 0 : begin > kTile ? kTile : begin);
     f.end[m] = static_cast<int>(end < f.begin[m] ? f.begin[m] : end > kTile ? kTile : end);
     if (f.begin[m] < f.end[m]) {
@@ -205,48 +276,122 @@ inline bool make_front(const AttentionTask& t, int64_t first, int count, int64_t
       ++row;
     }
   }
+  f.all_low = (f.all_low + 1) / 2 * 2;
+  f.all_high = f.all_high / 2 * 2;
   return f.low < f.high;
 }
 
-using FoldTile = void (*)(const AttentionTask&, const Front&, const Tile&, float*, float*, float*);
+using FoldTile = void (*)(const AttentionTask&, const Front&, const Tile&, float*, float*, const Scratch&);
 constexpr FoldTile kFoldTile[kQueries + 1] = {nullptr,      fold_tile<1>, fold_tile<2>, fold_tile<3>,
                                               fold_tile<4>, fold_tile<5>, fold_tile<6>};
 
-size_t attention_scratch_floats(const AttentionTask& t) {
-  return static_cast<size_t>(t.rows * t.group) * (1 + kLanes) + kQueries * kTile;
+// The queries, scaled so that scores are logarithms to base 2 (or, with a softcap, what its tanh takes).
+inline void prepare_queries(const AttentionTask& t, Pair* q) {
+  const Floats scale = set1(t.softcap > 0.0f ? t.scale / t.softcap : t.scale * kLog2E);
+  for (int64_t i = 0; i < t.rows * t.group; ++i) {
+    const float* x = t.q + i / t.group * t.q_stride + i % t.group * t.head_dim;
+    for (int64_t d = 0; d < t.head_dim; d += kLanes)
+      store_pairs(q + (i * t.head_dim + d) / 2, as_floats(round_to_bf16(load(x + d) * scale)));
+  }
 }
 
-void attention(const AttentionTask& t, float* scratch) {
-  const int64_t queries = t.rows * t.group;
-  float* maximum = scratch;
-  float* sum = maximum + queries;
-  float* weights = sum + queries * kLanes;
-  for (int64_t i = 0; i < queries; ++i) {
-    maximum[i] = kMinusInfinity;
-    store(sum + i * kLanes, set1(0.0f));
-    float* out = t.out + i / t.group * t.out_stride + i % t.group * t.head_dim;
-    for (int64_t d = 0; d < t.head_dim; d += kLanes) store(out + d, set1(0.0f));
+// First position that any row sees.
+inline int64_t seen_from(const AttentionTask& t) {
+  return t.window > 0 && t.first_position >= t.window ? t.first_position - t.window + 1 : 0;
+}
+
+inline Tile tile_at(const AttentionTask& t, int64_t start, int64_t end) {
+  Tile tile;
+  for (int b = 0; b < kTileBlocks; ++b) {
+    const int64_t index = start / kBlock + b;
+    const int64_t ahead = (index + kTileBlocks) * kBlock < end ? index + kTileBlocks : index;
+    tile.block[b] = index * kBlock < end ? t.kv + t.blocks[index] * t.block_stride : nullptr;
+    tile.ahead[b] = ahead * kBlock < end ? t.kv + t.blocks[ahead] * t.block_stride : nullptr;
   }
-  const int64_t end = t.first_position + t.rows;
-  const int64_t seen_from = t.window > 0 && t.first_position >= t.window ? t.first_position - t.window + 1 : 0;
-  for (int64_t start = seen_from / kTile * kTile; start < end; start += kTile) {
-    Tile tile;
-    for (int b = 0; b < kTileBlocks; ++b) {
-      const int64_t index = start / kBlock + b;
-      tile.block[b] = index * kBlock < end ? t.kv + t.blocks[index] * t.block_stride : nullptr;
-    }
+  return tile;
+}
+
+void fold_span(const AttentionTask& t, int64_t span, float* at, const Scratch& scratch) {
+  const State<float> state(t, at);
+  const int64_t queries = t.rows * t.group;
+  for (int64_t i = 0; i < queries; ++i) state.maximum[i] = kMinusInfinity;
+  for (int64_t i = 0; i < queries * (kLanes + t.head_dim); i += kLanes) store(state.sum + i, set1(0.0f));
+  const int64_t seen = t.first_position + t.rows, from = seen_from(t);
+  const int64_t begin = span * kSpanTokens > from / kTile * kTile ? span * kSpanTokens : from / kTile * kTile;
+  const int64_t end = (span + 1) * kSpanTokens < seen ? (span + 1) * kSpanTokens : seen;
+  for (int64_t start = begin; start < end; start += kTile) {
+    Tile tile = tile_at(t, start, seen);
     for (int64_t i = 0; i < queries; i += kQueries) {
       const int count = static_cast<int>(queries - i < kQueries ? queries - i : kQueries);
       Front front;
-      if (!make_front(t, i, count, start, front)) continue;
-      kFoldTile[count](t, front, tile, maximum + i, sum + i * kLanes, weights);
+      if (!make_front(t, i, count, start, scratch.q, state.out, front)) continue;
+      kFoldTile[count](t, front, tile, state.maximum + i, state.sum + i * kLanes, scratch);
+      for (int b = 0; b < kTileBlocks; ++b) tile.ahead[b] = tile.block[b];
     }
   }
-  for (int64_t i = 0; i < queries; ++i) {
-    const Floats inverse = set1(1.0f / hsum(load(sum + i * kLanes)));
-    float* out = t.out + i / t.group * t.out_stride + i % t.group * t.head_dim;
-    for (int64_t d = 0; d < t.head_dim; d += kLanes) store(out + d, load(out + d) * inverse);
+}
+
+// total becomes what total and then part, the state of `span`, have seen. Queries that the span does not reach stay, and
+// those for which it is the first start with it: which ones depends on positions only.
+void merge(const AttentionTask& t, int64_t span, const State<float>& total, const State<const float>& part) {
+  for (int64_t i = 0; i < t.rows * t.group; ++i) {
+    const int64_t position = t.first_position + i / t.group;
+    const int64_t from = t.window > 0 && position >= t.window ? position - t.window + 1 : 0;
+    if (span < from / kSpanTokens || span > position / kSpanTokens) continue;
+    float factors[kLanes] = {kMinusInfinity, 0.0f};
+    float top = part.maximum[i];
+    if (span > from / kSpanTokens) {
+      top = total.maximum[i] > top ? total.maximum[i] : top;
+      const float shift = top == kMinusInfinity ? 0.0f : top;
+      factors[0] = total.maximum[i] - shift;
+      factors[1] = part.maximum[i] - shift;
+    }
+    store(factors, exp2_of_negative(load(factors)));
+    total.maximum[i] = top;
+    const auto add = [&](float* into, const float* from_part) {
+      const Floats x = load(from_part) * set1(factors[1]);
+      store(into, span == from / kSpanTokens ? x : fma(load(into), set1(factors[0]), x));
+    };
+    add(total.sum + i * kLanes, part.sum + i * kLanes);
+    for (int64_t d = 0; d < t.head_dim; d += kLanes) add(total.out + i * t.head_dim + d, part.out + i * t.head_dim + d);
   }
+}
+
+void finish_attention(const AttentionTask& t, const State<float>& total) {
+  for (int64_t i = 0; i < t.rows * t.group; ++i) {
+    const Floats inverse = set1(1.0f / hsum(load(total.sum + i * kLanes)));
+    float* out = t.out + i / t.group * t.out_stride + i % t.group * t.head_dim;
+    for (int64_t d = 0; d < t.head_dim; d += kLanes) store(out + d, load(total.out + i * t.head_dim + d) * inverse);
+  }
+}
+
+void attention(const AttentionTask& t, float* memory) {
+  const Scratch scratch(t, memory);
+  prepare_queries(t, scratch.q);
+  const State<float> total(t, scratch.total);
+  const State<const float> part(t, scratch.part);
+  const int64_t last = (t.first_position + t.rows - 1) / kSpanTokens;
+  for (int64_t span = seen_from(t) / kSpanTokens; span <= last; ++span) {
+    fold_span(t, span, scratch.part, scratch);
+    merge(t, span, total, part);
+  }
+  finish_attention(t, total);
+}
+
+void attention_span(const AttentionTask& t, int64_t span, float* state, float* memory) {
+  const Scratch scratch(t, memory);
+  prepare_queries(t, scratch.q);
+  fold_span(t, span, state, scratch);
+}
+
+void attention_merge(const AttentionTask& t, const float* states, float* memory) {
+  const State<float> total(t, Scratch(t, memory).total);
+  const int64_t last = (t.first_position + t.rows - 1) / kSpanTokens;
+  for (int64_t span = seen_from(t) / kSpanTokens; span <= last; ++span) {
+    merge(t, span, total, State<const float>(t, states));
+    states += attention_state_floats(t);
+  }
+  finish_attention(t, total);
 }
 
 }  // namespace

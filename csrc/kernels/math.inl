@@ -4,11 +4,13 @@
 namespace kt {
 namespace {
 
+constexpr float kLog2E = 1.44269504088896341f;
+
 // e^x to about 1 ulp. 0 below -104, infinity above 88.7, NaN for NaN only. Cephes' expf: x = n ln 2 + r, a polynomial
 // of degree 7 for e^r, and 2^n in two factors so that results below the normal range are rounded once.
 inline Floats exp(Floats x) {
   x = min(set1(89.0f), max(set1(-104.0f), x));
-  const Ints n = round_to_ints(x * set1(1.44269504088896341f));
+  const Ints n = round_to_ints(x * set1(kLog2E));
   const Floats nf = to_floats(n);
   Floats r = fnma(nf, set1(0.693359375f), x);
   r = fnma(nf, set1(-2.12194440e-4f), r);
@@ -22,6 +24,20 @@ inline Floats exp(Floats x) {
   const Ints half = round_to_ints(nf * set1(0.5f));
   const Ints bias = set1_int(127);
   return (p * as_floats(shift_left<23>(half + bias))) * as_floats(shift_left<23>(n - half + bias));
+}
+
+// 2^x for x <= 0, to 3e-6: for what is rounded to bfloat16. Exactly 1 at 0; 0 below -126; NaN for NaN only. The fraction
+// is taken upwards from -0.5, so that no result is denormal.
+inline Floats exp2_of_negative(Floats x) {
+  x = max(set1(-126.75f), x);
+  const Ints n = round_to_ints(x - set1(0.5f));
+  const Floats r = x - to_floats(n);
+  Floats p = set1(0.013426686f);
+  p = fma(p, r, set1(0.052242473f));
+  p = fma(p, r, set1(0.24128021f));
+  p = fma(p, r, set1(0.69304484f));
+  p = fma(p, r, set1(1.0f));
+  return p * as_floats(shift_left<23>(n + set1_int(127)));
 }
 
 // tanh x to about 2 ulp: Cephes' odd polynomial below 0.625, 1 - 2 / (e^2|x| + 1) beyond.

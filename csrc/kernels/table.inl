@@ -23,6 +23,9 @@ constexpr KernelTable make_table(const char* name) {
   t.store_kv = store_kv;
   t.attention_scratch_floats = attention_scratch_floats;
   t.attention = attention;
+  t.attention_state_floats = attention_state_floats;
+  t.attention_span = attention_span;
+  t.attention_merge = attention_merge;
   t.scan_logits = scan_logits;
   t.exp_logits = exp_logits;
   t.peak = peak;

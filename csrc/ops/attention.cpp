@@ -1,6 +1,8 @@
 #include "ops/attention.h"
 
+#include <algorithm>
 #include <stdexcept>
+#include <variant>
 
 namespace kt {
 
@@ -27,42 +29,100 @@ RowFunction make_store_kv(const KernelTable& table, const Values& values, const 
   };
 }
 
-size_t attention_scratch(const KernelTable& table, const op::Attention& op) {
-  AttentionTask task{};
-  task.rows = kQueryRows;
-  task.group = op.heads / op.kv_heads;
-  task.head_dim = op.head_dim;
-  return table.attention_scratch_floats(task);
+AttentionMemory::AttentionMemory(const KernelTable& table, const std::vector<Op>& ops, int threads)
+    : unfinished(std::make_unique<std::atomic<int64_t>[]>(threads * kSplitUnits)) {
+  for (const Op& any : ops) {
+    const auto* op = std::get_if<op::Attention>(&any);
+    if (op == nullptr) continue;
+    AttentionTask task{};
+    task.rows = kQueryRows;
+    task.group = op->heads / op->kv_heads;
+    task.head_dim = op->head_dim;
+    constexpr size_t kLine = 64 / sizeof(float);
+    stride = std::max(stride, (table.attention_scratch_floats(task) + kLine - 1) / kLine * kLine);
+  }
+  scratch.resize(stride * threads);
 }
 
-WholeFunction make_attention(const KernelTable& table, ThreadPool& pool, const Values& values, const KvPool& kv,
-                             const op::Attention& op, float* scratch, size_t scratch_stride) {
-  return [&table, &pool, q = values.data[op.q], out = values.data[op.out], &kv, op, scratch,
-          scratch_stride](const Step& step) {
-    const int64_t group = op.heads / op.kv_heads, width = op.heads * op.head_dim;
-    const int64_t pieces = static_cast<int64_t>(step.query_rows.size());
-    pool.parallel_for(pieces * op.kv_heads, [&](int64_t chunk, int thread) {
-      // Later rows see more, so they go first: what is left for the end is short.
-      const QueryRows& piece = step.query_rows[pieces - 1 - chunk / op.kv_heads];
-      const int64_t kv_head = chunk % op.kv_heads;
-      const int64_t at = piece.first_token * width + kv_head * group * op.head_dim;
-      const AttentionTask task{.q = q + at,
-                               .out = out + at,
-                               .q_stride = width,
-                               .out_stride = width,
-                               .rows = piece.rows,
-                               .first_position = piece.first_position,
-                               .group = group,
-                               .head_dim = op.head_dim,
-                               .kv = kv.base(op.layer, kv_head),
-                               .block_stride = kv.block_stride(),
-                               .blocks = step.batch.blocks.data() + step.batch.block_starts[piece.sequence],
-                               .scale = op.scale,
-                               .softcap = op.softcap,
-                               .window = op.window};
-      table.attention(task, scratch + thread * scratch_stride);
+namespace {
+
+// A unit of attention is one kv head for one piece of query rows. They go in the order of their work, the longest first:
+// what is left for the end is short.
+class Attention {
+ public:
+  Attention(const KernelTable& table, const Values& values, const KvPool& kv, const op::Attention& op,
+            AttentionMemory& memory)
+      : table_(table), q_(values.data[op.q]), out_(values.data[op.out]), kv_(kv), op_(op), memory_(memory) {}
+
+  void run(const Step& step, ThreadPool& pool) const {
+    const int64_t units = static_cast<int64_t>(step.query_rows.size()) * op_.kv_heads;
+    if (units < pool.threads() * kSplitUnits) return run_split(step, pool, units);
+    pool.parallel_for(units, [&](int64_t unit, int thread) { table_.attention(task(step, unit), scratch(thread)); });
+  }
+
+ private:
+  // Too few units to occupy the threads: the spans of each are computed apart, and whoever finishes the last merges.
+  void run_split(const Step& step, ThreadPool& pool, int64_t units) const {
+    auto& parts = memory_.parts;
+    parts.clear();
+    size_t floats = 0;
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const AttentionTask t = task(step, unit);
+      const int64_t from = t.window > 0 ? std::max(t.first_position - t.window + 1, int64_t{0}) : 0;
+      const int64_t first = from / kSpanTokens, last = (t.first_position + t.rows - 1) / kSpanTokens;
+      memory_.unfinished[unit].store(last - first + 1, std::memory_order_relaxed);
+      const size_t states = floats;
+      for (int64_t span = first; span <= last; ++span) {
+        parts.push_back({unit, span, states, floats});
+        floats += table_.attention_state_floats(t);
+      }
+    }
+    if (memory_.states.size() < floats) memory_.states.resize(floats);
+    pool.parallel_for(static_cast<int64_t>(parts.size()), [&](int64_t i, int thread) {
+      const AttentionMemory::Part& part = parts[i];
+      const AttentionTask t = task(step, part.unit);
+      float* states = memory_.states.data();
+      table_.attention_span(t, part.span, states + part.state, scratch(thread));
+      if (memory_.unfinished[part.unit].fetch_sub(1, std::memory_order_acq_rel) == 1)
+        table_.attention_merge(t, states + part.states, scratch(thread));
     });
-  };
+  }
+
+  AttentionTask task(const Step& step, int64_t unit) const {
+    const QueryRows& piece = step.query_rows[unit / op_.kv_heads];
+    const int64_t kv_head = unit % op_.kv_heads, group = op_.heads / op_.kv_heads, width = op_.heads * op_.head_dim;
+    const int64_t at = piece.first_token * width + kv_head * group * op_.head_dim;
+    return {.q = q_ + at,
+            .out = out_ + at,
+            .q_stride = width,
+            .out_stride = width,
+            .rows = piece.rows,
+            .first_position = piece.first_position,
+            .group = group,
+            .head_dim = op_.head_dim,
+            .kv = kv_.base(op_.layer, kv_head),
+            .block_stride = kv_.block_stride(),
+            .blocks = step.batch.blocks.data() + step.batch.block_starts[piece.sequence],
+            .scale = op_.scale,
+            .softcap = op_.softcap,
+            .window = op_.window};
+  }
+
+  float* scratch(int thread) const { return memory_.scratch.data() + thread * memory_.stride; }
+
+  const KernelTable& table_;
+  const float* q_;
+  float* out_;
+  const KvPool& kv_;
+  op::Attention op_;
+  AttentionMemory& memory_;
+};
+
+}  // namespace
+
+WholeFunction make_attention(const KernelTable& table, ThreadPool& pool, const Values& values, const KvPool& kv,
+                             const op::Attention& op, AttentionMemory& memory) {
+  return [attention = Attention(table, values, kv, op, memory), &pool](const Step& step) { attention.run(step, pool); };
 }
 
 }  // namespace kt

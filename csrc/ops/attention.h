@@ -1,13 +1,16 @@
 // Attention over the paged cache.
 #pragma once
+#include <atomic>
 #include <cstdint>
+#include <memory>
+#include <vector>
 
 #include "cpu/memory.h"
 #include "ops/step.h"
 
 namespace kt {
 
-// The KV of all blocks, float16. A block is contiguous: [layers][kv_heads] of what kernel_table.h describes.
+// The KV of all blocks, bfloat16. A block is contiguous: [layers][kv_heads] of what kernel_table.h describes.
 class KvPool {
  public:
   KvPool() = default;
@@ -17,7 +20,7 @@ class KvPool {
   KvPool(const CacheShape& shape, int64_t blocks);
 
   int64_t block_bytes() const { return block_stride_ * static_cast<int64_t>(sizeof(uint16_t)); }
-  int64_t block_stride() const { return block_stride_; }  // in float16 elements
+  int64_t block_stride() const { return block_stride_; }  // in bfloat16 elements
 
   // Block 0 of one layer and kv head; block b is block_stride() * b further.
   uint16_t* base(int64_t layer, int64_t kv_head) const {
@@ -32,11 +35,25 @@ class KvPool {
 // Writes k and v of the rows to the cache.
 RowFunction make_store_kv(const KernelTable& table, const Values& values, const KvPool& kv, const op::Attention& op);
 
-// Floats of scratch that one thread needs.
-size_t attention_scratch(const KernelTable& table, const op::Attention& op);
+// With fewer units of work for each thread than this, attention is split along the positions too.
+inline constexpr int64_t kSplitUnits = 4;
 
-// scratch: thread t has `scratch_stride` floats from scratch + t * scratch_stride.
+// What the attention ops of a program work in, one after another.
+struct AttentionMemory {
+  struct Part {
+    int64_t unit, span;
+    size_t states, state;  // offsets in `states` of the unit's first and of this part's
+  };
+  AttentionMemory(const KernelTable& table, const std::vector<Op>& ops, int threads);
+
+  size_t stride = 0;           // floats of scratch for each thread
+  std::vector<float> scratch;
+  std::vector<float> states;   // of the parts, one after another; as many as steps so far needed
+  std::vector<Part> parts;
+  std::unique_ptr<std::atomic<int64_t>[]> unfinished;  // parts of each unit
+};
+
 WholeFunction make_attention(const KernelTable& table, ThreadPool& pool, const Values& values, const KvPool& kv,
-                             const op::Attention& op, float* scratch, size_t scratch_stride);
+                             const op::Attention& op, AttentionMemory& memory);
 
 }  // namespace kt

@@ -22,7 +22,7 @@ struct Step {
   Batch batch;
   std::vector<int64_t> positions;     // [tokens]
   std::vector<int64_t> token_block;   // [tokens] block that the token's KV goes to
-  std::vector<QueryRows> query_rows;  // latest positions last
+  std::vector<QueryRows> query_rows;  // the most work first
 
   int64_t rows(Rows kind) const {
     return static_cast<int64_t>(kind == Rows::kTokens ? batch.tokens.size() : batch.logit_rows.size());

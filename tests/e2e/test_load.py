@@ -13,7 +13,7 @@ from ktransformers.kvcache.config import CacheConfig
 
 PROMPT = "Tell me a long story about a fox, a river and an old mill. "
 BLOCK = CacheConfig().block_tokens
-BLOCK_BYTES = 30 * 2 * 3 * 64 * 2 * BLOCK  # layers, keys and values, kv heads, head size, float16
+BLOCK_BYTES = 30 * 2 * 3 * 64 * 2 * BLOCK  # layers, keys and values, kv heads, head size, bfloat16
 
 
 async def stream(
