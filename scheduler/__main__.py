@@ -111,7 +111,9 @@ class Process:
         """As Ports."""
         try:
             self._server.send(peer, message)
-        except (PeerGone, Full) as error:
+        except PeerGone:
+            return False
+        except Full as error:
             log.warning("front end: %s", error)
             return False
         return True
@@ -120,6 +122,8 @@ class Process:
         """As Ports."""
         try:
             os.kill(pid, signum)
+            # A process that was stopped takes no other signal than SIGKILL before it goes on.
+            os.kill(pid, signal.SIGCONT)
         except ProcessLookupError:
             log.info("engine process %d is gone already", pid)
 

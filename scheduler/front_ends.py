@@ -54,10 +54,14 @@ class FrontEnds:
         if not self._send(peer, message):
             self._lost.add(peer)
 
-    def take_lost(self, now: float) -> set[bytes]:
-        """Those that are gone, each told once."""
+    def take_lost(self) -> set[bytes]:
+        """Those to whom nothing could be sent, each told once."""
         lost, self._lost = self._lost, set()
-        lost |= {peer for peer, at in self._heard_at.items() if now - at > SILENT_SECONDS}
-        for peer in lost:
-            self._heard_at.pop(peer, None)
-        return lost
+        return {peer for peer in lost if self._heard_at.pop(peer, None) is not None}
+
+    def take_silent(self, now: float) -> set[bytes]:
+        """Those not heard of for too long, each told once. Ask after `slept`: nobody is silent for that."""
+        silent = {peer for peer, at in self._heard_at.items() if now - at > SILENT_SECONDS}
+        for peer in silent:
+            del self._heard_at[peer]
+        return silent

@@ -49,6 +49,7 @@ ASLEEP_SECONDS = 2.0
 REQUEUES = 2
 _RETRY_SECONDS = 10.0
 _SHUTTING_DOWN = "the server is shutting down"
+_STOOD_STILL = "the API process did not answer for too long"
 
 
 class Ports(Protocol):
@@ -111,7 +112,7 @@ class Scheduler:
 
     def advance(self, now: float) -> None:
         """Plan what can be planned, and send what is to be sent. After each batch of messages."""
-        for peer in self._fronts.take_lost(now):
+        for peer in self._fronts.take_lost():
             self._lose_front(peer)
         self._expire(now)
         engine = self._engine
@@ -135,6 +136,8 @@ class Scheduler:
             self._fronts.slept(slept)
             if engine is not None:
                 engine.watchdog.slept(slept)
+        for peer in self._fronts.take_silent(now):
+            self._lose_front(peer)
         if engine is not None and engine.alive:
             # A step may have no tokens and only let slots go; it has to be done all the same.
             in_hand = max(engine.in_flight[0].tokens, 1) if engine.in_flight else 0
@@ -277,11 +280,13 @@ class Scheduler:
     def _lose_front(self, peer: bytes) -> None:
         orphans = [r for r in self._requests.values() if r.peer == peer]
         early = [i for i, (of, _, _) in self._early.items() if of == peer]
-        log.warning("a front end is gone: %d requests are cancelled", len(orphans) + len(early))
+        if orphans or early:
+            log.warning("a front end is gone: %d requests are cancelled", len(orphans) + len(early))
+        # It may only have stood still, and its clients wait for an end: say it, whether or not it is heard.
         for request in orphans:
-            self._forget(request)
+            self._fail(request, "internal", _STOOD_STILL)
         for request_id in early:
-            del self._early[request_id]
+            self._end_early(request_id, Failed(request_id, "internal", _STOOD_STILL))
 
     def _expire(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:

@@ -289,7 +289,21 @@ def test_a_silent_front_end_loses_its_requests():
         w.wait(1)
     assert w.status.running == 1
     w.run()
-    assert w.ends == {"b": "length"}
+    # It is told so all the same: if it only stood still, its clients wait for an end.
+    assert w.ends == {"a": "internal", "b": "length"}
+
+
+def test_a_scheduler_that_stood_still_loses_no_front_end():
+    """What came in meanwhile is read after the clock: silence is judged by ticks, which know of the sleep."""
+    w = World()
+    w.submit("a", prompt(5), max_tokens=100)
+    w.now += 60.0
+    w.advance()
+    assert w.status.running == 1
+    w.wait(1)
+    w.hello()
+    w.run()
+    assert w.ends == {"a": "length"}
 
 
 def test_a_front_end_that_cannot_be_reached_loses_its_requests():

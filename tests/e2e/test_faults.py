@@ -1,0 +1,313 @@
+"""What may go wrong around a running server, each on the real thing: every client gets exactly one ending
+(`stream` asserts it), the KV blocks come back, and the next request is answered."""
+
+import asyncio
+import json
+import random
+import re
+import signal
+import socket
+import time
+
+import httpx
+import psutil
+import pytest
+from clients import PROMPT, ask, client, drained, stream
+
+LONG = {"model": "default", "prompt": PROMPT * 4, "max_tokens": 400, "ignore_eos": True, "stream": True}
+SHORT = {"model": "default", "prompt": PROMPT, "max_tokens": 8, "ignore_eos": True, "stream": True}
+ENDS = {"length", "stop", "engine_restarted", "internal", "http 503", "http 500"}
+
+
+async def steady(server, until: asyncio.Event, width: int) -> list[str]:
+    """Keep `width` streams open until told otherwise; how each ended. A broken connection is no ending."""
+    ends: list[str] = []
+
+    async def one(http: httpx.AsyncClient, body: dict) -> None:
+        while not until.is_set():
+            try:
+                _, end = await stream(http, server.url, body)
+            except httpx.HTTPError as error:
+                end = type(error).__name__
+            ends.append(end)
+            if end not in ("length", "stop"):
+                await asyncio.sleep(0.05)
+
+    async with client() as http:
+        await asyncio.gather(*(one(http, LONG if i % 2 else SHORT) for i in range(width)))
+    return ends
+
+
+async def ready_again(server, seconds: float = 30) -> float:
+    """Seconds until /readyz has said 503, or nothing, and then 200."""
+    begin, gone = time.monotonic(), False
+    async with client() as http:
+        while time.monotonic() - begin < seconds:
+            try:
+                code = (await http.get(f"{server.url}/readyz", timeout=2)).status_code
+            except httpx.HTTPError:
+                code = 0
+            gone = gone or code != 200
+            if gone and code == 200:
+                return time.monotonic() - begin
+            await asyncio.sleep(0.01)
+    raise AssertionError(f"not ready again within {seconds} s (gone: {gone})")
+
+
+def kill_under_load(server, victim: str, kills: int, seed: int) -> tuple[list[str], list[float]]:
+    """Kill it at random moments: how the streams ended, and how long each time to the next readiness."""
+    rng = random.Random(seed)
+
+    async def run() -> tuple[list[str], list[float]]:
+        until = asyncio.Event()
+        load = asyncio.create_task(steady(server, until, 12))
+        seconds = []
+        for _ in range(kills):
+            await asyncio.sleep(rng.uniform(0.2, 1.5))
+            server.role(victim).send_signal(signal.SIGKILL)
+            seconds.append(await ready_again(server))
+        until.set()
+        return await load, seconds
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("victim", "allowed"),
+    [
+        ("engine", ENDS),
+        ("scheduler", ENDS),
+        # Its clients lose their connections; what they had asked for is dropped.
+        ("server", ENDS | {"ConnectError", "ReadError", "RemoteProtocolError"}),
+    ],
+)
+def test_killed_at_random_moments(start, victim: str, allowed: set[str]) -> None:
+    server = start()
+    ends, seconds = kill_under_load(server, victim, 3, seed=7)
+    print(f"{victim}: ready again after {', '.join(f'{s:.2f}' for s in seconds)} s; {len(ends)} streams")
+    assert set(ends) <= allowed, set(ends)
+    assert ask(server).status_code == 200
+    assert drained(server)["ktransformers_kv_blocks_used"] == 0
+
+
+def test_the_blocks_of_a_dead_front_end_come_back(start) -> None:
+    server = start()
+
+    async def run() -> None:
+        async with client() as http:
+            load = [asyncio.create_task(stream(http, server.url, LONG)) for _ in range(4)]
+            await asyncio.sleep(1)
+            server.role("server").send_signal(signal.SIGKILL)
+            await asyncio.gather(*load, return_exceptions=True)
+
+    asyncio.run(run())
+    server.wait_ready(20)
+    assert drained(server, 4)["ktransformers_kv_blocks_used"] == 0
+
+
+def test_a_front_end_that_stood_still_ends_its_streams(start) -> None:
+    """The scheduler gives it up after 3 s; when it wakes its clients must not wait for ever."""
+    server = start()
+
+    async def run() -> list[str]:
+        async with client() as http:
+            load = [asyncio.create_task(stream(http, server.url, LONG)) for _ in range(4)]
+            await asyncio.sleep(0.7)
+            front = server.role("server")
+            front.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(5)
+            front.send_signal(signal.SIGCONT)
+            return [end for _, end in await asyncio.wait_for(asyncio.gather(*load), 20)]
+
+    ends = asyncio.run(run())
+    assert set(ends) <= ENDS, ends
+    assert ask(server).status_code == 200
+    assert drained(server)["ktransformers_kv_blocks_used"] == 0
+
+
+def test_a_scheduler_that_stood_still_goes_on(start) -> None:
+    server = start()
+
+    async def run() -> list[str]:
+        async with client() as http:
+            load = [asyncio.create_task(stream(http, server.url, LONG)) for _ in range(4)]
+            await asyncio.sleep(0.5)
+            scheduler = server.role("scheduler")
+            scheduler.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(4)
+            code = (await http.get(f"{server.url}/readyz")).status_code
+            scheduler.send_signal(signal.SIGCONT)
+            assert code == 503
+            return [end for _, end in await asyncio.wait_for(asyncio.gather(*load), 30)]
+
+    assert set(asyncio.run(run())) == {"length"}
+    assert drained(server)["ktransformers_kv_blocks_used"] == 0
+
+
+@pytest.mark.slow
+def test_an_engine_that_hangs_is_replaced(start) -> None:
+    server = start()
+    assert ask(server).status_code == 200
+
+    async def run() -> tuple[list[str], float]:
+        async with client() as http:
+            load = [asyncio.create_task(stream(http, server.url, LONG)) for _ in range(4)]
+            await asyncio.sleep(0.5)
+            server.role("engine").send_signal(signal.SIGSTOP)
+            seconds = await ready_again(server, 60)
+            return [end for _, end in await asyncio.gather(*load)], seconds
+
+    ends, seconds = asyncio.run(run())
+    print(f"ready again after {seconds:.1f} s")
+    assert set(ends) <= ENDS and seconds < 40
+    assert ask(server).status_code == 200
+
+
+def test_sigterm_under_load(start) -> None:
+    """Whatever cannot end in time is told so, nobody's connection is just cut."""
+    server = start(drain_timeout=1.0)
+
+    async def run() -> list[str]:
+        async with client() as http:
+            bodies = [LONG | {"max_tokens": 4000}, SHORT] * 12
+            load = [asyncio.create_task(stream(http, server.url, body)) for body in bodies]
+            await asyncio.sleep(1)
+            begin = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.3)
+            assert (await http.get(f"{server.url}/readyz")).status_code == 503
+            refused = await http.post(f"{server.url}/v1/completions", json=SHORT)
+            assert refused.status_code == 503 and refused.headers["connection"] == "close"
+            ends = [end for _, end in await asyncio.gather(*load)]
+            while server.process.poll() is None:
+                await asyncio.sleep(0.05)
+            assert time.monotonic() - begin < 1.0 + 4
+            return ends
+
+    ends = asyncio.run(run())
+    assert set(ends) <= {"length", "stop", "server_shutdown", "http 503"} and "server_shutdown" in ends, ends
+    assert server.process.returncode == 75
+
+
+def test_a_request_that_kills_the_engine_twice_is_given_up(start) -> None:
+    server = start()
+
+    async def run() -> tuple[str, str]:
+        async with client() as http:
+            poison = {"model": "default", "prompt": PROMPT * 500, "max_tokens": 4, "stream": True}
+            task = asyncio.create_task(stream(http, server.url, poison))
+            for _ in range(2):
+                await asyncio.sleep(0.4)
+                server.role("engine").send_signal(signal.SIGKILL)
+                await ready_again(server)
+            innocent = await stream(http, server.url, SHORT)
+            return (await task)[1], innocent[1]
+
+    poison, innocent = asyncio.run(run())
+    assert poison == "http 500" and innocent == "length"
+    assert "quarantined" in server.log.read_text()
+
+
+def test_slow_readers_do_not_slow_the_others(start) -> None:
+    server = start()
+    front = server.role("server")
+
+    def slow() -> socket.socket:
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", server.port))
+        body = json.dumps(LONG | {"logprobs": 20}).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        return connection
+
+    async def fast() -> float:
+        async with client() as http:
+            begin = time.monotonic()
+            body = SHORT | {"max_tokens": 32}
+            ends = await asyncio.gather(*(stream(http, server.url, body) for _ in range(16)))
+            assert {end for _, end in ends} <= {"length", "stop"}
+            return time.monotonic() - begin
+
+    alone = asyncio.run(fast())
+    before = front.memory_info().rss
+    connections = [slow() for _ in range(32)]
+    time.sleep(0.5)
+    beside = asyncio.run(fast())
+    drained(server, 60)
+    grown = front.memory_info().rss - before
+    for connection in connections:
+        connection.close()
+    print(f"fast streams: {alone:.2f} s alone, {beside:.2f} s beside 32 slow; RSS +{grown / 2**20:.1f} MiB")
+    assert grown < 64 << 20
+    assert drained(server)["ktransformers_kv_blocks_used"] == 0
+
+
+def test_idle_and_unfinished_connections(start) -> None:
+    """They cost a descriptor each, and no time of the others; a head that does not come is hung up on."""
+    server = start()
+    front = server.role("server")
+    files = front.num_fds()
+    idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(500)]
+    slowloris = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(500)]
+    for connection in slowloris:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: loc")
+    begin = time.monotonic()
+    assert ask(server).status_code == 200
+    print(f"answered after {time.monotonic() - begin:.2f} s beside 1,000 idle connections")
+    for connection in slowloris:
+        connection.settimeout(20)
+        while connection.recv(4096):
+            pass
+        connection.close()
+    for connection in idle:
+        connection.close()
+    deadline = time.monotonic() + 10
+    while front.num_fds() > files + 8 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert front.num_fds() <= files + 8
+
+
+def children(server) -> dict[int, str]:
+    return {p.pid: " ".join(p.cmdline()[-2:-1]) for p in server.processes()}
+
+
+def test_nothing_outlives_a_killed_supervisor(start) -> None:
+    server = start()
+    processes = [psutil.Process(pid) for pid in children(server)]
+    server.process.kill()
+    server.process.wait()
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    assert not alive, [p.cmdline() for p in alive]
+
+
+def test_descriptors_and_threads_do_not_grow(start) -> None:
+    """300 clients that leave, and two deaths of engine and scheduler: no process keeps anything of it."""
+    server = start()
+
+    def leave() -> None:
+        async def run() -> None:
+            async with client() as http:
+                for _ in range(10):
+                    await asyncio.gather(*(stream(http, server.url, LONG, read=1) for _ in range(30)))
+
+        asyncio.run(run())
+        drained(server)
+
+    def counts() -> dict[str, tuple[int, int]]:
+        processes = {role: server.role(role) for role in ("scheduler", "server")}
+        processes["supervisor"] = server.processes()[0]
+        return {role: (process.num_fds(), process.num_threads()) for role, process in processes.items()}
+
+    for victim in ("engine", "scheduler"):
+        server.role(victim).send_signal(signal.SIGKILL)
+        asyncio.run(ready_again(server))
+    leave()
+    before = counts()
+    server.role("engine").send_signal(signal.SIGKILL)
+    asyncio.run(ready_again(server))
+    leave()
+    after = counts()
+    for role, (files, threads) in after.items():
+        assert files <= before[role][0] + 3 and threads <= before[role][1] + 1, (before, after)
+    assert not re.search("Traceback|Exception", server.log.read_text())
