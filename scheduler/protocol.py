@@ -29,8 +29,8 @@ __all__ = [
 # ---- server -> scheduler
 
 PRIORITIES = {"low": 0.25, "normal": 1.0, "high": 4.0}
-"""Priority class -> factor of the weight: a share, not a strict order, so that nothing starves. Normal is 1, as
-the default weight is: the fairness window and the like are sized for weights about 1."""
+"""Priority class -> factor of the weight: a share, not a strict order, so that nothing starves. Normal is 1,
+as the default weight is: the fairness window and the like are sized for weights about 1."""
 
 
 class Tenant(msgspec.Struct, frozen=True, array_like=True):

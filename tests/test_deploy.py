@@ -36,7 +36,8 @@ def defaults(struct: type[msgspec.Struct]) -> dict[str, Any]:
 def exported() -> dict[str, set[str]]:
     """The series that the server exports once everything has happened, and the labels of each."""
     zero = {bool: True, int: 0, float: 0.0, str: ""}
-    status = Status(**{field.name: zero[field.type] for field in msgspec.structs.fields(Status)})
+    fields = msgspec.structs.fields(Status)
+    status = Status(**{field.name: zero.get(field.type, []) for field in fields})
     metrics = Metrics("model", lambda: status, vllm_names=False)
     metrics.finished("stop")
     metrics.failed("internal")

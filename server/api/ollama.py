@@ -6,11 +6,11 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ktransformers.server.api import logprobs
+from ktransformers.server.api.encoding import encode
 from ktransformers.server.api.ollama_requests import (
     OllamaChatRequest,
     OllamaGenerateRequest,
@@ -24,14 +24,13 @@ from ktransformers.server.routing import Context, GuardedRoute, context_of
 from ktransformers.server.streaming import ByteStream, while_connected, with_error_event
 
 router = APIRouter(route_class=GuardedRoute, tags=["ollama"], responses=RESPONSES)
-_encode = msgspec.json.Encoder().encode
 _STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/x-ndjson": {}}}}
 _FOREVER = "2318-04-11T12:00:00Z"
 """As Ollama says of a model that is kept loaded: in some three hundred years."""
 
 
 def _json(value: Any) -> Response:
-    return Response(_encode(value), media_type="application/json")
+    return Response(encode(value), media_type="application/json")
 
 
 def _now() -> str:
@@ -146,7 +145,7 @@ async def _lines(
     after: bytes,
     answer: Callable[[str], dict[str, Any]],
 ) -> AsyncGenerator[bytes, None]:
-    head = b'{"model":' + _encode(model) + b',"created_at":"'
+    head = b'{"model":' + encode(model) + b',"created_at":"'
     middle, tail = b'",' + before, after + b',"done":false'
     reason = ""
     async with aclosing(generation) as deltas:
@@ -154,11 +153,11 @@ async def _lines(
             reason = delta.finish
             if delta.text or delta.logprobs:
                 found = (
-                    b',"logprobs":' + _encode(_logprobs(generator, delta.logprobs)) if delta.logprobs else b""
+                    b',"logprobs":' + encode(_logprobs(generator, delta.logprobs)) if delta.logprobs else b""
                 )
-                yield head + _now().encode() + middle + _encode(delta.text) + tail + found + b"}\n"
+                yield head + _now().encode() + middle + encode(delta.text) + tail + found + b"}\n"
     yield (
-        _encode({"model": model, "created_at": _now(), **answer(""), **_end(reason, generation.usage)})
+        encode({"model": model, "created_at": _now(), **answer(""), **_end(reason, generation.usage)})
         + b"\n"
     )
 
@@ -182,7 +181,7 @@ def _end(reason: str, usage: Usage) -> dict[str, Any]:
 
 
 def _error_line(error: RequestError) -> bytes:
-    return _encode({"error": error.message}) + b"\n"
+    return encode({"error": error.message}) + b"\n"
 
 
 # ---- models

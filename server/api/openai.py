@@ -6,12 +6,12 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ktransformers.server import errors
 from ktransformers.server.api import logprobs
+from ktransformers.server.api.encoding import encode
 from ktransformers.server.api.openai_requests import ChatRequest, CompletionRequest
 from ktransformers.server.auth import Role, requires
 from ktransformers.server.errors import RESPONSES, RequestError
@@ -21,13 +21,12 @@ from ktransformers.server.streaming import ByteStream, while_connected, with_err
 from ktransformers.server.text.detokenizer import Pieces
 
 router = APIRouter(route_class=GuardedRoute, tags=["openai"], responses=RESPONSES)
-_encode = msgspec.json.Encoder().encode
 _STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 _DONE = b"data: [DONE]\n\n"
 
 
 def _json(value: Any) -> Response:
-    return Response(_encode(value), media_type="application/json")
+    return Response(encode(value), media_type="application/json")
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
@@ -41,7 +40,7 @@ def _usage(usage: Usage) -> dict[str, Any]:
 
 
 def _error_event(error: RequestError) -> bytes:
-    return b"data: " + _encode(errors.body("", error)) + b"\n\n"
+    return b"data: " + encode(errors.body("", error)) + b"\n\n"
 
 
 # ---- models
@@ -112,7 +111,7 @@ class _Head:
 
     def chunk(self, kind: str) -> bytes:
         """`data: {"id": ..., "choices":[` of a stream's chunks."""
-        return b"data: " + _encode(self.fields | {"object": kind})[:-1] + b',"choices":['
+        return b"data: " + encode(self.fields | {"object": kind})[:-1] + b',"choices":['
 
 
 def _event_stream(chunks: AsyncGenerator[bytes, None]) -> ByteStream:
@@ -176,17 +175,17 @@ async def _chat_chunks(
                     + end
                 )
             if delta.logprobs:
-                found = _encode(logprobs.chat(pieces, delta.logprobs))
+                found = encode(logprobs.chat(pieces, delta.logprobs))
                 sent += (
                     before[i]
-                    + _encode(delta.text)
+                    + encode(delta.text)
                     + b'},"logprobs":'
                     + found
                     + b',"finish_reason":null}'
                     + end
                 )
             elif delta.text:
-                sent += before[i] + _encode(delta.text) + after
+                sent += before[i] + encode(delta.text) + after
             if delta.finish:
                 sent += (
                     start
@@ -201,7 +200,7 @@ async def _chat_chunks(
 def _last(start: bytes, include_usage: bool, usage: Usage) -> bytes:
     if not include_usage:
         return _DONE
-    return start + b'],"usage":' + _encode(_usage(usage)) + b"}\n\n" + _DONE
+    return start + b'],"usage":' + encode(_usage(usage)) + b"}\n\n" + _DONE
 
 
 # ---- legacy completions
@@ -264,18 +263,18 @@ async def _completion_chunks(
         async for delta in deltas:
             i = delta.index
             if not delta.finish and not delta.logprobs:
-                yield before[i] + _encode(delta.text) + after
+                yield before[i] + encode(delta.text) + after
                 continue
             found = logprobs.completion(pieces, delta.logprobs, offsets[i]) if delta.logprobs else None
             if found is not None:
                 offsets[i] += sum(map(len, found["tokens"]))
             yield (
                 before[i]
-                + _encode(delta.text)
+                + encode(delta.text)
                 + b',"logprobs":'
-                + _encode(found)
+                + encode(found)
                 + b',"finish_reason":'
-                + _encode(delta.finish or None)
+                + encode(delta.finish or None)
                 + b"}"
                 + end
             )

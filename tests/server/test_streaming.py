@@ -12,6 +12,7 @@ import pytest
 from fastapi import FastAPI
 
 from ktransformers.server import gate, streaming
+from ktransformers.server.api.encoding import encode
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -178,3 +179,11 @@ async def test_a_slow_reader_of_the_scheduler_is_told(app: FastAPI, connect, sch
         await asyncio.sleep(0.02)
         scheduler.cancel(scheduler.submits[0].id)
         assert '"error":{' in (await running).text
+
+
+def test_no_line_separator_inside_an_event() -> None:
+    """httpx's iter_lines, which ollama's client reads with, splits at these; JSON allows them as they are."""
+    text = "a\x85b\u2028c\u2029d\x1ce\x0bf\u00e9"
+    encoded = encode({"text": text})
+    assert len(encoded.decode().splitlines()) == 1
+    assert json.loads(encoded) == {"text": text}
