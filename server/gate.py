@@ -24,10 +24,12 @@ from ktransformers.server.metrics import Metrics
 
 MAX_BODY_BYTES = 16 << 20
 MAX_BODIES_BYTES = 256 << 20
-"""All bodies being read or held at one time."""
+"""All bodies being read at one time."""
 MAX_JSON_DEPTH = 32
 MAX_JSON_NODES = 100_000
 """Lists, objects and keys of one document: what takes memory and time far beyond its bytes."""
+MAX_JSON_VALUES = 1_500_000
+"""Commas of one document, as of a list of token ids."""
 MAX_HEADER_BYTES = 16 << 10
 MAX_CONNECTIONS = 4096
 HEADER_SECONDS = 10.0
@@ -43,7 +45,7 @@ _SECURITY_HEADERS = {
 _NO_CONTENT_POLICY = "default-src 'none'; frame-ancestors 'none'"
 _STRINGS = re.compile(rb'"[^"]*"')
 _TO_SQUARE = bytes.maketrans(b"{}", b"[]")
-_NOT_STRUCTURE = bytes(set(range(256)) - set(b"[]{}:"))
+_NOT_STRUCTURE = bytes(set(range(256)) - set(b"[]{}:,"))
 
 log = logging.getLogger("ktransformers.server.gate")
 
@@ -165,6 +167,7 @@ def _add_headers(headers: MutableHeaders, request_id: str, origin: str | None) -
     headers.setdefault("Cache-Control", "no-store")
     if origin is not None:
         headers["Access-Control-Allow-Origin"] = origin
+        headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
         headers["Cross-Origin-Resource-Policy"] = "cross-origin"
         headers.append("Vary", "Origin")
 
@@ -174,7 +177,8 @@ def _preflight() -> Response:
         status_code=204,
         headers={
             "Access-Control-Allow-Methods": "GET, HEAD, POST",
-            "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Api-Key",
+            # The star covers what SDKs add, but never Authorization.
+            "Access-Control-Allow-Headers": "Authorization, *",
             "Access-Control-Max-Age": "600",
         },
     )
@@ -190,14 +194,20 @@ class BoundedRequest(Request):
 
     held = 0
 
+    _document: Any = None
+
     async def body(self) -> bytes:
-        """Raises RequestError: request_too_large, request_timeout, overloaded."""
-        if not hasattr(self, "_body"):
-            length = self.headers.get("content-length", "")
-            if length.isdecimal() and int(length[:19]) > MAX_BODY_BYTES:
-                raise _too_large()
-            self._body = await self._read()
-        return self._body
+        """Read the body and decode it. Of its bytes only the first is given out: the framework asks whether
+        there are any, and would keep all of them until the answer is complete. Raises RequestError:
+        request_too_large, request_timeout, overloaded, invalid_json.
+        """
+        length = self.headers.get("content-length", "")
+        if length.isdecimal() and int(length[:19]) > MAX_BODY_BYTES:
+            raise _too_large()
+        read = await self._read()
+        if read:
+            self._document = strict_json(read)
+        return read[:1]
 
     async def _read(self) -> bytes:
         chunks, size = [], 0
@@ -220,9 +230,8 @@ class BoundedRequest(Request):
         return b"".join(chunks)
 
     async def json(self) -> Any:
-        """The body as JSON: UTF-8, no NaN or Infinity, nested no deeper than MAX_JSON_DEPTH. Raises
-        RequestError."""
-        return strict_json(await self.body())
+        """What `body` decoded."""
+        return self._document
 
     def check_media_type(self) -> None:
         """A form or plain text is what a foreign page may post without asking first, so only JSON is
@@ -233,7 +242,9 @@ class BoundedRequest(Request):
 
 
 def strict_json(body: bytes) -> Any:
-    """Decode a JSON document. Raises RequestError "invalid_json"."""
+    """Decode a JSON document: UTF-8, no NaN or Infinity, nested no deeper than MAX_JSON_DEPTH. Raises
+    RequestError "invalid_json".
+    """
     _check_structure(body)
     try:
         return msgspec.json.decode(body)
@@ -242,15 +253,19 @@ def strict_json(body: bytes) -> Any:
 
 
 def _check_structure(body: bytes) -> None:
-    """Bound depth and nodes before anything is built. A few passes in C over the bytes, whatever they are."""
-    if body.count(b"[") + body.count(b"{") + body.count(b":") <= MAX_JSON_DEPTH:
+    """Bound depth, nodes and values before anything is built. A few passes in C over the bytes, whatever they
+    are."""
+    values = body.count(b",")
+    if body.count(b"[") + body.count(b"{") + body.count(b":") <= MAX_JSON_DEPTH and values <= MAX_JSON_VALUES:
         return
     outside = _STRINGS.sub(b"", body.replace(b"\\\\", b"").replace(b'\\"', b""))
     structure = outside.translate(_TO_SQUARE, _NOT_STRUCTURE)
     nodes = structure.count(b"[") + structure.count(b":")
     if nodes > MAX_JSON_NODES:
         raise RequestError("invalid_json", f"the JSON has more than {MAX_JSON_NODES} lists, objects and keys")
-    brackets = structure.replace(b":", b"")
+    if structure.count(b",") > MAX_JSON_VALUES:
+        raise RequestError("invalid_json", f"the JSON has more than {MAX_JSON_VALUES} values")
+    brackets = structure.translate(None, b":,")
     for _ in range(MAX_JSON_DEPTH):  # each round takes away exactly the innermost level
         brackets = brackets.replace(b"[]", b"")
     if brackets:
@@ -266,8 +281,9 @@ def _too_large() -> RequestError:
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 with bounds it lacks: bytes and seconds that a request's head may take, and
-    connections.
+    """uvicorn's HTTP/1.1 with bounds it lacks: bytes and seconds that a request's head may take, seconds that
+    a body may take which nobody reads any more, and connections. Requests are not taken in line: uvicorn does
+    not notice that a client has left while another of its requests waits.
 
     An exception in a parser callback makes uvicorn answer 400 and close.
     """
@@ -275,45 +291,83 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin the time that the first request's head may take."""
         super().connection_made(transport)
-        self._in_head, self._head_bytes = True, 0
-        self._head_timer: asyncio.TimerHandle | None = None
+        self._in_head, self._in_message, self._head_bytes = True, True, 0
+        self._deaf = False
+        self._timer: asyncio.TimerHandle | None = None
         if len(self.connections) > MAX_CONNECTIONS:
             transport.close()
             return
-        self._start_head_timer()
+        self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the timer."""
-        self._stop_head_timer()
+        self._stop_timer()
         super().connection_lost(exc)
-
-    def on_message_begin(self) -> None:
-        """A request begins."""
-        self._in_head, self._head_bytes = True, 0
-        self._start_head_timer()
-        super().on_message_begin()
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the client. The parser keeps an unfinished head, however long."""
+        if self._deaf:
+            return
         super().data_received(data)
-        if self._in_head:
+        if self._in_head and not self._deaf:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
                 self.send_400_response("Request head too large.")
 
+    def on_message_begin(self) -> None:
+        """A request begins. While another is being answered, it goes unheard: the connection closes when that
+        is done, as HTTP allows, and the client asks again on another.
+        """
+        super().on_message_begin()
+        if self._is_answering():
+            self._deaf, self.cycle.keep_alive = True, False
+            return
+        self._in_head, self._in_message, self._head_bytes = True, True, 0
+        self._start_timer()
+
     def on_headers_complete(self) -> None:
         """The head is there."""
+        if self._deaf:
+            return
         self._in_head = False
-        self._stop_head_timer()
+        self._stop_timer()
         if sum(len(name) + len(value) + 4 for name, value in self.headers) + len(self.url) > MAX_HEADER_BYTES:
             raise ValueError("request head too large")
         super().on_headers_complete()
 
-    def _start_head_timer(self) -> None:
-        self._stop_head_timer()
-        self._head_timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body."""
+        if not self._deaf:
+            super().on_body(body)
 
-    def _stop_head_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+    def on_message_complete(self) -> None:
+        """The body is there."""
+        if not self._deaf:
+            self._in_message = False
+            self._stop_timer()
+            super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """An answer has been sent, perhaps before the end of the body it was for."""
+        super().on_response_complete()
+        if self._in_message and not self.transport.is_closing():
+            self._start_timer()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what cannot be read; without a word where an answer is being sent."""
+        if self._is_answering():
+            self.transport.close()
+        else:
+            super().send_400_response(msg)
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _start_timer(self) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+import tracemalloc
 from collections.abc import AsyncIterator
 
 import pytest
@@ -89,6 +90,7 @@ async def test_preflight_for_listed_origins_only(make, connect) -> None:
         good = await client.options("/v1/chat/completions", headers=ask | {"Origin": "https://good.test"})
         assert good.status_code == 204 and good.headers["access-control-allow-origin"] == "https://good.test"
         assert "access-control-allow-credentials" not in good.headers
+        assert good.headers["access-control-allow-headers"] == "Authorization, *"  # SDKs send x-stainless-*
         bad = await client.options("/v1/chat/completions", headers=ask | {"Origin": "https://evil.test"})
         assert bad.status_code == 405 and "access-control-allow-origin" not in bad.headers
 
@@ -145,6 +147,29 @@ async def test_16_mib_are_taken(app: FastAPI, connect) -> None:
             "/v1/chat/completions", content=body + b" " * ((16 << 20) - len(body)), headers=JSON
         )
         assert answer.status_code == 200
+
+
+@pytest.mark.anyio
+async def test_a_body_is_not_kept_while_the_answer_is_made(app: FastAPI, connect, scheduler) -> None:
+    padding = 8 << 20
+    held = 0
+
+    def measure(submit: object) -> None:
+        nonlocal held
+        held = tracemalloc.get_traced_memory()[0] - before
+
+    scheduler.on_submit = measure
+    body = json.dumps(CHAT).encode() + b" " * padding
+    async with connect(app) as client:
+        await client.post("/v1/chat/completions", json=CHAT)
+        tracemalloc.start()
+        try:
+            request = client.build_request("POST", "/v1/chat/completions", content=body, headers=JSON)
+            before = tracemalloc.get_traced_memory()[0]
+            assert (await client.send(request)).status_code == 200
+        finally:
+            tracemalloc.stop()
+    assert 0 < held < padding // 8
 
 
 @pytest.mark.anyio
@@ -207,6 +232,7 @@ HOSTILE = {
     "fields": HEAD + "".join(f',"x{i}":0' for i in range(1_200_000)) + "}",
     "biases": HEAD + ',"logit_bias":{"0":0' + "".join(f',"x{i}":0' for i in range(90_000)) + "}}",
     "messages": '{"model":"tiny","messages":[1' + ",1" * (MIB16 // 2 - 40) + "]}",
+    "commas": '{"model":"tiny","stop":[' + '"a",' * (MIB16 // 4 - 20) + '"a"]}',
     "quotes": '{"model":"tiny","messages":[{"role":"user","content":"' + '[\\"' * (MIB16 // 3 - 40) + '"}]}',
 }
 

@@ -1,0 +1,102 @@
+"""One connection, several requests: what a client says out of turn, and what it leaves unsaid."""
+
+import json
+import socket
+import time
+from collections.abc import Callable
+
+import pytest
+
+from ktransformers.server import gate
+
+LIVE = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def chat(stream: bool) -> bytes:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stream": stream}
+    return post("/v1/chat/completions", json.dumps(body).encode())
+
+
+def post(path: str, body: bytes, length: int | None = None) -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return head.encode() + b"Content-Length: %d\r\n\r\n" % (len(body) if length is None else length) + body
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def read_until(connection: socket.socket, part: bytes) -> bytes:
+    connection.settimeout(5)
+    read = b""
+    while part not in read:
+        data = connection.recv(1 << 16)
+        assert data, read
+        read += data
+    return read
+
+
+def read_all(connection: socket.socket) -> bytes:
+    connection.settimeout(5)
+    read = b""
+    while data := connection.recv(1 << 16):
+        read += data
+    return read
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("behind", [LIVE, chat(True), b"GET /livez HT"], ids=["whole", "another", "half"])
+def test_a_client_leaves_with_requests_in_line(make, served, scheduler, stream: bool, behind: bytes) -> None:
+    scheduler.pause = 0.5
+    with served(make()) as port:
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(chat(stream))
+            wait_for(lambda: scheduler.submits)
+            connection.sendall(behind)
+            time.sleep(0.05)
+        wait_for(lambda: scheduler.left)
+        assert len(scheduler.submits) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_requests_in_line_are_not_taken(make, served, scheduler, stream: bool) -> None:
+    with served(make()) as port:
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(chat(stream) + post("/v1/chat/completions", b" " * 70_000) + LIVE)
+            answer = read_all(connection)
+        assert answer.count(b"HTTP/1.1") == 1 and b"chat.completion" in answer
+        assert (b"[DONE]" in answer) == stream
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            for request, part in ((LIVE, b"ok\n"), (chat(False), b"chat.completion"), (LIVE, b"ok\n")):
+                connection.sendall(request)
+                read_until(connection, part)
+    assert len(scheduler.submits) == 2
+
+
+def test_nothing_is_written_into_a_running_answer(make, served, scheduler) -> None:
+    scheduler.pause = 0.05
+    with served(make()) as port, socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(chat(True))
+        wait_for(lambda: scheduler.submits)
+        time.sleep(0.1)
+        connection.sendall(b"nonsense\r\n\r\n")
+        assert read_all(connection).count(b"HTTP/1.1") == 1
+        wait_for(lambda: scheduler.left)
+
+
+def test_a_body_that_nobody_waits_for(make, served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "HEADER_SECONDS", 0.2)
+    with served(make()) as port:
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(post("/nothing", b"{", length=1000))
+            read = read_all(connection)
+            assert read.startswith(b"HTTP/1.1 404") and read.count(b"HTTP/1.1") == 1
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(post("/nothing", b"{}"))
+            read_until(connection, b"not_found")
+            time.sleep(0.3)  # it is kept alive, for the body has come
+            connection.sendall(LIVE)
+            read_until(connection, b"ok\n")
