@@ -147,6 +147,13 @@ def bench(
     llama_bench: Annotated[
         list[Path] | None, typer.Option(help="A llama-bench program to compare with; may be repeated.")
     ] = None,
+    engine: Annotated[bool, typer.Option(help="Whether to measure the engine alone.")] = True,
+    clients: Annotated[
+        str, typer.Option(help="Numbers of clients of a server to measure; empty is none.")
+    ] = "1,16",
+    peer_url: Annotated[
+        list[str] | None, typer.Option(help="Another server of the same model; may be repeated.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for JSON and plots.")] = Path("bench"),
 ) -> None:
     """Measure this machine and a model on it, each figure with its share of what is possible."""
@@ -163,6 +170,9 @@ def bench(
         only=tuple(_list(only) or ()),
         profile=profile,
         peers=tuple(partial(LlamaBench, program) for program in llama_bench or ()),
+        engine=engine,
+        clients=tuple(int(count) for count in _list(clients) or ()),
+        peer_urls=tuple(peer_url or ()),
         out=out,
     )
     raise typer.Exit(command.run(options))

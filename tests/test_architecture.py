@@ -37,7 +37,7 @@ EXCEPTIONS = {
     "server.commands.doctor": ("engine.load", "engine.machine", "engine._kernels"),
     # bench measures the executor by itself, beside the server as a whole
     "server.commands.bench": ("engine.bench", "engine.limits", "engine.machine"),
-    "server.bench.report": ("engine.bench", "engine.limits"),
+    "server.bench.report": ("engine.bench.bounds", "engine.limits"),
     "server.text.model": ("engine.weights.gguf",),  # one parser of hostile files, not two
 }
 

@@ -99,7 +99,7 @@ class Bench:
             return
         for table in self._tables(load):
             for begin in range(0, load.context, STEP_TOKENS):
-                part = self._tokens(begin, min(STEP_TOKENS, load.context - begin))
+                part = self.tokens(begin, min(STEP_TOKENS, load.context - begin))
                 self.executor.step(batch([(part, begin, table)]), greedy(1))
         self._filled = load
 
@@ -114,7 +114,7 @@ class Bench:
         self._filled = None
         table = np.arange(-(-tokens // NativeExecutor.block_tokens), dtype=np.int32)
         for begin in range(0, tokens, STEP_TOKENS):
-            part = self._tokens(begin, min(STEP_TOKENS, tokens - begin))
+            part = self.tokens(begin, min(STEP_TOKENS, tokens - begin))
             self.executor.step(batch([(part, begin, table)]), greedy(1))
 
     def _decode(self, load: Load, seconds: float) -> float:
@@ -127,14 +127,14 @@ class Bench:
 
     def _draw(self, load: Load, step: int) -> None:
         at = load.context + step % _ROUND
-        rows = [(self._tokens(step * 17 + s, 1), at, table) for s, table in enumerate(self._tables(load))]
+        rows = [(self.tokens(step * 17 + s, 1), at, table) for s, table in enumerate(self._tables(load))]
         self.executor.step(batch(rows), greedy(load.streams))
 
     def _tables(self, load: Load) -> list[I32]:
         size = -(-(load.context + _ROUND) // NativeExecutor.block_tokens)
         return [np.arange(s * size, (s + 1) * size, dtype=np.int32) for s in range(load.streams)]
 
-    def _tokens(self, begin: int, count: int) -> I32:
+    def tokens(self, begin: int, count: int) -> I32:
         """Some tokens, different ones: a repeated one would stay in the cache as a row of the embedding."""
         return ((np.arange(begin, begin + count) * 7919 + 13) % self.program.vocab).astype(np.int32)
 

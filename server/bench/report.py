@@ -4,7 +4,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from rich.markup import escape
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from ktransformers.engine.bench.bounds import Profile, Spent
 from ktransformers.engine.limits import Limits
+from ktransformers.server.bench.serving import Footprint, Serving
 
 
 @dataclass
@@ -35,7 +35,8 @@ class Report:
     load_average: float
     """Of the machine when the run began: what else it was doing."""
     rows: list[Row] = field(default_factory=list)
-    serving: list[dict[str, Any]] = field(default_factory=list)
+    serving: list[Serving] = field(default_factory=list)
+    footprint: Footprint | None = None
     profiles: list[Profile] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
@@ -82,6 +83,53 @@ def rows_table(rows: Sequence[Row]) -> Table:
             cells += [_spread([rate for rate in rates if rate is not None]), _ratio(row.rates[OURS], rates)]
         table.add_row(*cells)
     return table
+
+
+def serving_table(servings: Sequence[Serving]) -> Table:
+    """Output tokens per second as min/median/max; times as medians over the rounds."""
+    table = Table("clients", "server", box=None, pad_edge=False)
+    for name in ("output tokens/s", "ratio", "TTFT p50/p95 ms", "between p50/p95 ms", "of the engine alone"):
+        table.add_column(name, justify="right")
+    for serving in servings:
+        ours = [m.tokens_per_second for m in serving.rounds.get(OURS, [])]
+        for side, rounds in serving.rounds.items():
+            rates = [m.tokens_per_second for m in rounds]
+            times = [
+                "/".join(f"{1e3 * (middle(values) or 0):.0f}" for values in pair)
+                for pair in (
+                    ([m.first_p50 for m in rounds], [m.first_p95 for m in rounds]),
+                    ([m.between_p50 for m in rounds], [m.between_p95 for m in rounds]),
+                )
+            ]
+            against = "" if side == OURS else _ratio(ours, rates)
+            alone = ratio(ours, serving.alone) if side == OURS else None
+            share = "" if alone is None else f"{alone:.0%} of {_spread(serving.alone)}"
+            table.add_row(str(serving.traffic.clients), escape(side), _spread(rates), against, *times, share)
+    return table
+
+
+def process_lines(report: Report) -> list[str]:
+    """CPU time and memory of our processes, and how soon they answer."""
+    lines = []
+    for serving in report.serving:
+        spent = [f"{role} {middle(values):.3f}" for role, values in serving.cpu.items()]
+        if spent:
+            lines.append(f"CPU s for 1,000 tokens, {serving.traffic.clients} clients: {', '.join(spent)}")
+    if report.footprint is not None:
+        peaks = {role: size / 1e6 for role, size in report.footprint.peak_bytes.items()}
+        lines.append(
+            f"start to first token {report.footprint.first_token:.2f} s; "
+            f"idle {report.footprint.idle_cpu:.1%} of a CPU; peak memory {sum(peaks.values()):.0f} MB ("
+            + ", ".join(f"{role} {size:.0f}" for role, size in peaks.items())
+            + ")"
+        )
+    return lines
+
+
+def middle(values: Sequence[float | None]) -> float | None:
+    """The median of those that there are."""
+    there = [value for value in values if value is not None]
+    return statistics.median(there) if there else None
 
 
 def ratio(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float | None:

@@ -21,7 +21,7 @@ class Side(Protocol):
     def rate(self, load: Mapping[str, Any], seconds: float) -> float | None:
         """Tokens per second of a load (the fields of engine.bench.loads.Load), measured for about `seconds`.
 
-        None: it has no such load. Errors: SideError.
+        0 seconds is to warm up. None: it has no such load. Errors: SideError.
         """
 
     def close(self) -> None:
@@ -73,11 +73,12 @@ class LlamaBench:
     def __init__(self, program: Path, model: Path, threads: int, options: Sequence[str] = ()) -> None:
         self._program, self._model, self._threads, self._options = program, model, threads, list(options)
         self._batched = program.with_name("llama-batched-bench")
-        usage = _run([str(program), "--help"])
-        self._has_depth = "--n-depth" in usage
+        self._has_depth = "--n-depth" in _run([str(program), "--help"])
         self.name = " ".join([program.name, *options])
 
     def rate(self, load: Mapping[str, Any], seconds: float) -> float | None:
+        if seconds == 0.0:
+            return None  # it warms up by itself, each time
         if load["kind"] == "decode" and load["streams"] > 1:
             return self._batch(load) if self._batched.exists() else None
         base = [str(self._program), "-m", str(self._model), "-t", str(self._threads), "-r", "1", "-o", "json"]
@@ -89,7 +90,7 @@ class LlamaBench:
                 return None
             what = ["-p", "0", "-n", "64", *(["-d", str(load["context"])] if self._has_depth else [])]
         output = _run([*base, *what, *self._options])
-        results = json.loads(output[output.index("[") :])
+        results, _ = json.JSONDecoder().raw_decode(output, output.index("[\n"))
         return float(results[-1]["avg_ts"])
 
     def close(self) -> None:
@@ -101,6 +102,8 @@ class LlamaBench:
         command = [str(self._batched), "-m", str(self._model), "-t", str(self._threads), "-c", str(context)]
         command += ["-npp", str(load["context"]), "-ntg", "32", "-npl", str(load["streams"]), *self._options]
         rows = [line.split("|") for line in _run(command).splitlines() if line.startswith("|")]
+        if len(rows) < 2:
+            raise SideError(f"{self._batched.name} has printed no table")
         head = [cell.strip() for cell in rows[0]]
         return float(rows[-1][head.index("S_TG t/s")])
 
@@ -113,4 +116,5 @@ def _run(command: Sequence[str]) -> str:
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
         raise SideError(f"{command[0]} ended with {done.returncode}: {' '.join(last)}")
-    return done.stdout
+    # llama.cpp writes its table to stdout, older forks write it to stderr.
+    return done.stdout + done.stderr

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,27 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ktransformers.engine.bench.bounds import bound, profile
+from ktransformers.engine.bench.closed_loop import closed_loop
 from ktransformers.engine.bench.loads import LOADS, Bench, Load
 from ktransformers.engine.bench.synthetic import QUANTS, SHAPES, write
 from ktransformers.engine.limits import measure
 from ktransformers.engine.machine import cpus
+from ktransformers.server.bench import serving
+from ktransformers.server.bench.clients import ServerError, Target, Traffic
+from ktransformers.server.bench.plots import draw
+from ktransformers.server.bench.processes import usage
 from ktransformers.server.bench.report import (
     OURS,
     Report,
     Row,
     cpu_name,
     headline,
+    process_lines,
     profile_table,
     rows_table,
+    serving_table,
 )
+from ktransformers.server.bench.serving import footprint, started
 from ktransformers.server.bench.sides import Side, SideError
 from ktransformers.server.config import ConfigError, cache_dir
 from ktransformers.server.library import resolve
@@ -32,7 +41,9 @@ PeerOf = Callable[[Path, int], Side]
 """Makes a side of a model file and a number of threads."""
 
 _PROFILED = (LOADS[0], *LOADS[2:])
-_PROFILE_STEPS = 5
+_PROFILE_PROMPTS, _PROFILE_STEPS = 5, 30
+_LEAST_REQUESTS = 48
+"""Of all clients in a round: enough that its beginning and end are a small part of it."""
 _WIDTH = 160
 """Of the tables in a file or a pipe."""
 
@@ -54,6 +65,12 @@ class Options:
     """Beginnings of the names of the loads to measure; () is all."""
     profile: bool = False
     peers: tuple[PeerOf, ...] = ()
+    engine: bool = True
+    """Whether to measure the loads."""
+    clients: tuple[int, ...] = (1, 16)
+    """Numbers of closed-loop clients of a server; () is no server."""
+    peer_urls: tuple[str, ...] = ()
+    """Other servers of the same model."""
     out: Path = Path("bench")
     """A folder for JSON and plots."""
 
@@ -78,26 +95,71 @@ def run(options: Options) -> int:
         load_average=os.getloadavg()[0],
     )
     console.print(headline(report), markup=False)
-    with _loaded(console, model, threads, loads) as bench:
-        loads = [load for load in loads if bench.fits(load)]
-        if options.profile:
-            for load in (load for load in _PROFILED if load in loads):
-                report.profiles.append(profile(bench, limits, load, _PROFILE_STEPS))
-                console.print(profile_table(report.profiles[-1]))
-        else:
-            with ExitStack() as stack:
-                sides: list[Side] = [_Ours(bench)]
-                for peer in options.peers:
-                    sides.append(peer(model, threads))
-                    stack.callback(sides[-1].close)
-                for load in loads:
-                    row = Row(load.name, bound(bench.program, limits, load))
-                    _measure(console, row, load, sides, options)
-                    report.rows.append(row)
-            console.print(rows_table(report.rows))
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.profile:
+        _profile(console, report, model, loads)
+    elif options.engine:
+        _compare(console, report, model, loads, options)
+    if options.clients and not options.random and not options.profile:
+        try:
+            _serve(console, report, model, options)
+        except ServerError as error:
+            console.print(str(error), markup=False)
     report.write(options.out / "bench.json")
-    console.print(f"written to {options.out / 'bench.json'}", markup=False)
+    written = [options.out / "bench.json", *draw(report, options.out)]
+    console.print(f"written: {', '.join(map(str, written))}", markup=False)
     return 0
+
+
+def _profile(console: Console, report: Report, model: Path, loads: list[Load]) -> None:
+    with _loaded(console, model, report.limits.threads, loads) as bench:
+        for load in loads:
+            if load in _PROFILED and bench.fits(load):
+                steps = _PROFILE_PROMPTS if load.kind == "prefill" else _PROFILE_STEPS
+                report.profiles.append(profile(bench, report.limits, load, steps))
+                console.print(profile_table(report.profiles[-1]))
+
+
+def _compare(console: Console, report: Report, model: Path, loads: list[Load], options: Options) -> None:
+    threads = report.limits.threads
+    with _loaded(console, model, threads, loads) as bench, ExitStack() as stack:
+        sides: list[Side] = [_Ours(bench)]
+        for peer in options.peers:
+            sides.append(peer(model, threads))
+            stack.callback(sides[-1].close)
+        for load in loads:
+            if bench.fits(load):
+                row = Row(load.name, bound(bench.program, report.limits, load))
+                _measure(console, row, load, sides, options)
+                report.rows.append(row)
+                report.write(options.out / "bench.json")
+    console.print(rows_table(report.rows))
+
+
+def _serve(console: Console, report: Report, model: Path, options: Options) -> None:
+    threads = report.limits.threads
+    peers = [(url, Target(url)) for url in options.peer_urls]
+    largest = Traffic(clients=max(options.clients))
+    room = Load("decode", streams=largest.clients, context=largest.prompt + largest.output)
+    with started(model, threads, options.out / "server.log") as (url, pid, begin):
+        ours = Target(url)
+        with console.status("the server starts, and idles"):
+            first, idle = footprint(ours, pid, begin)
+        with _loaded(console, model, threads, [room]) as bench:
+            for clients in options.clients:
+                traffic = Traffic(clients=clients, requests=max(1, _LEAST_REQUESTS // clients))
+                with console.status(f"{clients} clients"):
+                    alone = partial(_alone, bench)
+                    measured = serving.measure(traffic, options.rounds, OURS, (ours, pid), peers, alone)
+                    report.serving.append(measured)
+        report.footprint = serving.Footprint(first, idle, usage(pid).peak_bytes)
+    console.print(serving_table(report.serving))
+    for line in process_lines(report):
+        console.print(line, markup=False)
+
+
+def _alone(bench: Bench, traffic: Traffic) -> float:
+    return closed_loop(bench, traffic.clients, traffic.requests, traffic.prompt, traffic.output)
 
 
 class _Ours:

@@ -1,134 +1,128 @@
-"""Ours against llama.cpp on the default model: same file, same threads, same machine, in one run.
+"""`ktransformers bench` with llama.cpp beside it: its engine compiled for this machine, and its HTTP server.
 
-Both sides are worker processes that load once and then take turns, so that whatever else the machine is
-doing falls on both; the figure is the median over the rounds of each round's ratio.
+    make bench                                   # makes build/peer the first time (minutes)
+    make bench ARGS="--rounds 9 --only prefill"
+    make bench ARGS="--llama-bench .../ik_llama.cpp/build/bin/llama-bench"
 
-    make bench                        # builds llama.cpp natively into build/peer the first time (minutes)
-    make bench ARGS="--rounds 9 --model PATH.gguf --threads 2"
+Options are those of `ktransformers bench`, and those for the peers (`--help`).
 """
 
 import argparse
-import json
 import os
-import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+
+from ktransformers.server.bench.sides import LlamaBench, WorkerSide
+from ktransformers.server.commands import bench
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
 
-class Worker:
-    """A side of the comparison: a process that answers one JSON line for each JSON line."""
-
-    def __init__(self, python: str, script: Path, model: str, threads: int) -> None:
-        self.process = subprocess.Popen(
-            [python, str(script), model, str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd="/",
-        )
-        self.about = self._read()
-
-    def _read(self) -> dict[str, object]:
-        assert self.process.stdout is not None
-        while line := self.process.stdout.readline():
-            if line.startswith("{"):
-                return json.loads(line)
-        raise SystemExit(f"a worker died with code {self.process.wait()}")
-
-    def measure(self, **job: object) -> float:
-        """Tokens per second of one job."""
-        assert self.process.stdin is not None
-        print(json.dumps(job), file=self.process.stdin, flush=True)
-        return float(self._read()["rate"])  # type: ignore[arg-type]
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def build_peer(venv: Path) -> str:
-    """llama.cpp as llama-cpp-python, compiled for this machine, in a virtual environment of its own."""
+def build_peer(venv: Path, module: str, *install: str) -> str:
+    """The python of a virtual environment that has a package, made if it is not there."""
     python = venv / "bin" / "python"
-    if (
-        subprocess.run([python, "-c", "import llama_cpp"], capture_output=True).returncode
-        if python.exists()
-        else True
-    ):
-        print("Building the peer (llama.cpp, native): minutes", file=sys.stderr)
+    probe = [python, "-c", f"import {module}"]
+    if not python.exists() or subprocess.run(probe, capture_output=True).returncode:
+        print(f"Installing {install[0]} into {venv} (minutes)", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-        environment = os.environ | {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}
-        subprocess.run(
-            [python, "-m", "pip", "-q", "install", "llama-cpp-python", "--no-binary", "llama-cpp-python"],
-            check=True,
-            env=environment,
-        )
+        native = os.environ | {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}
+        subprocess.run([python, "-m", "pip", "-q", "install", *install], check=True, env=native)
     return str(python)
 
 
-JOBS = (
-    ("prefill, 512 tokens", {"kind": "prefill", "tokens": 512}),
-    ("decode, 1 stream", {"kind": "decode", "streams": 1, "tokens": 64}),
-    ("decode, 16 streams", {"kind": "decode", "streams": 16, "tokens": 16}),
-)
+def llamacpp(python: str, model: Path, threads: int) -> WorkerSide:
+    """llama.cpp's engine in a process of its own."""
+    return WorkerSide([python, str(HERE / "worker_llamacpp.py"), str(model), str(threads)])
 
 
-def main() -> None:
-    """Parse, measure, print, write build/bench.json."""
-    from ktransformers.server.library import resolve
+@contextmanager
+def llamacpp_server(python: str, model: Path, threads: int, slots: int) -> Iterator[str]:
+    """The URL of llama.cpp's server."""
+    command = [python, str(HERE / "serve_llamacpp.py"), str(model), str(threads), str(slots)]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd="/"
+    )
+    try:
+        for line in process.stdout or ():
+            if line.startswith("Ready: "):
+                yield line.split()[1]
+                return
+        raise SystemExit(f"llama.cpp's server ended with {process.wait()}")
+    finally:
+        process.terminate()
+        process.wait()
 
+
+def parse() -> argparse.Namespace:
+    """The options; most are those of `ktransformers bench`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default=None)
+    parser.add_argument("--model", default="")
+    parser.add_argument("--random", default="", help="qwen2.5-1.5b:Q4_K, :Q8_0 or :BF16")
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--peer-python", help="a python that has llama_cpp; default: built into build/peer")
-    options = parser.parse_args()
-    model = str(resolve(options.model or ""))
-    peer_python = options.peer_python or build_peer(ROOT / "build" / "peer")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.5)
+    parser.add_argument("--only", default="", help="loads that begin so, by commas")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--no-engine", action="store_true")
+    parser.add_argument("--clients", default="1,16", help="empty: no server")
+    parser.add_argument("--no-llamacpp", action="store_true")
+    parser.add_argument("--peer-python", help="a python with llama_cpp; default: made in build/peer")
+    parser.add_argument("--peer-server", action="store_true", help="also xllamacpp's HTTP server")
+    parser.add_argument("--server-python", help="a python with xllamacpp; default: made in build/peer-server")
+    parser.add_argument("--llama-bench", type=Path, action="append", default=[])
+    parser.add_argument("--llama-bench-options", default="", help='for each of them, such as "-rtr 1"')
+    parser.add_argument("--peer-url", action="append", default=[])
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench")
+    return parser.parse_args()
 
-    ours = Worker(sys.executable, HERE / "worker_ours.py", model, options.threads)
-    peer = Worker(peer_python, HERE / "worker_llamacpp.py", model, options.threads)
-    print(f"{model}\n{options.threads} threads; ours: {ours.about}; peer: {peer.about}")
-    print(f"{'tokens/s, min/median/max':28} {'ours':>22} {'llama.cpp':>22} {'ratio':>18}")
-    report: dict[str, object] = {
-        "model": model,
-        "threads": options.threads,
-        "ours": ours.about,
-        "peer": peer.about,
-    }
-    for name, job in JOBS:
-        rounds = []
-        for worker in (ours, peer):
-            worker.measure(**job)  # warm
-        for i in range(options.rounds):
-            first, second = (ours, peer) if i % 2 == 0 else (peer, ours)
-            a, b = first.measure(**job), second.measure(**job)
-            rounds.append((a, b) if first is ours else (b, a))
-        ratios = sorted(a / b for a, b in rounds)
-        columns = [
-            "/".join(f"{f(side):.0f}" for f in (min, statistics.median, max))
-            for side in zip(*rounds, strict=True)
-        ]
-        spread = f"{ratios[0]:.2f}/{statistics.median(ratios):.2f}/{ratios[-1]:.2f}"
-        print(f"{name:28} {columns[0]:>22} {columns[1]:>22} {spread:>18}", flush=True)
-        report[name] = {
-            "ours": [a for a, _ in rounds],
-            "peer": [b for _, b in rounds],
-            "ratio": statistics.median(ratios),
-        }
-    ours.close()
-    peer.close()
-    target = ROOT / "build" / "bench.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(report, indent=1))
-    print(f"written to {target}")
+
+def main() -> int:
+    """Make the peers and measure."""
+    from ktransformers.server.library import resolve
+
+    given = parse()
+    clients = tuple(int(count) for count in given.clients.split(",") if count)
+    peers: list[bench.PeerOf] = []
+    if not given.no_llamacpp:
+        python = given.peer_python or build_peer(
+            ROOT / "build" / "peer", "llama_cpp", "llama-cpp-python", "--no-binary", "llama-cpp-python"
+        )
+        peers.append(partial(llamacpp, python))
+    options = given.llama_bench_options.split()
+    peers += [partial(LlamaBench, program, options=options) for program in given.llama_bench]
+    with ExitStack() as stack:
+        urls = list(given.peer_url)
+        if given.peer_server:
+            venv = ROOT / "build" / "peer-server"
+            python = given.server_python or build_peer(venv, "xllamacpp", "xllamacpp")
+            server = llamacpp_server(python, resolve(given.model), given.threads, max(clients))
+            urls.append(stack.enter_context(server))
+        return bench.run(
+            bench.Options(
+                model=given.model,
+                random=given.random,
+                layers=given.layers,
+                threads=given.threads,
+                rounds=given.rounds,
+                seconds=given.seconds,
+                only=tuple(part.strip() for part in given.only.split(",") if part.strip()),
+                profile=given.profile,
+                peers=tuple(peers),
+                engine=not given.no_engine,
+                clients=clients,
+                peer_urls=tuple(urls),
+                out=given.out,
+            )
+        )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The peer's side of run.py: llama.cpp through the C interface of llama-cpp-python."""
+"""llama.cpp through the C interface of llama-cpp-python: a worker of run.py (see server/bench/sides.py)."""
 
 import ctypes
 import json
@@ -7,59 +7,87 @@ import time
 
 import llama_cpp as lib
 
-CONTEXT = 8192
+CONTEXT, STREAMS = 8192, 32
+STEP_TOKENS = 512
+ROUND = 64
+"""As in engine/bench/loads.py."""
 
 
-def batch_of(rows: list[tuple[int, int, int, bool]]) -> "lib.llama_batch":
-    """rows of (token, position, sequence, wants logits)"""
-    batch = lib.llama_batch_init(len(rows), 0, 1)
-    batch.n_tokens = len(rows)
-    for i, (token, position, sequence, logits) in enumerate(rows):
-        batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
-        batch.seq_id[i][0], batch.logits[i] = sequence, logits
-    return batch
+class Engine:
+    def __init__(self, path: str, threads: int) -> None:
+        lib.llama_backend_init()
+        self.model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
+        if not self.model:
+            raise SystemExit(f"llama.cpp cannot load {path}")
+        params = lib.llama_context_default_params()
+        params.n_ctx, params.n_seq_max = CONTEXT, STREAMS
+        params.n_batch = params.n_ubatch = STEP_TOKENS
+        params.kv_unified = True
+        params.n_threads = params.n_threads_batch = threads
+        self.context = lib.llama_init_from_model(self.model, params)
+        self.memory = lib.llama_get_memory(self.context)
+        self.vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
+        self.filled: tuple[int, int] | None = None
 
+    def token(self, i: int) -> int:
+        return (i * 7919 + 13) % self.vocab
 
-def main() -> None:
-    path, threads = sys.argv[1], int(sys.argv[2])
-    silent = lib.llama_log_callback(lambda *_: None)  # kept: C calls it as long as we live
-    lib.llama_log_set(silent, ctypes.c_void_p())
-    lib.llama_backend_init()
-    model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
-    params = lib.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = CONTEXT, 512, 512, 32
-    params.kv_unified = True
-    params.n_threads = params.n_threads_batch = threads
-    context = lib.llama_init_from_model(model, params)
-    vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
-    print(json.dumps({"engine": "llama.cpp", "package": lib.__version__}), flush=True)
-
-    def decode(rows: list[tuple[int, int, int, bool]]) -> None:
-        batch = batch_of(rows)
-        code = lib.llama_decode(context, batch)
+    def step(self, rows: list[tuple[int, int, int, bool]]) -> None:
+        """rows of (token, position, sequence, wants logits)"""
+        batch = lib.llama_batch_init(len(rows), 0, 1)
+        batch.n_tokens = len(rows)
+        for i, (token, position, sequence, logits) in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
+            batch.seq_id[i][0], batch.logits[i] = sequence, logits
+        code = lib.llama_decode(self.context, batch)
         lib.llama_batch_free(batch)
         if code:
             raise SystemExit(f"llama_decode: {code}")
-        lib.llama_synchronize(context)
+        lib.llama_synchronize(self.context)
 
+    def prompt(self, tokens: int, sequence: int) -> None:
+        for begin in range(0, tokens, STEP_TOKENS):
+            end = min(begin + STEP_TOKENS, tokens)
+            self.step([(self.token(i), i, sequence, i == tokens - 1) for i in range(begin, end)])
+
+    def prefill(self, tokens: int, seconds: float) -> float:
+        self.filled = None
+        begin, done = time.perf_counter(), 0
+        while done == 0 or time.perf_counter() - begin < seconds:
+            lib.llama_memory_clear(self.memory, True)
+            self.prompt(tokens, 0)
+            done += tokens
+        return done / (time.perf_counter() - begin)
+
+    def decode(self, streams: int, context: int, seconds: float) -> float:
+        if self.filled != (streams, context):
+            lib.llama_memory_clear(self.memory, True)
+            for s in range(streams):
+                self.prompt(context, s)
+            self.filled = (streams, context)
+        begin, steps = time.perf_counter(), 0
+        while steps < 4 or time.perf_counter() - begin < seconds:
+            at = context + steps % ROUND
+            if at == context:
+                for s in range(streams):
+                    lib.llama_memory_seq_rm(self.memory, s, context, -1)
+            self.step([(self.token(steps * 17 + s), at, s, True) for s in range(streams)])
+            steps += 1
+        return steps * streams / (time.perf_counter() - begin)
+
+
+def main() -> None:
+    silent = lib.llama_log_callback(lambda *_: None)  # kept: C calls it as long as we live
+    lib.llama_log_set(silent, ctypes.c_void_p())
+    engine = Engine(sys.argv[1], int(sys.argv[2]))
+    print(json.dumps({"engine": "llama.cpp", "package": lib.__version__}), flush=True)
     for line in sys.stdin:
         job = json.loads(line)
-        lib.llama_memory_clear(lib.llama_get_memory(context), True)
-        tokens = [(i * 7919 + 13) % (vocab - 1000) + 500 for i in range(4096)]
         if job["kind"] == "prefill":
-            rows = [(tokens[i], i, 0, i == job["tokens"] - 1) for i in range(job["tokens"])]
-            start = time.perf_counter()
-            decode(rows)
-            count = job["tokens"]
+            rate = engine.prefill(job["tokens"], job["seconds"])
         else:
-            streams = job["streams"]
-            for s in range(streams):
-                decode([(tokens[i + s], i, s, i == 15) for i in range(16)])
-            start = time.perf_counter()
-            for step in range(job["tokens"]):
-                decode([(tokens[step * 17 + s], 16 + step, s, True) for s in range(streams)])
-            count = streams * job["tokens"]
-        print(json.dumps({"rate": count / (time.perf_counter() - start)}), flush=True)
+            rate = engine.decode(job["streams"], job["context"], job["seconds"])
+        print(json.dumps({"rate": rate}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,26 @@
+"""serve_llamacpp.py MODEL THREADS SLOTS: llama.cpp's HTTP server, from PyPI's xllamacpp (AVX2 only).
+
+Prints "Ready: URL" and serves until its input ends.
+"""
+
+import sys
+
+import xllamacpp
+
+
+def main() -> None:
+    params = xllamacpp.CommonParams()
+    params.model.path = sys.argv[1]
+    threads, slots = int(sys.argv[2]), int(sys.argv[3])
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.n_parallel = slots
+    params.n_ctx = slots * 512
+    params.cache_prompt = False
+    params.port = 0
+    server = xllamacpp.Server(params)
+    print(f"Ready: {server.listening_address}", flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()
