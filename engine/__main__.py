@@ -13,13 +13,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import msgspec
 
 from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.load import build_executor, open_model, plan
+from ktransformers.engine.logs import start_logging
 from ktransformers.engine.runner import Limits
 from ktransformers.engine.service import Engine, Load, Service
 
@@ -29,6 +30,7 @@ EXIT_CONFIG = 1
 EXIT_INTERNAL = 70
 _PR_SET_PDEATHSIG = 1
 _PROGRESS_LOG_SECONDS = 5.0
+_BAR_AFTER_SECONDS = 0.7
 
 
 def main(arguments: list[str]) -> int:
@@ -46,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
 def run(config: EngineConfig, load: Load) -> int:
     """Serve what `load` loads on config.socket; the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
+    listener = start_logging("engine")
     _settle()
     try:
         Service(config.socket).run(load)
@@ -57,6 +59,8 @@ def run(config: EngineConfig, load: Load) -> int:
     except Exception:
         log.exception("internal error")
         return EXIT_INTERNAL
+    finally:
+        listener.stop()
     return 0
 
 
@@ -73,9 +77,9 @@ def load(config: EngineConfig, report: Callable[[int, int], None]) -> Engine:
 
         executor = build_executor(config, program, planned, both)
     log.info(
-        "%s: %.0f MB in %.1f s; %s, %d threads, %d blocks of %d tokens, longest sequence %d",
-        *(facts.name, facts.weight_bytes / 1e6, time.monotonic() - begin, executor.isa),
-        *(planned.threads, executor.blocks, executor.block_tokens, planned.max_len),
+        "%s: %.0f MB loaded in %.1f s; %s on %d threads; room for %s tokens, %s in a sequence",
+        *(facts.name, facts.weight_bytes / 1e6, time.monotonic() - begin, executor.isa, planned.threads),
+        *(f"{executor.blocks * executor.block_tokens:,}", f"{planned.max_len:,}"),
     )
     limits = Limits(
         blocks=executor.blocks,
@@ -89,30 +93,34 @@ def load(config: EngineConfig, report: Callable[[int, int], None]) -> Engine:
 
 
 class _Display:
-    """Shows loading: a bar on a terminal, else a line now and then."""
+    """Shows loading that takes a while: a bar on a terminal, else a line now and then."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._logged = time.monotonic()
-        self._bar: AbstractContextManager[object] = nullcontext()
-        self._advance: Callable[[int, int], None] = self._log
+        self._began = self._logged = time.monotonic()
+        self._bar: AbstractContextManager[object] | None = None
+        self._advance: Callable[[int, int], None] = self._draw if sys.stderr.isatty() else self._log
 
     def __enter__(self) -> Callable[[int, int], None]:
-        if sys.stderr.isatty():
-            # A terminal only: rich takes longer to import than a small model to load.
-            from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
-            columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn())
-            bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            task = bar.add_task(self._name, total=None)
-            self._bar = bar
-            self._advance = lambda done, total: bar.update(task, completed=done, total=total)
-        self._bar.__enter__()
-        return self._advance
+        return lambda done, total: self._advance(done, total)
 
     def __exit__(self, *error: object) -> None:
-        self._bar.__exit__(None, None, None)
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+
+    def _draw(self, done: int, total: int) -> None:
+        if time.monotonic() - self._began < _BAR_AFTER_SECONDS:
+            return
+        # Not before: rich takes longer to import than a small model to load.
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+        columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn())
+        bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        task = bar.add_task(self._name, total=total, completed=done)
+        self._bar = bar
+        self._bar.__enter__()
+        self._advance = lambda done, total: bar.update(task, completed=done, total=total)
 
     def _log(self, done: int, total: int) -> None:
         now = time.monotonic()
@@ -128,7 +136,7 @@ def _settle() -> None:
     try:
         Path("/proc/self/oom_score_adj").write_text("200")
     except OSError as error:
-        log.info("oom_score_adj stays as it is: %s", error)
+        log.debug("oom_score_adj stays as it is: %s", error)
     faulthandler.enable()
     # At once: there is nothing to save, and C++ threads may be using what an orderly exit would free.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

@@ -19,6 +19,7 @@ import uvloop
 
 from ktransformers.engine.channel import Full, PeerGone, Server
 from ktransformers.engine.client import EngineClient
+from ktransformers.engine.logs import start_logging
 from ktransformers.engine.protocol import ToEngine
 from ktransformers.scheduler.config import SchedulerConfig
 from ktransformers.scheduler.protocol import FromScheduler, ToScheduler
@@ -143,7 +144,7 @@ def main(arguments: list[str]) -> int:
 
 def run(config: SchedulerConfig) -> int:
     """Schedule until told to stop; the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s scheduler %(levelname)s %(message)s")
+    listener = start_logging("scheduler")
     # The supervisor's death is ours: nobody else would restart what we depend on.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
     try:
@@ -156,6 +157,8 @@ def run(config: SchedulerConfig) -> int:
     except Exception:
         log.exception("internal error")
         return EXIT_INTERNAL
+    finally:
+        listener.stop()
 
 
 if __name__ == "__main__":

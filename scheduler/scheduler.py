@@ -357,7 +357,9 @@ class Scheduler:
         early, self._early = self._early, {}
         for peer, submit, submitted in early.values():
             self._accept(peer, submit, submitted, engine)
-        log.info("the engine is ready: %d blocks of %d tokens", ready.blocks, ready.block_tokens)
+        # The first time the server's own announcement follows.
+        level = logging.INFO if self.counters.engine_restarts else logging.DEBUG
+        log.log(level, "the engine is ready: %d blocks of %d tokens", ready.blocks, ready.block_tokens)
 
     def _take_step(self, done: StepDone, now: float) -> None:
         engine = self._engine

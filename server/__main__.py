@@ -13,13 +13,13 @@ import msgspec
 import uvicorn
 import uvloop
 
+from ktransformers.engine.logs import start_logging
 from ktransformers.scheduler.client import SchedulerClient
 from ktransformers.server.app import make_app
 from ktransformers.server.auth import Keys
 from ktransformers.server.config import ConfigError, ServerConfig
 from ktransformers.server.gate import BoundedProtocol
 from ktransformers.server.generation import Generator
-from ktransformers.server.logs import start_logging
 from ktransformers.server.metrics import Metrics
 from ktransformers.server.model import model_card
 from ktransformers.server.routing import Service
@@ -53,7 +53,8 @@ class Server(uvicorn.Server):
         self._draining = loop.create_task(self._drain())
 
     async def _drain(self) -> None:
-        log.info("draining: new requests are refused, running ones have %.0f s", self._drain_timeout)
+        level = logging.INFO if self._generator.open_choices else logging.DEBUG
+        log.log(level, "new requests are refused, running ones have %.0f s", self._drain_timeout)
         self._generator.drain()
         if not await self._generator.stop(self._drain_timeout):
             self.exit_code = EXIT_DRAIN_TIMEOUT
@@ -106,7 +107,7 @@ def _listen(config: ServerConfig) -> socket.socket:
     except OSError as error:
         raise ConfigError(f"cannot listen on {config.host} port {config.port}: {error.strerror}") from None
     listener.setblocking(False)
-    log.info("listening on %s port %d", *listener.getsockname()[:2])
+    log.debug("listening on %s port %d", *listener.getsockname()[:2])
     return listener
 
 
@@ -141,7 +142,7 @@ def main() -> int:
     except (OSError, msgspec.MsgspecError) as error:
         print(f"ktransformers.server: {sys.argv[1]}: {error}", file=sys.stderr)
         return EXIT_CONFIG
-    listener = start_logging(config.log_level)
+    listener = start_logging("api", config.log_level)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(serve(config))

@@ -345,6 +345,11 @@ class Generator:
 
     # ---- shutting down
 
+    @property
+    def open_choices(self) -> int:
+        """Choices that have not ended."""
+        return len(self._open)
+
     def drain(self) -> None:
         """Refuse what is new; what runs goes on."""
         self.draining = True

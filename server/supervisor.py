@@ -29,7 +29,8 @@ EXIT_OK, EXIT_CONFIG, EXIT_INTERNAL, EXIT_DRAIN_TIMEOUT = 0, 1, 70, 75
 
 STOP_SECONDS = 5.0
 """What scheduler and engine may take to end, and the API beyond its drain timeout."""
-READY_POLL_SECONDS = 0.1
+READY_POLL_SECONDS = 0.05
+READY_ANSWER_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGCHLD, self._reap_orphans)
         tasks = [loop.create_task(self._keep(child)) for child in self._children.values()]
         tasks.append(loop.create_task(self._wait_ready(announce)))
+        for task in tasks:
+            task.add_done_callback(self._on_task_done)
         try:
             code = await self._end
             return await self._drain() if code is None else code
@@ -111,6 +114,12 @@ class Supervisor:
             self._hurry.set()
         else:
             self._end.set_result(None)
+
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        """What a task cannot handle must end the server: nobody would restart that child any more."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("internal error", exc_info=error)
+            self._finish(EXIT_INTERNAL)
 
     def _finish(self, code: int) -> None:
         if not self._end.done():
@@ -185,6 +194,7 @@ class Supervisor:
     async def _drain(self) -> int:
         """End the API first, which lets its requests finish, then what they need."""
         self._stopping = True
+        log.info("stopping; a second signal, or Ctrl-C, ends it at once")
         codes = [await self._stop("server", self._config.drain_timeout + STOP_SECONDS)]
         codes += [await self._stop(role, STOP_SECONDS) for role in ("scheduler", "engine")]
         if EXIT_DRAIN_TIMEOUT in codes:
@@ -225,19 +235,18 @@ def _how(code: int) -> str:
 
 
 async def _is_ready(config: ServerConfig) -> bool:
-    """Whether /readyz says 200."""
+    """Whether /readyz says 200, and soon."""
     try:
-        reader, writer = await asyncio.open_connection(_reachable(config.host), config.port)
-    except OSError:
+        async with asyncio.timeout(READY_ANSWER_SECONDS):
+            reader, writer = await asyncio.open_connection(_reachable(config.host), config.port)
+            try:
+                head = f"GET /readyz HTTP/1.1\r\nHost: {authority(config)}\r\nConnection: close\r\n\r\n"
+                writer.write(head.encode())
+                return (await reader.readline()).split()[1:2] == [b"200"]
+            finally:
+                writer.close()
+    except OSError:  # TimeoutError is one
         return False
-    try:
-        head = f"GET /readyz HTTP/1.1\r\nHost: {authority(config)}\r\nConnection: close\r\n\r\n"
-        writer.write(head.encode())
-        return (await reader.readline()).split()[1:2] == [b"200"]
-    except OSError:
-        return False
-    finally:
-        writer.close()
 
 
 def authority(config: ServerConfig) -> str:

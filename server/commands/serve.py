@@ -2,10 +2,11 @@
 
 import asyncio
 import ctypes
-import logging
 import os
 import resource
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from ktransformers.engine.logs import start_logging
 from ktransformers.server.config import (
     CONFIG_FILE_VARIABLE,
     ConfigError,
@@ -29,9 +31,8 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 def run(file: Path | None, overrides: Mapping[str, Any]) -> int:
     """Serve until told to stop; the exit code. Errors: ConfigError, before anything is started."""
+    begin = time.monotonic()
     config = check_listening(settle(file, overrides))
-    level = config.log_level.upper()
-    logging.basicConfig(level=level, format="%(asctime)s supervisor %(levelname)s %(message)s")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # What a dead child leaves behind is ours to end, not process 1's, which may not care.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -40,7 +41,12 @@ def run(file: Path | None, overrides: Mapping[str, Any]) -> int:
         Path("/proc/self/oom_score_adj").write_text("-200")
     with run_folder() as folder:
         config = write_configurations(config, folder)
-        return asyncio.run(Supervisor(config, commands(folder)).run(_announce))
+        listener = start_logging("server", config.log_level)
+        try:
+            supervisor = Supervisor(config, commands(folder))
+            return asyncio.run(supervisor.run(lambda url: _announce(url, time.monotonic() - begin)))
+        finally:
+            listener.stop()
 
 
 def settle(file: Path | None, overrides: Mapping[str, Any]) -> ServerConfig:
@@ -63,6 +69,21 @@ def default_file() -> Path | None:
         raise ConfigError(f"{usual}: {error.strerror}") from None
 
 
-def _announce(url: str) -> None:
-    bold, plain = ("\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
-    print(f"Ready: {bold}{url}{plain}  (chat page; OpenAI API under /v1, Ollama API under /api)", flush=True)
+def _announce(url: str, seconds: float) -> None:
+    lines = f"Ready: {url}  (chat page; OpenAI API under /v1, Ollama API under /api)"
+    if sys.stdout.isatty():
+        lines = (
+            f"\n  \x1b[1mReady\x1b[0m after {seconds:.1f} s\n\n"
+            f"  Chat page    \x1b[1m{url}/\x1b[0m\n"
+            f"  OpenAI API   {url}/v1\n"
+            f"  Ollama API   {url}\n"
+            f"  Terminal     ktransformers chat --url {url}\n\n"
+            "  Ctrl-C stops it, after the answers that are being written.\n"
+        )
+    # In a thread, which may take for ever where nobody reads.
+    threading.Thread(target=_write, args=(f"{lines}\n".encode(),), daemon=True).start()
+
+
+def _write(text: bytes) -> None:
+    with suppress(OSError):  # a full disk or a closed pipe: it serves all the same
+        os.write(sys.stdout.fileno(), text)

@@ -38,7 +38,8 @@ def free_port() -> int:
 class Server:
     """One running server. Settings are flat names, given as environment variables."""
 
-    def __init__(self, folder: Path, **settings: object) -> None:
+    def __init__(self, folder: Path, output: int | None = None, **settings: object) -> None:
+        """`output` takes the log instead of a file."""
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "server.log"
@@ -52,8 +53,8 @@ class Server:
                 [sys.executable, "-m", "ktransformers.server.cli", "serve", "--port", str(self.port)],
                 env=environment,
                 cwd=folder,
-                stdout=log,
-                stderr=log,
+                stdout=log if output is None else output,
+                stderr=log if output is None else output,
                 start_new_session=True,
             )
         self.wait_ready(60)

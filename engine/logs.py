@@ -1,18 +1,26 @@
-"""JSON lines on standard output. No prompt, no output, no key ever gets into one (keys as eight hex
-digits).
+"""The log of every process: JSON lines on standard output, or on a terminal lines for people.
+
+No prompt, no output, no key ever gets into one (keys as eight hex digits). No process ever waits for its log:
+a full disk, a stopped terminal or a reader that went away costs lines, which the next line counts.
 """
 
 import json
 import logging
+import os
 import queue
 import sys
+import threading
 import time
+from contextlib import suppress
 from logging.handlers import QueueHandler, QueueListener
 
 MAX_MESSAGE = 2000
 QUEUED = 10_000
 PER_SECOND = 10
 """Lines a second that one place in the code may write."""
+FLUSH_SECONDS = 1.0
+"""What the last lines may take at the end of the process."""
+_STDOUT = 1
 
 
 class JsonLines(logging.Formatter):
@@ -30,6 +38,24 @@ class JsonLines(logging.Formatter):
         if record.exc_info and record.exc_info[0] is not None:
             line["exception"] = record.exc_info[0].__name__
         return json.dumps(line)
+
+
+class ForPeople(logging.Formatter):
+    """What a terminal shows: the time of day, which process, and what it says."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__()
+        self._role = role
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line; what is worse than "info" in colour, and an exception with its traceback."""
+        message = record.getMessage()[:MAX_MESSAGE]
+        if record.exc_info:
+            message += "\n" + self.formatException(record.exc_info)
+        if record.levelno >= logging.WARNING:
+            message = f"\x1b[{31 if record.levelno >= logging.ERROR else 33}m{message}\x1b[0m"
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        return f"\x1b[2m{clock} {self._role:<10}\x1b[0m{message}"
 
 
 class RateLimit(logging.Filter):
@@ -75,11 +101,50 @@ class DropWhenFull(QueueHandler):
         return record
 
 
-def start_logging(level: str) -> QueueListener:
-    """Send all loggers to standard output through a thread; stop the returned listener to flush."""
+class _StandardOutput(logging.Handler):
+    """Writes to the descriptor itself: a buffer's lock, held by a write that never ends, would keep the
+    process from exiting.
+    """
+
+    lost = 0
+
+    def createLock(self) -> None:
+        """No lock: one thread writes, and the end of the process would wait for the lock."""
+        self.lock = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line, or count it as lost."""
+        if self.lost:
+            record.msg, record.args = f"{record.getMessage()} [{self.lost} lines lost]", None
+        left = self.format(record).encode("utf-8", "replace") + b"\n"
+        try:
+            while left:
+                left = left[os.write(_STDOUT, left) :]
+            self.lost = 0
+        except OSError:  # no space, or nobody reads: no reason to stop serving
+            self.lost += 1
+
+
+class Listener(QueueListener):
+    """The thread that writes."""
+
+    def stop(self) -> None:
+        """Write what is queued, but do not wait for a reader that does not read."""
+        thread: threading.Thread | None = self._thread
+        self._thread = None
+        if thread is not None:
+            with suppress(queue.Full):
+                self.enqueue_sentinel()
+                thread.join(FLUSH_SECONDS)
+
+
+def start_logging(role: str, level: str = "info") -> Listener:
+    """Send all loggers of this process to standard output through a thread; stop the returned listener to
+    flush.
+    """
     lines: queue.Queue[logging.LogRecord] = queue.Queue(QUEUED)
-    out = logging.StreamHandler(sys.stdout)
-    out.setFormatter(JsonLines())
+    out = _StandardOutput()
+    out.setFormatter(ForPeople(role) if sys.stdout.isatty() else JsonLines())
     front = DropWhenFull(lines)
     front.addFilter(RateLimit())
     root = logging.getLogger()
@@ -88,6 +153,6 @@ def start_logging(level: str) -> QueueListener:
     # They say in prose at "info" what the server's own lines say, and the access log holds query strings.
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, root.level))
     logging.getLogger("uvicorn.access").disabled = True
-    listener = QueueListener(lines, out)
+    listener = Listener(lines, out)
     listener.start()
     return listener
