@@ -18,11 +18,11 @@ serve: $(VENV)/.installed $(VENV)/.model
 	@exec $(BIN)/ktransformers serve --port $(PORT) $(ARGS)
 
 test: $(VENV)/.installed $(VENV)/.model $(VENV)/.test-needs check-objects
-	@mkdir -p build/test && cd build/test && ../../$(BIN)/pytest -c ../../pyproject.toml --rootdir ../.. ../../tests -m "not slow" $(ARGS)
+	@mkdir -p build/test && cd build/test && "$(abspath $(BIN))/pytest" -c ../../pyproject.toml --rootdir ../.. ../../tests -m "not slow" $(ARGS)
 
 # Those that need minutes: hangs that are waited for.
 test-slow: $(VENV)/.installed $(VENV)/.model $(VENV)/.test-needs
-	@mkdir -p build/test && cd build/test && ../../$(BIN)/pytest -c ../../pyproject.toml --rootdir ../.. ../../tests -m slow $(ARGS)
+	@mkdir -p build/test && cd build/test && "$(abspath $(BIN))/pytest" -c ../../pyproject.toml --rootdir ../.. ../../tests -m slow $(ARGS)
 
 lint: $(VENV)/.lint-needs build/ns/ktransformers
 	$(BIN)/ruff check .
