@@ -14,6 +14,9 @@ from ktransformers.engine.protocol import Sampling
 MAX_BIAS = 1024
 """Most entries of one logit_bias, and most stop tokens of one sequence."""
 
+MOST_BIAS = 1e6
+_LEAST = float(np.finfo(np.float32).tiny)
+"""Smallest share that kernels take for top_p; as all below it, it keeps the likeliest token alone."""
 _NO_TOKENS = np.empty(0, np.int32)
 _NO_VALUES = np.empty(0, np.float32)
 
@@ -47,8 +50,8 @@ def check_sampling(sampling: Sampling, vocab: int) -> None:
     for token, value in sampling.logit_bias:
         if not 0 <= token < vocab:
             raise ValueError("logit_bias must be of tokens in the vocabulary")
-        if not (math.isfinite(value) or value == -math.inf):
-            raise ValueError("logit_bias must be finite, or -inf")
+        if not (abs(value) <= MOST_BIAS or value == -math.inf):
+            raise ValueError(f"logit_bias must be within {MOST_BIAS:g} of 0, or -inf")
 
 
 class SamplingTable:
@@ -76,7 +79,7 @@ class SamplingTable:
         s = sampling
         self._temperature[slot] = s.temperature
         self._top_k[slot] = s.top_k
-        self._top_p[slot] = s.top_p
+        self._top_p[slot] = max(s.top_p, _LEAST)
         self._min_p[slot] = s.min_p
         self._repetition[slot] = s.repetition_penalty
         self._presence[slot] = s.presence_penalty

@@ -1,4 +1,5 @@
-"""Who is let into the queue: every number is checked again here, whoever checked it before.
+"""Who is let into the queue: every number is checked again here, whoever checked it before. What is let in
+the engine takes: what it refuses fails in the middle of a step, which costs the others of that step.
 
 The API refuses bad parameters with better words. This is the boundary behind which all code may rely on
 them, and it holds for every front end (a second one that forgot a check has undone fixes elsewhere).
@@ -18,6 +19,7 @@ _MAX_SCOPE = 128
 _WEIGHTS = (0.001, 1000.0)
 _MAX_LIST = 300
 """Entries of stop_tokens and logit_bias."""
+_MAX_BIAS = 1e6
 _MAX_LOGPROBS = 20
 _RETRY_SECONDS = (1.0, 120.0)
 
@@ -82,14 +84,14 @@ def _wrong(submit: Submit, limits: Limits) -> str:
         "tenant limits": min(tenant.max_running, tenant.max_waiting, tenant.max_waiting_tokens) >= 0,
         "cache_scope": len(submit.cache_scope) <= _MAX_SCOPE,
         "deadline": math.isfinite(submit.deadline) and submit.deadline >= 0,
-        "temperature": math.isfinite(s.temperature) and s.temperature >= 0,
+        "temperature": 0 <= s.temperature <= 100,
         "top_k": s.top_k >= 0,
         "top_p": 0 < s.top_p <= 1,
         "min_p": 0 <= s.min_p <= 1,
-        "repetition_penalty": math.isfinite(s.repetition_penalty) and s.repetition_penalty > 0,
+        "repetition_penalty": 1e-3 <= s.repetition_penalty <= 1e3,
         "repetition_window": s.repetition_window >= 0,
-        "presence_penalty": math.isfinite(s.presence_penalty),
-        "frequency_penalty": math.isfinite(s.frequency_penalty),
+        "presence_penalty": abs(s.presence_penalty) <= 1e3,
+        "frequency_penalty": abs(s.frequency_penalty) <= 1e3,
         "seed": 0 <= s.seed < 1 << 63,
         "max_tokens": s.max_tokens >= 1,
         "min_tokens": 0 <= s.min_tokens <= s.max_tokens,
@@ -97,7 +99,9 @@ def _wrong(submit: Submit, limits: Limits) -> str:
         "stop_tokens": len(s.stop_tokens) <= _MAX_LIST and all(map(in_vocab, s.stop_tokens)),
         # -inf bans a token.
         "logit_bias": len(s.logit_bias) <= _MAX_LIST
-        and all(in_vocab(token) and bias < math.inf for token, bias in s.logit_bias),
+        and all(
+            in_vocab(token) and (abs(bias) <= _MAX_BIAS or bias == -math.inf) for token, bias in s.logit_bias
+        ),
     }
     return ", ".join(f"{name} is out of bounds" for name, good in bounds.items() if not good)
 

@@ -8,6 +8,8 @@ import pytest
 
 from ktransformers.engine import _kernels
 from ktransformers.engine.batch import MAX_LOGPROBS, Drawn, SamplingBatch
+from ktransformers.engine.protocol import Sampling
+from ktransformers.engine.sampler import SamplingTable, check_sampling
 
 DRAWS = 20_000
 
@@ -262,3 +264,26 @@ BAD: list[tuple[str, dict[str, Any]]] = [
 def test_bad_parameters_are_refused_by_name(small: ModuleType, name: str, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{name}"):
         draw(np.zeros((2, 100)), small.sampling(2, **changes))
+
+
+EXTREMES: list[dict[str, Any]] = [
+    *({"temperature": t} for t in (0.0, 5e-324, 1e-40, 100.0)),
+    *({"top_p": p} for p in (0.0, 5e-324, 1e-40, 1.0)),
+    *({"min_p": p} for p in (0.0, 5e-324, 1.0)),
+    *({"repetition_penalty": x} for x in (1e-3, 1e3)),
+    *({"presence_penalty": x, "frequency_penalty": x} for x in (-1e3, 1e3)),
+    *({"logit_bias": ((7, x),)} for x in (-np.inf, -1e6, 1e6, 1e-320)),
+    {"top_k": 2**31 - 1, "seed": 2**63 - 1, "logprobs": 20, "min_tokens": 2**31 - 1, "stop_tokens": (1, 2)},
+]
+
+
+@pytest.mark.parametrize("changes", EXTREMES, ids=str)
+def test_what_the_engine_lets_in_the_kernels_take(changes: dict[str, Any]) -> None:
+    """One row that a kernel refuses costs all other rows of its step a second computation."""
+    sampling = Sampling(max_tokens=1, **changes)
+    check_sampling(sampling, 100)
+    table = SamplingTable(1)
+    table.put(0, sampling)
+    slot, ten = np.zeros(1, np.int32), np.full(1, 10, np.int32)
+    batch = table.batch(slot, np.zeros((1, 20), np.int32), ten, ten // 2)
+    assert 0 <= draw(np.linspace(-5, 5, 100)[None], batch).token[0] < 100
