@@ -180,7 +180,7 @@ class Generator:
         """Raises RequestError unless `name` is the served model's, with or without Ollama's tag, or
         "default"."""
         if name.removesuffix(":latest") not in (self.model_name.removesuffix(":latest"), DEFAULT_MODEL):
-            raise RequestError("model_not_found", "the model does not exist or you may not use it", "model")
+            raise RequestError("model_not_found", f"model '{name[:256]}' not found", "model")
 
     # ---- prompts
 
@@ -194,7 +194,7 @@ class Generator:
         except TemplateError as error:
             raise RequestError("invalid_request", str(error), "messages") from None
         except TooLongError:
-            raise _too_long(context) from None
+            raise _too_long(context, "messages") from None
 
     async def text_prompt(self, text: str) -> list[int]:
         """Tokens of plain text, in which nothing is a special token. Raises RequestError."""
@@ -202,7 +202,7 @@ class Generator:
         try:
             return await self.text.prompt_ids_async(text, context)
         except TooLongError:
-            raise _too_long(context) from None
+            raise _too_long(context, "prompt") from None
 
     def context(self) -> int:
         """Longest sequence in tokens. Raises RequestError while the engine is not ready."""
@@ -242,14 +242,12 @@ class Generator:
         """One Submit for each choice. Raises RequestError for what does not fit."""
         longest = self.context()
         if parameters.context is not None:
-            if parameters.context > longest:
-                raise _invalid("num_ctx", f"the context of this model has {longest} tokens")
-            longest = parameters.context
+            longest = min(longest, parameters.context)
         if not prompt:
             raise _invalid("prompt", "is empty")
         room = longest - len(prompt)
         if room < 1:
-            raise _too_long(longest)
+            raise _too_long(longest, None)
         vocabulary = self.text.tokenizer.vocab_size
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             raise _invalid("prompt", f"token ids must be 0 .. {vocabulary - 1}")
@@ -377,10 +375,9 @@ def _invalid(name: str, why: str) -> RequestError:
     return RequestError("invalid_value", f"'{name}': {why}", name)
 
 
-def _too_long(context: int) -> RequestError:
-    return RequestError(
-        "context_length_exceeded", f"the prompt does not fit: the context has {context} tokens", "messages"
-    )
+def _too_long(context: int, param: str | None) -> RequestError:
+    message = f"the prompt does not fit: the context has {context} tokens"
+    return RequestError("context_length_exceeded", message, param)
 
 
 class _Counted:

@@ -112,7 +112,8 @@ async def _answer(
     generator = context.generator
 
     async def start() -> Generation:
-        return await generator.start([await prompt()], body.parameters(), context.caller, continues)
+        parameters = body.parameters(generator.context())
+        return await generator.start([await prompt()], parameters, context.caller, continues)
 
     if body.stream is None or body.stream:
         generation = await while_connected(request.receive, start())
@@ -157,8 +158,7 @@ async def _lines(
                 )
                 yield head + _now().encode() + middle + encode(delta.text) + tail + found + b"}\n"
     yield (
-        encode({"model": model, "created_at": _now(), **answer(""), **_end(reason, generation.usage)})
-        + b"\n"
+        encode({"model": model, "created_at": _now(), **answer(""), **_end(reason, generation.usage)}) + b"\n"
     )
 
 

@@ -12,8 +12,7 @@ from ktransformers.server.api.parameters import (
     Penalty,
     RepetitionPenalty,
     Seed,
-    StopString,
-    StopStrings,
+    Stop,
     StrictModel,
     Temperature,
     to_seed,
@@ -53,10 +52,12 @@ class Options(StrictModel):
     frequency_penalty: Penalty | None = None
     seed: Seed | None = None
     """Negative: a random one."""
-    stop: StopString | StopStrings | None = None
+    stop: Stop | None = None
 
-    def parameters(self, logprobs: int) -> Parameters:
-        """The internal form; `logprobs` as in Sampling."""
+    def parameters(self, logprobs: int, longest: int) -> Parameters:
+        """The internal form; `logprobs` as in Sampling. As in Ollama, what is more than the model's `longest`
+        sequence stands for that: clients set their numbers for all models alike.
+        """
         window = 64 if self.repeat_last_n is None else self.repeat_last_n
         sampling = Sampling(
             temperature=0.8 if self.temperature is None else float(self.temperature),
@@ -74,10 +75,11 @@ class Options(StrictModel):
             frequency_penalty=float(self.frequency_penalty or 0.0),
             logprobs=logprobs,
         )
-        limit = self.num_predict if self.num_predict and self.num_predict > 0 else None
+        limit = min(self.num_predict, longest) if self.num_predict and self.num_predict > 0 else None
+        context = None if self.num_ctx is None else min(self.num_ctx, longest)
         seed = None if self.seed is None or self.seed < 0 else to_seed(self.seed)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return Parameters(sampling, limit, seed, 1, stop, context=self.num_ctx, limit_name="num_predict")
+        return Parameters(sampling, limit, seed, 1, stop, context=context)
 
 
 class OllamaRequest(StrictModel):
@@ -90,9 +92,10 @@ class OllamaRequest(StrictModel):
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
 
-    def parameters(self) -> Parameters:
-        """The internal form."""
-        return (self.options or Options()).parameters((self.top_logprobs or 0) if self.logprobs else -1)
+    def parameters(self, longest: int) -> Parameters:
+        """The internal form for a model with sequences of at most `longest` tokens."""
+        logprobs = (self.top_logprobs or 0) if self.logprobs else -1
+        return (self.options or Options()).parameters(logprobs, longest)
 
 
 _NOT_DONE: Mapping[str, Sequence[Any]] = {

@@ -9,6 +9,11 @@ from pydantic_core import PydanticCustomError
 
 from ktransformers.scheduler.protocol import Sampling
 from ktransformers.server.api.parameters import (
+    LIST,
+    LISTS,
+    NUMBERS,
+    ONE,
+    ONE_OR_LIST,
     Bias,
     Choices,
     Label,
@@ -17,8 +22,7 @@ from ktransformers.server.api.parameters import (
     Penalty,
     RepetitionPenalty,
     Seed,
-    StopString,
-    StopStrings,
+    Stop,
     StrictModel,
     Temperature,
     TokenCount,
@@ -44,6 +48,18 @@ class StreamOptions(StrictModel):
 class SampledRequest(StrictModel):
     """What chat and legacy completions have in common."""
 
+    neutral: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "best_of": (None, 1),
+        "echo": (None, False),
+        "use_beam_search": (None, False),
+        "length_penalty": (None, 1, 1.0),
+        "include_stop_str_in_output": (None, False),
+        "skip_special_tokens": (None, True),
+        "spaces_between_special_tokens": (None, True),
+        "truncate_prompt_tokens": (None,),
+        "prompt_logprobs": (None,),
+        "priority": (None, 0),
+    }
     model: Annotated[str, Field(max_length=256)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -58,7 +74,7 @@ class SampledRequest(StrictModel):
     frequency_penalty: Penalty | None = None
     repetition_penalty: RepetitionPenalty | None = None
     logit_bias: Biases | None = None
-    stop: StopString | StopStrings | None = None
+    stop: Stop | None = None
     stop_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=1 << 24)] | None = None
@@ -99,9 +115,7 @@ class SampledRequest(StrictModel):
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> "SampledRequest":
         if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError(
-                "unsupported", "'{param}' needs stream=true", {"param": "stream_options"}
-            )
+            raise PydanticCustomError("unsupported", "needs stream=true", {"param": "stream_options"})
         return self
 
 
@@ -112,7 +126,8 @@ class TextPart(StrictModel):
     text: str
 
 
-Content = str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1, max_length=2048)]
+Parts = Annotated[list[TextPart], Field(fail_fast=True, min_length=1, max_length=2048)]
+Content = Annotated[Annotated[str, Tag(ONE)] | Annotated[Parts, Tag(LIST)], ONE_OR_LIST]
 
 
 class Message(StrictModel):
@@ -147,6 +162,11 @@ class ChatRequest(SampledRequest):
     """POST /v1/chat/completions."""
 
     neutral: ClassVar[Mapping[str, Sequence[Any]]] = {
+        **SampledRequest.neutral,
+        "add_generation_prompt": (None, True),
+        "continue_final_message": (None, False),
+        "chat_template": (None,),
+        "chat_template_kwargs": (None, {}),
         "tools": (None, []),
         "tool_choice": (None, "none", "auto"),
         "parallel_tool_calls": (None, True, False),
@@ -176,9 +196,7 @@ class ChatRequest(SampledRequest):
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
-            raise PydanticCustomError(
-                "unsupported", "'{param}' needs logprobs=true", {"param": "top_logprobs"}
-            )
+            raise PydanticCustomError("unsupported", "needs logprobs=true", {"param": "top_logprobs"})
         return self
 
     def to_parameters(self) -> Parameters:
@@ -197,24 +215,20 @@ TokenLists = Annotated[list[Tokens], Field(fail_fast=True, min_length=1, max_len
 def _kind_of_prompt(prompt: Any) -> str:
     """Which of the four forms is meant, so that a long list is not held against the three others."""
     if not isinstance(prompt, list):
-        return "text"
+        return ONE
     first = prompt[0] if prompt else 0
-    return "texts" if isinstance(first, str) else "token_lists" if isinstance(first, list) else "tokens"
+    return LIST if isinstance(first, str) else LISTS if isinstance(first, list) else NUMBERS
 
 
 class CompletionRequest(SampledRequest):
     """POST /v1/completions."""
 
-    neutral: ClassVar[Mapping[str, Sequence[Any]]] = {
-        "echo": (None, False),
-        "suffix": (None,),
-        "best_of": (None, 1),
-    }
+    neutral: ClassVar[Mapping[str, Sequence[Any]]] = {**SampledRequest.neutral, "suffix": (None,)}
     prompt: Annotated[
-        Annotated[str, Tag("text")]
-        | Annotated[Texts, Tag("texts")]
-        | Annotated[Tokens, Tag("tokens")]
-        | Annotated[TokenLists, Tag("token_lists")],
+        Annotated[str, Tag(ONE)]
+        | Annotated[Texts, Tag(LIST)]
+        | Annotated[Tokens, Tag(NUMBERS)]
+        | Annotated[TokenLists, Tag(LISTS)],
         Discriminator(_kind_of_prompt),
     ]
     logprobs: Logprobs | None = None

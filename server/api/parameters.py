@@ -7,11 +7,23 @@ it knows but this server does not do, unless its value is the one that asks for 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from ktransformers.server.errors import RequestError
 
+ONE, LIST, NUMBERS, LISTS = "<one>", "<list>", "<numbers>", "<lists>"
+"""Tags of what a field may hold instead of one value."""
+_NOT_IN_PATHS = frozenset({"body", "[key]", ONE, LIST, NUMBERS, LISTS})
 MAX_STOP_BYTES = 128
 MAX_FIELDS = 128
 """Of one object; more than any model here has. One error is enough: pydantic would list them all."""
@@ -44,6 +56,8 @@ def _bounded_bytes(text: str) -> str:
     return text
 
 
+ONE_OR_LIST = Discriminator(lambda value: LIST if isinstance(value, list) else ONE)
+"""A value or a list of such: which is meant is seen from outside, so that an error is about that."""
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 MinP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -57,6 +71,7 @@ Logprobs = Annotated[int, Field(ge=0, le=20)]
 TokenId = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
 StopString = Annotated[str, AfterValidator(_bounded_stop)]
 StopStrings = Annotated[list[StopString], Field(fail_fast=True, max_length=16)]
+Stop = Annotated[Annotated[StopString, Tag(ONE)] | Annotated[StopStrings, Tag(LIST)], ONE_OR_LIST]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=300)]
 Label = Annotated[str, AfterValidator(_bounded_bytes)]
 
@@ -80,9 +95,7 @@ class StrictModel(BaseModel):
                 data[name] is value or (data[name] == value and type(data[name]) is type(value))
                 for value in cls.neutral[name]
             ):
-                raise PydanticCustomError(
-                    "unsupported", "'{param}' is not supported with this value", {"param": name}
-                )
+                raise PydanticCustomError("unsupported", "is not supported with this value", {"param": name})
         return {name: value for name, value in data.items() if name not in cls.neutral}
 
 
@@ -96,15 +109,15 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> RequestError:
     if not errors:
         return RequestError("invalid_request", "the request is not valid")
     first = errors[0]
-    kind, where = first["type"], [part for part in first["loc"] if part != "body"]
-    # Deeper than the field's name, the path holds indexes and pydantic's names of union members.
+    kind, where = first["type"], [part for part in first["loc"] if part not in _NOT_IN_PATHS]
+    if kind == "unsupported":
+        where.append(first["ctx"]["param"])
     param = str(where[0])[:64] if where else None
     path = ".".join(str(part) for part in where)[:120]
     if kind == "extra_forbidden":
         return RequestError("unknown_parameter", f"unknown parameter '{path}'", param)
     if kind == "unsupported":
-        param = first["ctx"]["param"]
-        return RequestError("unsupported_parameter", first["msg"], param)
+        return RequestError("unsupported_parameter", f"'{path}' {first['msg']}", param)
     if param is None:
         return RequestError("invalid_request", f"the body: {first['msg']}")
     return RequestError("invalid_value", f"'{path}': {first['msg']}", param)

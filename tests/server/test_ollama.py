@@ -158,7 +158,6 @@ async def test_nothing_to_do_asks_for_loading(app: FastAPI, connect, body: dict[
         {"nope": 1},
         {"options": {"num_gpu": 1}},
         {"options": {"nope": 1}},
-        {"options": {"num_ctx": 5000}},
         {"options": {"typical_p": 0.5}},
         {"options": 1},
         {"options": {"top_k": 400}},
@@ -181,7 +180,9 @@ async def test_context_of_the_request(app: FastAPI, connect, scheduler) -> None:
     async with connect(app) as client:
         assert (await client.post("/api/chat", json=CHAT | {"options": {"num_ctx": 20}})).status_code == 200
         assert (await client.post("/api/chat", json=CHAT | {"options": {"num_ctx": 9}})).status_code == 400
-    assert scheduler.submits[0].sampling.max_tokens == 11
+        for options in ({}, {"num_ctx": 32768}, {"num_predict": 100_000}):  # as much as there is
+            assert (await client.post("/api/chat", json=CHAT | {"options": options})).status_code == 200
+    assert [submit.sampling.max_tokens for submit in scheduler.submits] == [11, 4087, 4087, 4087]
 
 
 @pytest.mark.anyio

@@ -267,6 +267,49 @@ async def test_failures_after_it_are_events(app: FastAPI, connect, scheduler) ->
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stop": ""}, "'stop': A stop"),
+        ({"stop": ["a", 1]}, "'stop.1': Input"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "'messages.0.content.0.type': ",
+        ),
+        ({"messages": [{"role": "user", "content": 1}]}, "'messages.0.content': Input"),
+        ({"messages": [{"role": "user", "content": "", "audio": 1}]}, "'messages.0.audio' is not supported"),
+        ({"logit_bias": {"-5": 1}}, "'logit_bias.-5': String"),
+        ({"tools": [1]}, "'tools' is not supported"),
+        ({"model": "other"}, "model 'other' not found"),
+    ],
+)
+async def test_the_message_says_where(app: FastAPI, connect, changes: Any, message: str) -> None:
+    async with connect(app) as client:
+        answer = await client.post("/v1/chat/completions", json=CHAT | changes)
+    assert answer.json()["error"]["message"].startswith(message), answer.text
+    assert answer.json()["error"]["param"] == next(iter(changes))
+
+
+@pytest.mark.anyio
+async def test_what_vllms_clients_send_by_default(app: FastAPI, connect) -> None:
+    defaults = {
+        "best_of": 1,
+        "use_beam_search": False,
+        "skip_special_tokens": True,
+        "echo": False,
+        "length_penalty": 1.0,
+    }
+    async with connect(app) as client:
+        answer = await client.post(
+            "/v1/chat/completions",
+            json=CHAT | defaults | {"add_generation_prompt": True, "chat_template": None},
+        )
+        assert answer.status_code == 200, answer.text
+        answer = await client.post("/v1/completions", json={"model": "tiny", "prompt": "x"} | defaults)
+        assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
     ("changes", "code", "param"),
     [
         ({"model": "other"}, "model_not_found", "model"),
