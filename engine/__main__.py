@@ -52,9 +52,13 @@ def run(config: EngineConfig, load: Load) -> int:
     _settle()
     try:
         Service(config.socket).run(load)
-    except (OSError, ValueError, MemoryError) as error:
-        # Steps do not raise: this is the socket's folder, the model's file, or too little memory.
-        print(f"engine: {error or type(error).__name__}", file=sys.stderr)
+    except MemoryError:
+        hint = "free memory, or lower device_bytes, context, max_batch_tokens or max_sequences"
+        print(f"engine: there is too little memory: {hint}", file=sys.stderr)
+        return EXIT_CONFIG
+    except (OSError, ValueError) as error:
+        # Steps do not raise: this is the socket's folder, or the model's file.
+        print(f"engine: {error}", file=sys.stderr)
         return EXIT_CONFIG
     except Exception:
         log.exception("internal error")
@@ -77,9 +81,11 @@ def load(config: EngineConfig, report: Callable[[int, int], None]) -> Engine:
 
         executor = build_executor(config, program, planned, both)
     log.info(
-        "%s: %.0f MB loaded in %.1f s; %s on %d threads; room for %s tokens, %s in a sequence",
+        "%s: %.0f MB loaded in %.1f s; %s on %d threads; room for %s tokens (%.1f GB), %s in a sequence",
         *(facts.name, facts.weight_bytes / 1e6, time.monotonic() - begin, executor.isa, planned.threads),
-        *(f"{executor.blocks * executor.block_tokens:,}", f"{planned.max_len:,}"),
+        f"{executor.blocks * executor.block_tokens:,}",
+        executor.blocks * planned.block_bytes / 1e9,
+        f"{planned.max_len:,}",
     )
     limits = Limits(
         blocks=executor.blocks,

@@ -2,8 +2,12 @@
 
 import math
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
+
+_THREADS_BYTES = 256 << 20
+"""Address space that the stacks and heaps of a few threads take."""
 
 
 def cpus(root: Path = Path("/")) -> int:
@@ -17,7 +21,8 @@ def cpus(root: Path = Path("/")) -> int:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that can be allocated without swapping or being killed, within control group limits."""
+    """Bytes that can be allocated without swapping or being killed, within the limits of control groups and
+    RLIMIT_AS."""
     available = _meminfo(root)["MemAvailable"]
     for folder in _cgroups(root, "memory"):
         for limit, usage, inactive in (
@@ -29,7 +34,16 @@ def available_memory(root: Path = Path("/")) -> int:
                 # The page cache of files counts as used, but gives way.
                 cache = _fields(folder / "memory.stat").get(inactive, 0)
                 available = min(available, most - used + cache)
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most != resource.RLIM_INFINITY:
+        available = min(available, most - _address_space())
     return max(available, 0)
+
+
+def _address_space() -> int:
+    """Bytes that this process has mapped, and will map whatever it loads."""
+    pages = int(_text(Path("/proc/self/statm")).split()[0])
+    return pages * resource.getpagesize() + _THREADS_BYTES
 
 
 def _cgroups(root: Path, controller: str) -> Iterator[Path]:

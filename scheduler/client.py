@@ -1,6 +1,7 @@
 """The front end's end of the scheduler: submit, read the events, cancel, look at the status."""
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
@@ -22,6 +23,8 @@ from ktransformers.scheduler.protocol import (
     Tokens,
     ToScheduler,
 )
+
+log = logging.getLogger(__name__)
 
 BEHIND_EVENTS = 256
 """Events that may lie unread before the reader counts as behind; later ones are folded into the last."""
@@ -100,9 +103,19 @@ class SchedulerClient:
         """Of the scheduler whose unix socket is `path`; it need not be there yet."""
         return cls(Client[FromScheduler](path, FromScheduler))
 
-    def start(self) -> None:
-        """Begin to read events and to say Hello once a second."""
+    def start(self, on_failure: Callable[[], None] = lambda: None) -> None:
+        """Begin to read events and to say Hello once a second. `on_failure` is called when that cannot go on,
+        which only a mistake of ours can cause: nothing would ever be answered any more.
+        """
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._tick())]
+
+        def done(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error("the scheduler's messages cannot be read any more", exc_info=error)
+                on_failure()
+
+        for task in self._tasks:
+            task.add_done_callback(done)
 
     async def close(self) -> None:
         """Stop; open requests end with code "internal"."""

@@ -52,6 +52,11 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         self._draining = loop.create_task(self._drain())
 
+    def fail(self) -> None:
+        """End at once: the supervisor starts another."""
+        self.exit_code = EXIT_INTERNAL
+        self.should_exit = self.force_exit = True
+
     async def _drain(self) -> None:
         level = logging.INFO if self._generator.open_choices else logging.DEBUG
         log.log(level, "new requests are refused, running ones have %.0f s", self._drain_timeout)
@@ -88,7 +93,7 @@ async def serve(config: ServerConfig) -> int:
         generator,
         config.drain_timeout,
     )
-    scheduler.start()
+    scheduler.start(server.fail)
     try:
         await server.serve([listener])
     finally:

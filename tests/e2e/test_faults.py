@@ -7,9 +7,12 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +21,8 @@ import psutil
 import pytest
 import zmq
 from clients import PROMPT, ask, client, drained, stream
+
+from ktransformers.engine.weights.gguf import read
 
 LONG = {"model": "default", "prompt": PROMPT * 4, "max_tokens": 400, "ignore_eos": True, "stream": True}
 SHORT = {"model": "default", "prompt": PROMPT, "max_tokens": 8, "ignore_eos": True, "stream": True}
@@ -244,6 +249,91 @@ def test_the_model_file_is_truncated_under_it(start, default_model: Path, tmp_pa
     shutil.copy(default_model, model)
     server.wait_ready(20)
     assert ask(server, max_tokens=16).json()["choices"][0]["text"] == before
+
+
+POISON = 1000
+"""A token whose embedding is not a number in the file that `poisoned` writes."""
+
+
+def poisoned(model: Path, to: Path) -> None:
+    """A copy of a model (Q8_0 embedding, tied) whose output matrix is a tensor of its own, so that the poison
+    is only in what reads the token."""
+    file, name = read(model), b"token_embd.weight"
+    start, raw = file.header_bytes[0], model.read_bytes()
+    names = [n.encode() for n in file.tensors]
+    places = {n: raw.rfind(len(n).to_bytes(8, "little") + n, 0, start) for n in names}
+
+    def after(info: bytes) -> int:
+        """Where the type of a tensor ends: its name, dimensions and type lie before."""
+        begin = places[info] + 8 + len(info)
+        return begin + 4 + 8 * int.from_bytes(raw[begin : begin + 4], "little") + 4
+
+    end = after(max(places, key=lambda n: places[n])) + 8
+    data, embedding = bytearray(raw[start:]), file.tensor_bytes("token_embd.weight").tobytes()
+    data += bytes(-len(data) % 32)
+    output = b"output.weight"
+    shape = raw[places[name] + 8 + len(name) : after(name)]
+    info = len(output).to_bytes(8, "little") + output + shape + len(data).to_bytes(8, "little")
+    head = raw[:8] + (len(file.tensors) + 1).to_bytes(8, "little") + raw[16:end] + info
+    data += embedding
+    row = file.tensors["token_embd.weight"].offset - start + POISON * (len(embedding) // 49152)
+    data[row : row + 2] = b"\x00\x7e"  # the scale of its first group of 32: float16 NaN
+    to.write_bytes(head + bytes(-len(head) % 32) + data)
+
+
+def test_not_a_number_fails_one_request_and_no_other(start, default_model: Path, tmp_path: Path) -> None:
+    model = tmp_path / "poisoned.gguf"
+    poisoned(default_model, model)
+    server = start(model=model)
+    common = list(range(2000, 2032))
+
+    async def run() -> list[tuple[int, str]]:
+        async with client() as http:
+
+            async def one(prompt: list[int]) -> tuple[int, str]:
+                body = {"model": "default", "prompt": prompt, "max_tokens": 8, "temperature": 0}
+                reply = await http.post(f"{server.url}/v1/completions", json=body)
+                document = reply.json()
+                if reply.status_code != 200:
+                    return reply.status_code, document["error"]["code"]
+                return 200, document["choices"][0]["text"]
+
+            alone = await one([*common, 7])
+            mixed = [one([*common, POISON, 7] if i % 4 == 0 else [*common, 7]) for i in range(16)]
+            return [alone, *await asyncio.gather(*mixed), await one([*common, 7])]
+
+    alone, *mixed, last = asyncio.run(run())
+    assert alone[0] == 200 and last == alone
+    assert mixed == [(500, "numerical_error") if i % 4 == 0 else alone for i in range(16)]
+    metrics = drained(server)
+    assert metrics["ktransformers_engine_restarts_total"] == metrics["ktransformers_kv_blocks_used"] == 0
+
+
+def test_too_little_address_space(tmp_path: Path) -> None:
+    """The pool shrinks to what there is; where nothing useful fits the start fails with one line."""
+
+    def serve(limit: int) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "ktransformers.server.cli", "serve", "--port", "0"]
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {"XDG_STATE_HOME": str(tmp_path)},
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+        )
+
+    too_little = serve(500 << 20)
+    _, error = too_little.communicate(timeout=30)
+    assert too_little.returncode == 1 and "Traceback" not in error and "memory" in error, error
+    enough = serve(3 << 30)
+    assert enough.stdout is not None
+    lines = iter(enough.stdout.readline, "")
+    assert any("Ready" in line for line in lines)
+    enough.terminate()
+    enough.communicate(timeout=30)
+    assert enough.returncode == 0
 
 
 def test_garbage_in_the_sockets(start) -> None:

@@ -260,6 +260,18 @@ async def test_hello_once_a_second(client, channel, clock):
     assert len(channel.of(Hello)) == 1
 
 
+def test_what_cannot_go_on_is_said():
+    async def main():
+        channel, failed = Channel(), asyncio.Event()
+        client = SchedulerClient(channel, Clock())
+        client.start(failed.set)
+        channel.news.put_nowait(Tokens(None))
+        await asyncio.wait_for(failed.wait(), 5)
+        await client.close()
+
+    asyncio.run(main())
+
+
 def test_closing_ends_what_is_open():
     async def main():
         channel = Channel()
