@@ -7,27 +7,37 @@ import resource
 import signal
 import socket
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import uvicorn
 import uvloop
+from fastapi import FastAPI
 
 from ktransformers.engine.logs import start_logging
 from ktransformers.scheduler.client import SchedulerClient
-from ktransformers.server.app import make_app
-from ktransformers.server.auth import Keys
-from ktransformers.server.config import ConfigError, ServerConfig
+from ktransformers.server.app import make_admin_app, make_app
+from ktransformers.server.auth import AdminKeys, Keys
+from ktransformers.server.config import ConfigError, ServerConfig, tenants_dir
 from ktransformers.server.gate import BoundedProtocol
 from ktransformers.server.generation import Generator
 from ktransformers.server.metrics import Metrics
 from ktransformers.server.model import model_card
 from ktransformers.server.routing import Service
+from ktransformers.server.tenants.directory import Directory
+from ktransformers.server.tenants.ledger import Ledger
+from ktransformers.server.tenants.limits import Limiter
+from ktransformers.server.tenants.records import StoreError
 from ktransformers.server.text.model import TextModel
 
 EXIT_OK, EXIT_CONFIG, EXIT_INTERNAL, EXIT_DRAIN_TIMEOUT = 0, 1, 70, 75
 CLOSING_SECONDS = 3
 """What a cut-off stream's last event may take to reach its client."""
+ADMIN_POLL_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
 
 log = logging.getLogger("ktransformers.server")
@@ -66,51 +76,93 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
+class AdminServer(uvicorn.Server):
+    """The admin API's listener. Signals are the other server's business."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave them as they are."""
+        yield
+
+
 async def serve(config: ServerConfig) -> int:
     """Serve until a signal; the exit code."""
-    keys = Keys.load(config)
-    listener = _listen(config)
+    try:
+        directory = Directory.open(tenants_dir())
+        used_today = await directory.read(lambda store: store.used_on(int(time.time())))
+    except StoreError as error:
+        raise ConfigError(str(error)) from None
+    try:
+        return await _serve(config, directory, Limiter(used_today))
+    finally:
+        directory.close()
+
+
+async def _serve(config: ServerConfig, directory: Directory, limiter: Limiter) -> int:
+    keys = Keys.load(config, directory)
+    listener = _listen(config.host, config.port)
+    admin_listener = _listen(config.admin_host, config.admin_port) if directory.view.has_admin else None
     path = Path(config.scheduler.engine.model)
     text = _load(path)
     card = model_card(path, config.model_name, text)
     scheduler = SchedulerClient.connect(config.scheduler.socket)
     metrics = Metrics(card.name, lambda: scheduler.status, config.vllm_metrics)
-    generator = Generator(card.name, text, scheduler, metrics, config.request_timeout)
-    app = make_app(Service(config, keys, metrics, generator, card))
-    server = Server(
-        uvicorn.Config(
-            app,
-            http=BoundedProtocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=CLOSING_SECONDS,
-            timeout_keep_alive=65,
-        ),
-        generator,
-        config.drain_timeout,
-    )
+    ledger = Ledger(lambda at, rows, used: directory.post(lambda store: store.add_usage(at, rows, used)))
+    generator = Generator(card.name, text, scheduler, metrics, config.request_timeout, limiter, ledger)
+    service = Service(config, keys, metrics, generator, card, directory)
+    server = Server(_uvicorn(make_app(service)), generator, config.drain_timeout)
     scheduler.start(server.fail)
+    admin = asyncio.create_task(_serve_admin(service, admin_listener))
     try:
         await server.serve([listener])
     finally:
+        admin.cancel()
+        await asyncio.gather(admin, return_exceptions=True)
         await scheduler.close()
+        await ledger.close()
         text.close()
     return server.exit_code
 
 
-def _listen(config: ServerConfig) -> socket.socket:
+async def _serve_admin(service: Service, listener: socket.socket | None) -> None:
+    """Serve the admin API, as soon as there is a key that opens it."""
+    config = service.config
+    while listener is None:
+        await asyncio.sleep(ADMIN_POLL_SECONDS)
+        if service.directory.view.has_admin:
+            try:
+                listener = _listen(config.admin_host, config.admin_port)
+            except ConfigError as error:
+                log.error("no admin API: %s", error)
+    log.info("admin API on %s port %d", *listener.getsockname()[:2])
+    app = make_admin_app(replace(service, keys=AdminKeys(service.directory)))
+    await AdminServer(_uvicorn(app)).serve([listener])
+
+
+def _uvicorn(app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=BoundedProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=CLOSING_SECONDS,
+        timeout_keep_alive=65,
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
     """Raises ConfigError. Bound here and not by uvicorn, so that a port in use is one line and known at
     once.
     """
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((config.host, config.port), family=family, backlog=1024)
+        listener = socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {config.host} port {config.port}: {error.strerror}") from None
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}") from None
     listener.setblocking(False)
     log.debug("listening on %s port %d", *listener.getsockname()[:2])
     return listener

@@ -1,13 +1,15 @@
 """The ASGI application: routes, guards, error formats."""
 
-from fastapi import FastAPI
+from collections.abc import Sequence
+
+from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ktransformers.server import errors
-from ktransformers.server.api import health, ollama, openai
+from ktransformers.server.api import admin, admin_keys, admin_usage, health, ollama, openai
 from ktransformers.server.api.page import page_files, page_router
 from ktransformers.server.api.parameters import validation_error
 from ktransformers.server.errors import RequestError
@@ -17,6 +19,18 @@ from ktransformers.server.routing import Service, check_routes
 
 def make_app(service: Service) -> FastAPI:
     """Raises UndeclaredRoute for a route without a role: nothing is served by accident."""
+    config = service.config
+    policy = HostPolicy(config.host, config.allowed_hosts, config.allowed_origins)
+    return _make(service, [health.router, openai.router, ollama.router, page_router(page_files())], policy)
+
+
+def make_admin_app(service: Service) -> FastAPI:
+    """The admin API, for a listener of its own. No page may call it. Raises UndeclaredRoute."""
+    policy = HostPolicy(service.config.admin_host, (), ())
+    return _make(service, [health.router, admin.router, admin_keys.router, admin_usage.router], policy)
+
+
+def _make(service: Service, routers: Sequence[APIRouter], policy: HostPolicy) -> FastAPI:
     # The framework's own pages load scripts from elsewhere and would be routes without a role.
     app = FastAPI(
         title="ktransformers",
@@ -27,18 +41,13 @@ def make_app(service: Service) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.service = service
-    for router in (health.router, openai.router, ollama.router, page_router(page_files())):
+    for router in routers:
         # As they are, not through include_router, which wraps them: what was guarded is what will run.
         app.router.routes.extend(router.routes)
     check_routes(list(app.router.routes))
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
-    config = service.config
-    app.add_middleware(
-        Gate,
-        policy=HostPolicy(config.host, config.allowed_hosts, config.allowed_origins),
-        metrics=service.metrics,
-    )
+    app.add_middleware(Gate, policy=policy, metrics=service.metrics)
     return app
 
 

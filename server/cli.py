@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ktransformers.server import cli_tenants
+
 app = typer.Typer(
     name="ktransformers",
     help="A standalone multi-tenant inference server for large language models on the hardware people have.",
@@ -18,6 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(cli_tenants.app, name="tenants")
 
 Model = Annotated[
     str | None, typer.Argument(help="GGUF file, or a name of `models`; the default model if absent.")
@@ -71,6 +74,8 @@ def serve(
     request_timeout: Annotated[
         float | None, _option("Seconds after which a request fails; 0 is never [0].")
     ] = None,
+    admin_host: Annotated[str | None, _option("Address of the admin API [127.0.0.1].")] = None,
+    admin_port: Annotated[int | None, _option("Port of the admin API; 0 is any free one [8001].")] = None,
     log_level: Annotated[str | None, _option("debug, info, warning or error [info].")] = None,
     vllm_metrics: Annotated[bool | None, _option("Export some metrics under vLLM's names, too.")] = None,
     max_waiting: Annotated[int | None, _option("Requests that may wait; more are refused [1024].")] = None,

@@ -48,6 +48,11 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Seconds that running requests may still take after SIGTERM."""
     request_timeout: Annotated[float, Meta(ge=0, le=86400)] = 0.0
     """Seconds after which any request fails with code "deadline"; 0 is never."""
+    admin_host: str = "127.0.0.1"
+    """Address of the admin API, which is there once there is an admin key (`ktransformers tenants
+    admin-key`)."""
+    admin_port: Annotated[int, Meta(ge=0, le=65535)] = 8001
+    """0 lets the system choose."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     vllm_metrics: bool = False
     """Also export the gauges that dashboards and routers read under their `vllm:` names."""
@@ -79,12 +84,14 @@ def settings() -> dict[str, tuple[str, msgspec.structs.FieldInfo]]:
     return found
 
 
-def load_config(file: Path | None, env: Mapping[str, str], overrides: Mapping[str, Any]) -> ServerConfig:
+def load_config(
+    file: Path | None, env: Mapping[str, str], overrides: Mapping[str, Any], tenants: bool = False
+) -> ServerConfig:
     """Merge the TOML file, `KTRANSFORMERS_*` of `env`, and `overrides` (flat name -> value; None: not given).
 
-    A model that nobody named is left as "", which stands for the embedded default model.
-    Raises ConfigError for a file that cannot be read, an unknown name, a value of the wrong type or out of
-    bounds.
+    `tenants`: there is a tenant store, which may hold keys beside those of the settings. A model that nobody
+    named is left as "", which stands for the embedded default model. Raises ConfigError for a file that
+    cannot be read, an unknown name, a value of the wrong type or out of bounds.
     """
     values: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
     values["engine"]["model"] = ""
@@ -100,10 +107,11 @@ def load_config(file: Path | None, env: Mapping[str, str], overrides: Mapping[st
     engine = {**values["engine"], "cache": values["cache"]}
     scheduler = {**values["scheduler"], "engine": engine}
     config = msgspec.convert({**values["server"], "scheduler": scheduler}, ServerConfig)
-    if not is_loopback(config.host) and not config.api_keys and config.api_key_file is None:
+    keys = tenants or config.api_keys or config.api_key_file is not None
+    if not keys and not is_loopback(config.host):
         raise ConfigError(
-            f"setting 'host': listening on {config.host} needs 'api_key_file' or 'api_keys' "
-            "(without keys only a loopback address such as 127.0.0.1 is allowed)"
+            f"setting 'host': listening on {config.host} needs a tenant (`ktransformers tenants create`), "
+            "'api_key_file' or 'api_keys' (without keys only a loopback address such as 127.0.0.1 is allowed)"
         )
     return config
 
@@ -170,8 +178,13 @@ def config_dir(env: Mapping[str, str] = os.environ) -> Path:
 
 
 def data_dir(env: Mapping[str, str] = os.environ) -> Path:
-    """Model files that were pulled."""
+    """Model files that were pulled, and the tenant store."""
     return _xdg(env, "XDG_DATA_HOME", ".local/share")
+
+
+def tenants_dir(env: Mapping[str, str] = os.environ) -> Path:
+    """The folder of the tenant store, readable by its owner only."""
+    return data_dir(env) / "tenants"
 
 
 def state_dir(env: Mapping[str, str] = os.environ) -> Path:

@@ -24,13 +24,15 @@ _CODES: dict[str, tuple[int, str]] = {
     "host_not_allowed": (403, "permission_error"),
     "origin_not_allowed": (403, "permission_error"),
     "permission_denied": (403, "permission_error"),
+    "conflict": (409, "invalid_request_error"),
     "model_not_found": (404, "not_found_error"),
     "not_found": (404, "not_found_error"),
     "method_not_allowed": (405, "invalid_request_error"),
     "request_timeout": (408, "invalid_request_error"),
     "request_too_large": (413, "invalid_request_error"),
     "unsupported_media_type": (415, "invalid_request_error"),
-    "rate_limited": (429, "rate_limit_error"),
+    "rate_limit_exceeded": (429, "rate_limit_error"),
+    "insufficient_quota": (429, "rate_limit_error"),
     "internal": (500, "server_error"),
     "numerical_error": (500, "server_error"),
     "engine_restarted": (500, "server_error"),
@@ -64,7 +66,7 @@ class RequestError(HTTPException):
         self.code, self.message = (code, message) if code in _CODES else ("internal", "the request failed")
         status, self.type = _CODES[self.code]
         headers = dict(headers or {})
-        if status in (429, 503):
+        if status == 503 or code == "rate_limit_exceeded":
             retry_after = retry_after or 1.0
         if retry_after > 0:
             headers["Retry-After"] = str(min(120, max(1, math.ceil(retry_after))))

@@ -34,6 +34,8 @@ MAX_HEADER_BYTES = 16 << 10
 MAX_CONNECTIONS = 4096
 HEADER_SECONDS = 10.0
 BODY_SECONDS = 30.0
+EXTRA_HEADERS = "ktransformers.headers"
+"""Key in the scope of further headers (a dict) of the answer, which a route may add until it begins."""
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 _SECURITY_HEADERS = {
@@ -108,13 +110,16 @@ class Gate:
         request_id = f"req-{secrets.token_hex(16)}"
         scope["request_id"] = request_id
         origin = headers.get("origin")
+        extra: dict[str, str] = scope.setdefault(EXTRA_HEADERS, {})
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                answer = MutableHeaders(scope=message)
+                answer.update(extra)
                 _add_headers(
-                    MutableHeaders(scope=message),
+                    answer,
                     request_id,
                     origin if origin is not None and self._policy.is_listed(origin) else None,
                 )

@@ -7,18 +7,21 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
 from ktransformers.scheduler.client import RequestFailed
-from ktransformers.scheduler.protocol import Sampling, Status, Submit, Tenant, TokenEvent
+from ktransformers.scheduler.protocol import Sampling, Status, Submit, TokenEvent
+from ktransformers.server.accounting import Account, Counted, Usage
 from ktransformers.server.auth import Caller
 from ktransformers.server.errors import RequestError
 from ktransformers.server.metrics import Metrics
+from ktransformers.server.tenants.ledger import Ledger
+from ktransformers.server.tenants.limits import Limiter
 from ktransformers.server.text.detokenizer import Detokenizer, Pieces
 from ktransformers.server.text.messages import MessageError
 from ktransformers.server.text.stops import StopStrings
@@ -121,24 +124,16 @@ class Delta:
     logprobs: Sequence[TokenLogprob] = ()
 
 
-@dataclass
-class Usage:
-    """Counted while the deltas are read; whole once they have ended. Times are time.monotonic() seconds."""
-
-    prompt_tokens: int
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    submitted: float = field(default_factory=time.monotonic)
-    first_token: float = 0.0
-    last_token: float = 0.0
-
-
 class Generation:
     """The deltas of all choices of one call, of which the first has been drawn already. Close it when leaving
     early."""
 
-    def __init__(self, first: Delta, rest: AsyncGenerator[Delta, None], usage: Usage) -> None:
+    def __init__(
+        self, first: Delta, rest: AsyncGenerator[Delta, None], usage: Usage, headers: Mapping[str, str]
+    ) -> None:
         self.usage = usage
+        self.headers = headers
+        """How much the client's limits leave, for the answer."""
         self._first: Delta | None = first
         self._rest = rest
 
@@ -166,21 +161,43 @@ class Generator:
         scheduler: Scheduler,
         metrics: Metrics,
         request_timeout: float = 0.0,
+        limiter: Limiter | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
+        """Without `limiter` and `ledger` nothing that is used is kept beyond this process."""
         self.model_name = model_name
         self.text = text
         self.scheduler = scheduler
         self.draining = False
-        self._metrics = metrics
+        self.ledger = ledger or Ledger()
+        self._limiter = limiter or Limiter()
+        self.metrics = metrics
         self._deadline = request_timeout
         self._open: set[str] = set()
         self._stopped = False
 
-    def check_model(self, name: str) -> None:
+    def check_model(self, name: str, caller: Caller) -> None:
         """Raises RequestError unless `name` is the served model's, with or without Ollama's tag, or
-        "default"."""
-        if name.removesuffix(":latest") not in (self.model_name.removesuffix(":latest"), DEFAULT_MODEL):
+        "default", and the caller may use it. Every route that names a model asks here; the error does not
+        tell a model that is not there from one that is kept from the caller."""
+        known = name.removesuffix(":latest") in (self.model_name.removesuffix(":latest"), DEFAULT_MODEL)
+        if not known or not caller.may_use(self.model_name):
             raise RequestError("model_not_found", f"model '{name[:256]}' not found", "model")
+
+    def admit(self, name: str, caller: Caller) -> None:
+        """The same for a request that is to be answered: refused here, it costs nothing, if the caller's own
+        limits leave no room for any."""
+        self.check_model(name, caller)
+        with self._rejections(caller):
+            self._limiter.check(caller.limits)
+
+    @contextmanager
+    def _rejections(self, caller: Caller) -> Iterator[None]:
+        try:
+            yield
+        except RequestError as error:
+            self.metrics.tenants.of(caller.name).rejected(error.code)
+            raise
 
     # ---- prompts
 
@@ -226,17 +243,24 @@ class Generator:
         """
         usage = Usage(prompt_tokens=sum(len(prompt) for prompt in prompts))
         submits = [submit for prompt in prompts for submit in self._submits(prompt, parameters, caller)]
+        output = sum(submit.sampling.max_tokens for submit in submits)
+        with self._rejections(caller):
+            reservation = self._limiter.reserve(caller.limits, usage.prompt_tokens, output, len(submits))
+        account = Account(
+            usage, self.ledger, reservation, self.metrics.tenants.of(caller.name),
+            (caller.tenant, caller.key, self.model_name),
+        )  # fmt: skip
         choices = [
-            self._choice(index, submit, parameters.stop, continues, usage)
+            self._choice(index, submit, parameters.stop, continues, account, index // parameters.n)
             for index, submit in enumerate(submits)
         ]
-        deltas = choices[0] if len(choices) == 1 else _merged(choices)
+        deltas = _accounted(choices[0] if len(choices) == 1 else _merged(choices), account)
         try:
             first = await anext(deltas)
         except BaseException:
             await deltas.aclose()
             raise
-        return Generation(first, deltas, usage)
+        return Generation(first, deltas, usage, reservation.headers)
 
     def _submits(self, prompt: list[int], parameters: Parameters, caller: Caller) -> list[Submit]:
         """One Submit for each choice. Raises RequestError for what does not fit."""
@@ -271,7 +295,7 @@ class Generator:
         return [
             Submit(
                 id=secrets.token_hex(16),
-                tenant=Tenant(caller.tenant),
+                tenant=caller.share,
                 tokens=prompt,
                 deadline=self._deadline,
                 cache_scope=caller.cache_scope,
@@ -286,12 +310,19 @@ class Generator:
         ]
 
     async def _choice(
-        self, index: int, submit: Submit, stop: tuple[str, ...], continues: bool, usage: Usage
+        self,
+        index: int,
+        submit: Submit,
+        stop: tuple[str, ...],
+        continues: bool,
+        account: Account,
+        prompt: int,
     ) -> AsyncGenerator[Delta, None]:
         """The deltas of one choice. Leaving it early, as a stop string does, cancels the work."""
         text_of = Detokenizer(self.text.tokenizer, at_beginning=not continues)
         stops = StopStrings(stop) if stop else None
-        ends, counted = submit.sampling.stop_tokens, _Counted(self._metrics, usage, len(submit.tokens))
+        ends = submit.sampling.stop_tokens
+        counted = Counted(self.metrics, account, prompt, len(submit.tokens))
         self._open.add(submit.id)
         try:
             async with aclosing(self.scheduler.submit(submit)) as events:
@@ -326,8 +357,10 @@ class Generator:
                     if finish:
                         return
         except RequestFailed as error:
-            counted.fail(error.code)
-            raise RequestError(error.code, error.message, retry_after=error.retry_after) from None
+            # The scheduler's word for a limit of the tenant's own, in the clients' protocol.
+            code = "rate_limit_exceeded" if error.code == "rate_limited" else error.code
+            counted.fail(code)
+            raise RequestError(code, error.message, retry_after=error.retry_after) from None
         except RequestError as error:
             counted.fail(error.code)
             raise
@@ -380,50 +413,14 @@ def _too_long(context: int, param: str | None) -> RequestError:
     return RequestError("context_length_exceeded", message, param)
 
 
-class _Counted:
-    """Counts one choice in the metrics and in its call's usage, and sees to it that it is counted once."""
-
-    def __init__(self, metrics: Metrics, usage: Usage, prompt_tokens: int) -> None:
-        self._metrics, self._usage = metrics, usage
-        self._prompt_tokens, self._output_tokens = prompt_tokens, 0
-        self._last = usage.submitted
-        self._ended = False
-
-    def event(self, event: TokenEvent) -> None:
-        """News of the choice."""
-        now, n = time.monotonic(), len(event.tokens)
-        if not self._output_tokens and n:
-            self._metrics.first_token.observe(now - self._usage.submitted)
-            self._metrics.queue.observe(event.queue_seconds)
-            self._metrics.prompt_tokens.inc(self._prompt_tokens)
-            self._metrics.cached_tokens.inc(event.cached_tokens)
-            self._usage.cached_tokens += event.cached_tokens
-            self._usage.first_token = self._usage.first_token or now
-        elif n:
-            for _ in range(n):
-                self._metrics.between_tokens.observe((now - self._last) / n)
-        self._metrics.output_tokens.inc(n)
-        self._usage.completion_tokens += n
-        self._output_tokens += n
-        self._usage.last_token = self._last = now
-
-    def finish(self, reason: str) -> None:
-        """It ended by itself."""
-        self._ended = True
-        self._metrics.finished(reason)
-        self._metrics.request.observe(self._last - self._usage.submitted)
-        self._metrics.prompt_length.observe(self._prompt_tokens)
-        self._metrics.output_length.observe(self._output_tokens)
-
-    def fail(self, code: str) -> None:
-        """It ended with an error."""
-        self._ended = True
-        self._metrics.failed(code)
-
-    def leave(self) -> None:
-        """Nobody reads it any more; a client's leaving is counted if it had not ended."""
-        if not self._ended:
-            self._metrics.finished("cancelled")
+async def _accounted(deltas: AsyncGenerator[Delta, None], account: Account) -> AsyncGenerator[Delta, None]:
+    """`deltas`, and the account closed behind them, whatever becomes of them."""
+    try:
+        async with aclosing(deltas):
+            async for delta in deltas:
+                yield delta
+    finally:
+        account.close()
 
 
 async def _merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:

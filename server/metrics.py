@@ -82,6 +82,10 @@ REQUEST_BUCKETS = (
     7680.0,
 )
 LENGTH_BUCKETS = tuple(float(1 << power) for power in range(0, 21, 2))
+MAX_TENANTS = 50
+"""Tenants that have series of their own: the first ones that had a request; all further ones share one."""
+OTHER_TENANTS = "other"
+TENANT_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
 # Twice the series, which no dashboard reads.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -158,6 +162,8 @@ class Metrics:
             buckets=REQUEST_BUCKETS,
         )
 
+        self.tenants = TenantMetrics(r)
+
     def finished(self, reason: str) -> None:
         """A request ended with "stop", "length" or "cancelled"."""
         self._finished.labels(reason).inc()
@@ -174,6 +180,52 @@ class Metrics:
     def render(self) -> bytes:
         """The Prometheus text format."""
         return generate_latest(self.registry)
+
+
+class TenantSeries:
+    """The series of one tenant."""
+
+    def __init__(self, metrics: "TenantMetrics", label: str) -> None:
+        self.requests = metrics.requests.labels(label)
+        self.prompt_tokens = metrics.prompt_tokens.labels(label)
+        self.output_tokens = metrics.output_tokens.labels(label)
+        self.queue = metrics.queue.labels(label)
+        self.first_token = metrics.first_token.labels(label)
+        self._rejections, self._label = metrics.rejections, label
+
+    def rejected(self, code: str) -> None:
+        """A request was refused before it began."""
+        self._rejections.labels(self._label, code).inc()
+
+
+class TenantMetrics:
+    """Series by tenant, of which there are MAX_TENANTS and one for all others."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"ktransformers_tenant_{name}", text, ["tenant", *labels], registry=registry)
+
+        def histogram(name: str, text: str) -> Histogram:
+            return Histogram(
+                f"ktransformers_tenant_{name}", text, ["tenant"], registry=registry, buckets=TENANT_BUCKETS
+            )
+
+        self.requests = counter("requests", "Requests that were not refused")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens")
+        self.output_tokens = counter("generation_tokens", "Output tokens")
+        self.rejections = counter("rejections", "Requests refused before they began", "reason")
+        self.queue = histogram("queue_time_seconds", "Submit to first step")
+        self.first_token = histogram("time_to_first_token_seconds", "Submit to first token")
+        self._series: dict[str, TenantSeries] = {}
+
+    def of(self, name: str) -> TenantSeries:
+        """The series that this tenant's requests count in."""
+        if name not in self._series:
+            if len(self._series) >= MAX_TENANTS:
+                name = OTHER_TENANTS
+            if name not in self._series:
+                self._series[name] = TenantSeries(self, name)
+        return self._series[name]
 
 
 class _StatusCollector:

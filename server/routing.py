@@ -1,25 +1,35 @@
 """How a route is guarded: its role, a bounded body, and what its endpoint is given to work with."""
 
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from fastapi.routing import APIRoute
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from ktransformers.server.auth import Caller, Keys, Role, declared_role
+from ktransformers.server.auth import Caller, Role, declared_role, declared_scope
 from ktransformers.server.config import ServerConfig
 from ktransformers.server.errors import RequestError
-from ktransformers.server.gate import BoundedRequest
+from ktransformers.server.gate import EXTRA_HEADERS, BoundedRequest
 from ktransformers.server.generation import Generator
 from ktransformers.server.metrics import Metrics
 from ktransformers.server.model import ModelCard
+from ktransformers.server.tenants.directory import Directory
 
 
 class UndeclaredRoute(TypeError):
     """A route without a role: the application is not to start."""
+
+
+class Authority(Protocol):
+    """Who may call what (auth.Keys, auth.AdminKeys)."""
+
+    def authorize(self, role: Role, headers: Headers, scope: str) -> Caller:
+        """The caller, if it may call a route of that role and scope; else RequestError."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,10 +37,11 @@ class Service:
     """What the routes work with; `app.state.service`."""
 
     config: ServerConfig
-    keys: Keys
+    keys: Authority
     metrics: Metrics
     generator: Generator
     card: ModelCard
+    directory: Directory = field(default_factory=Directory)
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,8 @@ class Context:
 
     service: Service
     caller: Caller
+    headers: dict[str, str]
+    """Further headers of the answer."""
 
     @property
     def generator(self) -> Generator:
@@ -61,14 +74,17 @@ class GuardedRoute(APIRoute):
         role = declared_role(self.endpoint)
         if role is None:
             raise UndeclaredRoute(f"{self.path} declares no role")
-        handler = super().get_route_handler()
+        handler, scope = super().get_route_handler(), declared_scope(self.endpoint)
 
         async def guarded(request: Request) -> Response:
             service: Service = request.app.state.service
-            caller = service.keys.authorize(role, request.headers)
+            caller = service.keys.authorize(role, request.headers, scope)
+            if caller.key:
+                service.generator.ledger.touch(caller.key)
             if role is not Role.PUBLIC and service.generator.draining:
                 raise RequestError("draining", "the server is shutting down", retry_after=5)
-            request.scope["ktransformers.context"] = Context(service, caller)
+            headers = request.scope.setdefault(EXTRA_HEADERS, {})
+            request.scope["ktransformers.context"] = Context(service, caller, headers)
             bounded = BoundedRequest(request.scope, request.receive)
             if request.method == "POST":
                 bounded.check_media_type()

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from ktransformers.server.accounting import Usage
 from ktransformers.server.api import logprobs
 from ktransformers.server.api.encoding import encode
 from ktransformers.server.api.ollama_requests import (
@@ -19,9 +20,10 @@ from ktransformers.server.api.ollama_requests import (
 )
 from ktransformers.server.auth import Role, requires
 from ktransformers.server.errors import RESPONSES, RequestError
-from ktransformers.server.generation import Generation, Generator, TokenLogprob, Usage
+from ktransformers.server.generation import Generation, Generator, TokenLogprob
 from ktransformers.server.routing import Context, GuardedRoute, context_of
 from ktransformers.server.streaming import ByteStream, while_connected, with_error_event
+from ktransformers.server.tenants.records import REQUEST
 
 router = APIRouter(route_class=GuardedRoute, tags=["ollama"], responses=RESPONSES)
 _STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/x-ndjson": {}}}}
@@ -41,12 +43,12 @@ def _now() -> str:
 
 
 @router.post("/api/chat", operation_id="ollama_chat", responses=_STREAMED)
-@requires(Role.USER)
+@requires(Role.USER, REQUEST)
 async def chat(body: OllamaChatRequest, request: Request) -> Response:
     """Answer a conversation."""
     context = context_of(request)
     generator = context.generator
-    generator.check_model(body.model)
+    generator.admit(body.model, context.caller)
     if not body.messages:
         return _loaded(body, generator, {"message": {"role": "assistant", "content": ""}})
     messages = [message.for_template() for message in body.messages]
@@ -62,12 +64,12 @@ async def chat(body: OllamaChatRequest, request: Request) -> Response:
 
 
 @router.post("/api/generate", operation_id="ollama_generate", responses=_STREAMED)
-@requires(Role.USER)
+@requires(Role.USER, REQUEST)
 async def generate(body: OllamaGenerateRequest, request: Request) -> Response:
     """Continue a prompt, put into the model's template unless `raw`."""
     context = context_of(request)
     generator = context.generator
-    generator.check_model(body.model)
+    generator.admit(body.model, context.caller)
     if not body.prompt:
         return _loaded(body, generator, {"response": ""})
     prompt = body.prompt
@@ -113,7 +115,9 @@ async def _answer(
 
     async def start() -> Generation:
         parameters = body.parameters(generator.context())
-        return await generator.start([await prompt()], parameters, context.caller, continues)
+        generation = await generator.start([await prompt()], parameters, context.caller, continues)
+        context.headers.update(generation.headers)
+        return generation
 
     if body.stream is None or body.stream:
         generation = await while_connected(request.receive, start())
@@ -209,8 +213,10 @@ def _description(context: Context) -> dict[str, Any]:
 @router.get("/api/tags", operation_id="ollama_tags")
 @requires(Role.USER)
 async def tags(request: Request) -> Response:
-    """The one model there is."""
+    """The one model there is, if the caller may use it."""
     context = context_of(request)
+    if not context.caller.may_use(context.generator.model_name):
+        return _json({"models": []})
     return _json({"models": [_description(context) | {"modified_at": context.service.card.modified_at}]})
 
 
@@ -220,7 +226,7 @@ async def ps(request: Request) -> Response:
     """The model, if it is loaded. Nothing of it lies in GPU memory as far as this process knows."""
     context = context_of(request)
     status = context.generator.scheduler.status
-    if status is None or not status.ready:
+    if status is None or not status.ready or not context.caller.may_use(context.generator.model_name):
         return _json({"models": []})
     return _json(
         {
@@ -237,7 +243,7 @@ async def ps(request: Request) -> Response:
 async def show(body: ShowRequest, request: Request) -> Response:
     """What is known about the model."""
     context = context_of(request)
-    context.generator.check_model(body.model or body.name or "")
+    context.generator.check_model(body.model or body.name or "", context.caller)
     card = context.service.card
     return _json(
         {

@@ -10,14 +10,16 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ktransformers.server import errors
+from ktransformers.server.accounting import Usage
 from ktransformers.server.api import logprobs
 from ktransformers.server.api.encoding import encode
 from ktransformers.server.api.openai_requests import ChatRequest, CompletionRequest
 from ktransformers.server.auth import Role, requires
 from ktransformers.server.errors import RESPONSES, RequestError
-from ktransformers.server.generation import Generation, TokenLogprob, Usage
+from ktransformers.server.generation import Generation, TokenLogprob
 from ktransformers.server.routing import Context, GuardedRoute, context_of
 from ktransformers.server.streaming import ByteStream, while_connected, with_error_event
+from ktransformers.server.tenants.records import REQUEST
 from ktransformers.server.text.detokenizer import Pieces
 
 router = APIRouter(route_class=GuardedRoute, tags=["openai"], responses=RESPONSES)
@@ -61,8 +63,10 @@ def _model(context: Context) -> dict[str, Any]:
 @router.get("/v1/models", operation_id="list_models")
 @requires(Role.USER)
 async def list_models(request: Request) -> Response:
-    """The one model there is."""
-    return _json({"object": "list", "data": [_model(context_of(request))]})
+    """The one model there is, if the caller may use it."""
+    context = context_of(request)
+    allowed = context.caller.may_use(context.generator.model_name)
+    return _json({"object": "list", "data": [_model(context)] if allowed else []})
 
 
 @router.get("/v1/models/{model:path}", operation_id="get_model")
@@ -70,7 +74,7 @@ async def list_models(request: Request) -> Response:
 async def get_model(model: str, request: Request) -> Response:
     """One model by its id."""
     context = context_of(request)
-    context.generator.check_model(model)
+    context.generator.check_model(model, context.caller)
     return _json(_model(context))
 
 
@@ -78,16 +82,18 @@ async def get_model(model: str, request: Request) -> Response:
 
 
 @router.post("/v1/chat/completions", operation_id="create_chat_completion", responses=_STREAMED)
-@requires(Role.USER)
+@requires(Role.USER, REQUEST)
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
     context = context_of(request)
     generator = context.generator
-    generator.check_model(body.model)
+    generator.admit(body.model, context.caller)
 
     async def start() -> Generation:
         prompt = await generator.chat_prompt([message.for_template() for message in body.messages])
-        return await generator.start([prompt], body.to_parameters(), context.caller)
+        generation = await generator.start([prompt], body.to_parameters(), context.caller)
+        context.headers.update(generation.headers)
+        return generation
 
     head = _Head("chatcmpl", "chat.completion", generator.model_name)
     if body.stream:
@@ -207,19 +213,21 @@ def _last(start: bytes, include_usage: bool, usage: Usage) -> bytes:
 
 
 @router.post("/v1/completions", operation_id="create_completion", responses=_STREAMED)
-@requires(Role.USER)
+@requires(Role.USER, REQUEST)
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Continue one or more prompts."""
     context = context_of(request)
     generator = context.generator
-    generator.check_model(body.model)
+    generator.admit(body.model, context.caller)
     prompts = body.prompts()
 
     async def start() -> Generation:
         tokens = [
             await generator.text_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts
         ]
-        return await generator.start(tokens, body.to_parameters(), context.caller, continues=True)
+        generation = await generator.start(tokens, body.to_parameters(), context.caller, continues=True)
+        context.headers.update(generation.headers)
+        return generation
 
     head = _Head("cmpl", "text_completion", generator.model_name)
     n = len(prompts) * (body.n or 1)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ktransformers.engine import machine
 from ktransformers.server.commands.serve import default_file
-from ktransformers.server.config import ConfigError, ServerConfig, load_config
+from ktransformers.server.config import ConfigError, ServerConfig, load_config, tenants_dir
 from ktransformers.server.library import resolve
 from ktransformers.server.run_folder import run_folder
 from ktransformers.server.supervisor import check_listening
@@ -52,7 +52,7 @@ def findings(file: Path | None) -> Iterator[Finding]:
     yield _kernels()
     yield _huge_pages()
     try:
-        config = load_config(file or default_file(), os.environ, {})
+        config = load_config(file or default_file(), os.environ, {}, tenants_dir().exists())
     except ConfigError as error:
         yield Finding("settings", "bad", str(error), "`ktransformers serve --help` lists the settings")
         return

@@ -21,6 +21,7 @@ from ktransformers.server.config import (
     ServerConfig,
     config_dir,
     load_config,
+    tenants_dir,
 )
 from ktransformers.server.library import resolve
 from ktransformers.server.run_folder import run_folder, write_configurations
@@ -51,7 +52,7 @@ def run(file: Path | None, overrides: Mapping[str, Any]) -> int:
 
 def settle(file: Path | None, overrides: Mapping[str, Any]) -> ServerConfig:
     """Merge all settings, and find the model's file. Errors: ConfigError."""
-    config = load_config(file or default_file(), os.environ, overrides)
+    config = load_config(file or default_file(), os.environ, overrides, tenants_dir().exists())
     engine = config.scheduler.engine
     engine = msgspec.structs.replace(engine, model=str(resolve(engine.model)))
     scheduler = msgspec.structs.replace(config.scheduler, engine=engine)

@@ -46,8 +46,9 @@ class Server:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("KTRANSFORMERS_")}
         environment |= {f"KTRANSFORMERS_{name.upper()}": str(value) for name, value in settings.items()}
         environment |= {
-            f"XDG_{kind}_HOME": str(folder / kind.lower()) for kind in ("CONFIG", "STATE", "CACHE")
+            f"XDG_{kind}_HOME": str(folder / kind.lower()) for kind in ("CONFIG", "DATA", "STATE", "CACHE")
         }
+        self.environment = environment
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "ktransformers.server.cli", "serve", "--port", str(self.port)],
@@ -58,6 +59,15 @@ class Server:
                 start_new_session=True,
             )
         self.wait_ready(60)
+
+    def command(self, *arguments: str) -> str:
+        """What `ktransformers …` prints for this server's user."""
+        command = [sys.executable, "-m", "ktransformers.server.cli", *arguments]
+        done = subprocess.run(
+            command, env=self.environment, cwd=self.log.parent, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def wait_ready(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

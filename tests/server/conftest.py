@@ -27,6 +27,9 @@ from ktransformers.server.generation import Generator
 from ktransformers.server.metrics import Metrics
 from ktransformers.server.model import ModelCard
 from ktransformers.server.routing import Service
+from ktransformers.server.tenants.directory import Directory
+from ktransformers.server.tenants.ledger import Ledger
+from ktransformers.server.tenants.limits import Limiter
 from ktransformers.server.text.tokenizer import TooLongError
 
 END = 256
@@ -158,14 +161,22 @@ AppMaker = Callable[..., FastAPI]
 
 
 def _maker(scheduler: ScriptedScheduler) -> AppMaker:
-    def build(**changes: Any) -> FastAPI:
+    def build(
+        directory: Directory | None = None,
+        limiter: Limiter | None = None,
+        ledger: Ledger | None = None,
+        **changes: Any,
+    ) -> FastAPI:
         config = make_config(**changes)
         metrics = Metrics("tiny", lambda: scheduler.status, config.vllm_metrics)
-        generator = Generator("tiny", ByteText(), scheduler, metrics, config.request_timeout)
+        generator = Generator(
+            "tiny", ByteText(), scheduler, metrics, config.request_timeout, limiter, ledger
+        )
+        directory = directory or Directory()
         card = ModelCard(
             "tiny", 1_700_000_000, 1234, "0" * 64, "llama", "1M", "F16", "apache-2.0", "{{ x }}"
         )  # fmt: skip
-        return make_app(Service(config, Keys.load(config), metrics, generator, card))
+        return make_app(Service(config, Keys.load(config, directory), metrics, generator, card, directory))
 
     return build
 

@@ -138,7 +138,7 @@ async def test_a_tenant_is_the_name_of_its_key(make, connect, key_file: str, sch
             await client.post("/v1/chat/completions", json=CHAT, headers={"Authorization": f"Bearer {key}"})
     first, second = scheduler.submits
     assert (first.tenant.id, second.tenant.id) == ("alice", "admin")
-    assert first.cache_scope != second.cache_scope and len(first.cache_scope) == 16
+    assert first.cache_scope != second.cache_scope and len(first.cache_scope) == 32
 
 
 def test_a_route_without_a_role_does_not_start() -> None:

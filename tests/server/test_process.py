@@ -40,7 +40,10 @@ def start(folder: Path, **settings: Any) -> subprocess.Popen[str]:
     file = folder / "server.json"
     file.write_bytes(msgspec.json.encode(msgspec.structs.replace(config, scheduler=scheduler)))
     command = [sys.executable, "-m", "ktransformers.server", str(file)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {"XDG_DATA_HOME": str(folder / "data")}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 @pytest.fixture

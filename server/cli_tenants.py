@@ -1,0 +1,146 @@
+"""`ktransformers tenants …`: what the command line takes; commands/tenants.py does it."""
+
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Tenants, their keys and limits; a running server follows.")
+
+Name = Annotated[str, typer.Argument(help="Name or id of a tenant.")]
+Weight = Annotated[
+    float | None, typer.Option(help="Share of the engine relative to other tenants' [1].", show_default=False)
+]
+Priority = Annotated[
+    str | None,
+    typer.Option(help="low, normal or high: 1/4, 1 or 4 times the weight [normal].", show_default=False),
+]
+Models = Annotated[
+    str | None, typer.Option(help="Models it may use, by commas; all is every model.", show_default=False)
+]
+
+
+def _limit(text: str) -> Any:
+    return typer.Option(min=0, help=f"{text}; 0 is no limit.", show_default=False)
+
+
+RequestsPerMinute = Annotated[int | None, _limit("Requests in a minute")]
+TokensPerMinute = Annotated[int | None, _limit("Prompt and output tokens in a minute")]
+TokensPerDay = Annotated[int | None, _limit("The same in a day (UTC)")]
+MaxRunning = Annotated[int | None, _limit("Answers computed at once")]
+MaxWaiting = Annotated[int | None, _limit("Answers that may wait")]
+Expires = Annotated[
+    str | None, typer.Option(help="When: 90d, 12h, 30m, or a date as 2027-01-31 [never].", show_default=False)
+]
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Argument(help="Its name.")],
+    weight: Weight = None,
+    priority: Priority = None,
+    requests_per_minute: RequestsPerMinute = None,
+    tokens_per_minute: TokensPerMinute = None,
+    tokens_per_day: TokensPerDay = None,
+    max_running: MaxRunning = None,
+    max_waiting: MaxWaiting = None,
+    models: Models = None,
+) -> None:
+    """Make a tenant. From the first one on, every request needs a key."""
+    given = dict(locals())
+    from ktransformers.server.commands import tenants as command
+
+    command.create(given.pop("name"), given)
+
+
+@app.command("list")
+def list_() -> None:
+    """All tenants."""
+    from ktransformers.server.commands import tenants as command
+
+    command.show_all()
+
+
+@app.command()
+def show(name: Name) -> None:
+    """One tenant: its limits, its keys, what it used today."""
+    from ktransformers.server.commands import tenants as command
+
+    command.show(name)
+
+
+@app.command("set")
+def set_(
+    name: Name,
+    rename: Annotated[str | None, typer.Option(help="A new name.", show_default=False)] = None,
+    weight: Weight = None,
+    priority: Priority = None,
+    requests_per_minute: RequestsPerMinute = None,
+    tokens_per_minute: TokensPerMinute = None,
+    tokens_per_day: TokensPerDay = None,
+    max_running: MaxRunning = None,
+    max_waiting: MaxWaiting = None,
+    models: Models = None,
+) -> None:
+    """Change a tenant. What is not named stays as it is."""
+    given = dict(locals())
+    from ktransformers.server.commands import tenants as command
+
+    command.change(given.pop("name"), given)
+
+
+@app.command()
+def delete(name: Name) -> None:
+    """Archive a tenant: its keys work no longer, what it used stays on record."""
+    from ktransformers.server.commands import tenants as command
+
+    command.delete(name)
+
+
+@app.command()
+def key(
+    tenant: Annotated[str, typer.Argument(metavar="NAME", help="Name or id of a tenant.")],
+    name: Annotated[str, typer.Option(help="Whose key it is: a user of the tenant.")] = "default",
+    expires: Expires = None,
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(help="Narrow it: api.model.read, api.model.request, api.all.read.", show_default=False),
+    ] = None,
+    requests_per_minute: RequestsPerMinute = None,
+    tokens_per_minute: TokensPerMinute = None,
+    tokens_per_day: TokensPerDay = None,
+    max_running: MaxRunning = None,
+    max_waiting: MaxWaiting = None,
+) -> None:
+    """Make a key and print it, this once. Another key of the same name lets one be replaced without a gap."""
+    limits = dict(locals())
+    from ktransformers.server.commands import tenants as command
+
+    for option in ("tenant", "name", "expires", "scope"):
+        del limits[option]
+    command.key(tenant, name, expires, scope or [], limits)
+
+
+@app.command()
+def revoke(key: Annotated[str, typer.Argument(help="Id of a key, key_…, as `show` has it.")]) -> None:
+    """Make a key, also an administrator's, work no longer."""
+    from ktransformers.server.commands import tenants as command
+
+    command.revoke(key)
+
+
+@app.command("admin-key")
+def admin_key(
+    name: Annotated[str, typer.Argument(help="Whose key it is.")] = "admin", expires: Expires = None
+) -> None:
+    """Make a key of an administrator, for the admin API, and print it, this once."""
+    from ktransformers.server.commands import tenants as command
+
+    command.admin_key(name, expires)
+
+
+@app.command()
+def audit(limit: Annotated[int, typer.Option(min=1, max=10000, help="The latest so many.")] = 50) -> None:
+    """What administrators did, the latest first."""
+    from ktransformers.server.commands import tenants as command
+
+    command.audit(limit)

@@ -1,0 +1,155 @@
+"""The ledger: what it holds is what the answers said, however they ended."""
+
+import asyncio
+import random
+import sqlite3
+import time
+from concurrent.futures import Future
+
+import httpx
+import pytest
+
+from ktransformers.scheduler.client import RequestFailed
+from ktransformers.server.tenants.ledger import Ledger
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello there"}]}
+
+
+def sums(office) -> dict[str, tuple[int, int, int, int]]:
+    """(requests, input, cached, output) by key, from the file; by minute and by day they are the same."""
+    found = {}
+    for by_day in (True, False):
+        totals: dict[str, tuple[int, int, int, int]] = {}
+        for row in office.store.usage(0, 1 << 40, by_day):
+            old = totals.get(row.key, (0, 0, 0, 0))
+            new = (row.requests, row.input, row.cached, row.output)
+            totals[row.key] = tuple(a + b for a, b in zip(old, new, strict=True))
+        found[by_day] = totals
+    assert found[True] == found[False]
+    return found[True]
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.mark.anyio
+async def test_the_sum_over_the_ledger_is_the_sum_over_the_answers(office, connect, scheduler) -> None:
+    keys = {}
+    for name in "abc":
+        project, value = office.tenant(name)
+        keys[office.store.keys(project.id)[0].id] = value
+    office.follow()
+    scheduler.cached = 3
+    rng, expected = random.Random(1), dict.fromkeys(keys, (0, 0, 0, 0))
+
+    async def one(client, key: str) -> None:
+        body = CHAT | {"n": rng.choice([1, 1, 2, 4]), "max_tokens": rng.randint(1, 20)}
+        answer = await client.post("/v1/chat/completions", json=body, headers=bearer(keys[key]))
+        usage = answer.json()["usage"]
+        new = (
+            1, usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"],
+            usage["completion_tokens"],
+        )  # fmt: skip
+        assert new[2] == 3
+        expected[key] = tuple(a + b for a, b in zip(expected[key], new, strict=True))
+
+    async with connect(office.app()) as client:
+        await asyncio.gather(*(one(client, rng.choice(list(keys))) for _ in range(150)))
+        prompts = {"model": "tiny", "prompt": ["one", "second"], "n": 2, "max_tokens": 3}
+        key = next(iter(keys))
+        answer = await client.post("/v1/completions", json=prompts, headers=bearer(keys[key]))
+        usage = answer.json()["usage"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (9, 12)
+        more = (1, 9, usage["prompt_tokens_details"]["cached_tokens"], 12)
+        expected[key] = tuple(a + b for a, b in zip(expected[key], more, strict=True))
+    await office.ledger.close()
+    assert sums(office) == expected
+
+
+@pytest.mark.anyio
+async def test_answers_that_are_cut_off_count_as_far_as_they_came(office, scheduler, served) -> None:
+    """Clients that leave at random moments, streams or not: the ledger has what the scheduler had handed out
+    and this process had read, and never more than it."""
+    project, value = office.tenant("a")
+    key = office.store.keys(project.id)[0].id
+    office.follow()
+    scheduler.pause = 0.002
+    app = office.app()
+    rng, read = random.Random(2), {"tokens": 0, "prompts": 0}
+    handed = scheduler._events
+
+    async def counted(submit):
+        first = True
+        async for event in handed(submit):
+            read["tokens"] += len(event.tokens)
+            read["prompts"] += len(submit.tokens) if first else 0
+            first = False
+            yield event
+
+    scheduler._events = counted
+    with served(app) as port:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=bearer(value)) as client:
+
+            async def one(number: int) -> None:
+                await asyncio.sleep(number * 0.005)
+                body = CHAT | {"stream": rng.random() < 0.5}
+                request = asyncio.create_task(client.post("/v1/chat/completions", json=body))
+                await asyncio.sleep(rng.random() * 0.1)
+                request.cancel()
+                await asyncio.gather(request, return_exceptions=True)
+
+            await asyncio.gather(*(one(number) for number in range(100)))
+            scheduler.failure, scheduler.fail_after = RequestFailed("engine_restarted", "gone"), 4
+            answer = await client.post("/v1/chat/completions", json=CHAT)
+            assert answer.status_code == 500
+            scheduler.failure, scheduler.fail_after = RequestFailed("overloaded", "full"), 0
+            answer = await client.post("/v1/chat/completions", json=CHAT)
+            assert answer.status_code == 503
+            await asyncio.sleep(1.2)  # the ledger promises a second
+    requests, prompt, _, output = sums(office)[key]
+    assert (prompt, output) == (read["prompts"], read["tokens"])
+    print(f"{requests} requests, {output} tokens, {len(scheduler.left)} were left")
+    assert requests <= 101 and output > 100  # not the one that was refused
+    assert len(scheduler.left) > 20
+    subject = office.limiter._subjects[project.id]
+    assert (subject.open, subject.reserved, subject.used) == (0, 0, prompt + output)
+
+
+@pytest.mark.anyio
+async def test_what_could_not_be_written_is_written_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ktransformers.server.tenants.ledger.FLUSH_SECONDS", 0.01)
+    monkeypatch.setattr("ktransformers.server.tenants.ledger.RETRY_SECONDS", 0.05)
+    written, failures = [], 3
+
+    def write(at, rows, used) -> Future[None]:
+        nonlocal failures
+        future: Future[None] = Future()
+        if failures:
+            failures -= 1
+            future.set_exception(sqlite3.OperationalError("disk is full"))
+        else:
+            written.extend(rows)
+            future.set_result(None)
+        return future
+
+    ledger = Ledger(write)
+    for _ in range(100):
+        ledger.add(("p", "k", "m"), requests=1, input=2, cached=1, output=3)
+        ledger.touch("k")
+        await asyncio.sleep(0.002)
+    await asyncio.sleep(0.1)
+    await ledger.close()
+    assert sum(row.requests for row in written) == 100 and failures == 0
+    assert (sum(row.input for row in written), sum(row.output for row in written)) == (200, 300)
+
+
+@pytest.mark.anyio
+async def test_the_last_use_of_a_key_is_kept(office, connect) -> None:
+    project, value = office.tenant("a")
+    office.follow()
+    async with connect(office.app()) as client:
+        await client.get("/v1/models", headers=bearer(value))
+    await office.ledger.close()
+    (key,) = office.store.keys(project.id)
+    assert key.last_used_at is not None and abs(key.last_used_at - time.time()) < 5

@@ -1,0 +1,239 @@
+"""The file: who may open it, what survives, what is said when it is damaged."""
+
+import hashlib
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ktransformers.server.tenants.directory import SECRET_FILE, Directory
+from ktransformers.server.tenants.records import Conflict, Limits, Missing, StoreError, UsageRow
+from ktransformers.server.tenants.schema import STEPS, migrate
+from ktransformers.server.tenants.store import DAY, FILE, Store
+
+ODD_NAMES = [
+    "'; DROP TABLE projects; --", '" OR 1=1 --', "Robert'); DELETE FROM keys;", "東京 チーム", "a" * 64,
+    "%s%n{0}", "../../etc/passwd", "$(reboot)", "<script>", "emoji 🙂", "\\x00", "null", "0", "-rf", "_%",
+]  # fmt: skip
+BAD_NAMES = ["", "a" * 65, " a", "a ", "a\nb", "a\x00b", "\x1b[31m", "proj_1", "\u202e", "\t"]
+
+
+@pytest.fixture
+def store(tmp_path: Path):
+    store = Store.open(tmp_path / "t")
+    yield store
+    store.close()
+
+
+def test_nobody_else_can_open_it(tmp_path: Path) -> None:
+    folder = tmp_path / "t"
+    folder.mkdir(mode=0o755)
+    store = Store.open(folder)
+    store.create_project("a", "test")
+    Directory.open(folder).close()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    files = list(folder.iterdir())
+    assert {f.name for f in files} >= {FILE, SECRET_FILE}
+    assert all(stat.S_IMODE(f.stat().st_mode) == 0o600 for f in files)
+    store.close()
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_odd_names_are_names(store: Store, name: str) -> None:
+    project = store.create_project(name, "test")
+    account = store.create_account(project.id, name, "test")
+    key, _ = store.create_key(account, name, "test")
+    assert store.project(name) == store.project(project.id) == project
+    assert store.keys(project.id) == [key] and store.accounts(project.id) == [account]
+    with pytest.raises(Conflict):
+        store.create_project(name, "test")
+    assert store.archive_project(project.id, "test").archived_at is not None
+    with pytest.raises(Missing):
+        store.project(name)
+    store.create_project(name, "test")  # free again
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_bad_names_are_refused(store: Store, name: str) -> None:
+    with pytest.raises(StoreError):
+        store.create_project(name, "test")
+    assert store.projects() == []
+
+
+@given(st.text(max_size=80))
+def test_any_text_as_name_or_id(name: str) -> None:
+    store = Store(sqlite3.connect(":memory:", isolation_level=None), Path("memory"))
+    migrate(store._db)
+    try:
+        store.create_project(name, "test")
+    except StoreError:
+        assert store.projects() == []
+    else:
+        assert [p.name for p in store.projects()] == [name]
+    for look in (store.project, store.project_by_id, store.find_key):
+        with pytest.raises(Missing):
+            look(name + "'")
+    store.close()
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), 1e9])
+def test_bad_weights(store: Store, weight: float) -> None:
+    with pytest.raises(StoreError):
+        store.create_project("a", "test", weight=weight)
+
+
+def test_a_key_is_kept_as_its_hash_only(store: Store) -> None:
+    project = store.create_project("a", "test")
+    account = store.create_account(project.id, "u", "test")
+    key, value = store.create_key(account, "k", "test")
+    assert value.startswith("kt-") and len(value) == 3 + 43
+    assert key.digest == hashlib.sha256(value.encode()).digest()
+    for file in store.path.parent.iterdir():
+        assert value.encode() not in file.read_bytes() and value[3:].encode() not in file.read_bytes()
+    assert value not in str(store.audit()) and key.digest.hex() not in str(store.audit())
+    assert store.create_key(account, "k", "test")[1] != value
+
+
+def test_archiving_ends_keys_and_deleting_an_account_its_own(store: Store) -> None:
+    one, two = (store.create_project(name, "test") for name in "ab")
+    for project in (one, two):
+        for user in "uv":
+            store.create_key(store.create_account(project.id, user, "test"), user, "test")
+    store.delete_account(one.id, store.accounts(one.id)[0].id, "test")
+    assert [k.name for k in store.keys(one.id)] == ["v"]
+    store.archive_project(two.id, "test")
+    projects, accounts, keys, in_use = store.load()
+    assert (projects, len(accounts), [k.project for k in keys], in_use) == ([one], 1, [one.id], True)
+    with pytest.raises(Missing):
+        store.create_account(two.id, "w", "test")
+
+
+def test_every_act_is_in_the_audit_log(store: Store) -> None:
+    project = store.create_project("a", "me")
+    store.change_project(project.id, "me", weight=2.0)
+    store.change_limits(project.id, "me", {"tokens_per_day": 5})
+    account = store.create_account(project.id, "u", "me")
+    key, _ = store.create_key(account, "k", "me", limits=Limits(requests_per_minute=1))
+    key = store.change_key(key, "me", scopes=frozenset({"api.model.read"}))
+    store.revoke_key(key, "me")
+    store.delete_account(project.id, account.id, "me")
+    store.archive_project(project.id, "me")
+    store.revoke_key(store.create_key(None, "boss", "me")[0], "me")
+    assert [entry.action for entry in store.audit()][::-1] == [
+        "project.created", "project.updated", "rate_limit.updated", "service_account.created",
+        "api_key.created", "api_key.updated", "api_key.deleted", "service_account.deleted",
+        "project.archived", "tenant.admin_api_key.created", "tenant.admin_api_key.deleted",
+    ]  # fmt: skip
+    assert {entry.actor for entry in store.audit()} == {"me"}
+    store.create_project("b", "me")
+    with pytest.raises(Conflict):
+        store.create_project("b", "me")
+    assert len(store.audit()) == 12  # what failed is not there
+
+
+def test_usage_adds_up_and_old_minutes_go(store: Store) -> None:
+    now = 1_800_000_000
+    row = UsageRow(0, "p", "k", "m", 1, 10, 4, 5)
+    for at in (now - 9 * DAY, now - 60, now, now):
+        store.add_usage(at, [row], {})
+    store.forget_minutes(now)
+    minutes = store.usage(0, now + DAY, by_day=False)
+    assert [(r.start, r.requests) for r in minutes] == [(now - 60, 1), (now, 2)]
+    days = store.usage(0, now + DAY, by_day=True)
+    assert [r.requests for r in days] == [1, 3] and sum(r.input + r.output for r in days) == 4 * 15
+    assert store.used_on(now) == {"p": 45, "k": 45}
+
+
+# ---- what may happen to a file
+
+
+def test_an_older_file_is_taken_along(tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "t")
+    project = store.create_project("kept", "test")
+    migrate(store._db, (*STEPS, ("ALTER TABLE projects ADD COLUMN colour TEXT",)))
+    assert store._db.execute("PRAGMA user_version").fetchone() == (len(STEPS) + 1,)
+    assert store.project("kept") == project
+    with pytest.raises(sqlite3.OperationalError):
+        migrate(store._db, (*STEPS, ("SELECT 1",), ("ALTER TABLE projects ADD COLUMN x TEXT", "nonsense")))
+    columns = [row[1] for row in store._db.execute("PRAGMA table_info(projects)")]
+    assert "colour" in columns and "x" not in columns  # all of a step, or nothing
+    store.close()
+    with pytest.raises(StoreError, match="newer version"):
+        Store.open(tmp_path / "t")
+
+
+@pytest.mark.parametrize("damage", ["text", "truncated", "middle", "unknown limit", "folder"])
+def test_damage_is_said_in_a_line(tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "t"
+    store = Store.open(folder)
+    with store._transaction():
+        for i in range(300):
+            row = (f"proj_{i}", f"project {i}", 1, 1.0, "normal", "{}", "[]")
+            store._db.execute("INSERT INTO projects VALUES (?, ?, ?, NULL, ?, ?, ?, ?)", row)
+    if damage == "unknown limit":
+        store._db.execute("UPDATE projects SET limits = '{\"nope\": 1}' WHERE name = 'project 7'")
+    store.close()
+    file = folder / FILE
+    if damage == "text":
+        file.write_text("this is not a database, not at all, and has more than a hundred bytes in it" * 9)
+    elif damage == "truncated":
+        os.truncate(file, 10_000)
+    elif damage == "middle":
+        with file.open("r+b") as stream:
+            stream.seek(8192)
+            stream.write(b"\xff" * 16384)
+    elif damage == "folder":
+        file.unlink()
+        file.mkdir()
+    with pytest.raises(StoreError) as raised:
+        Store.open(folder)
+    assert str(file) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_damaged_secret_is_said(tmp_path: Path) -> None:
+    Directory.open(tmp_path / "t").close()
+    first = (tmp_path / "t" / SECRET_FILE).read_bytes()
+    Directory.open(tmp_path / "t").close()
+    assert (tmp_path / "t" / SECRET_FILE).read_bytes() == first and len(first) == 32
+    (tmp_path / "t" / SECRET_FILE).write_bytes(b"short")
+    with pytest.raises(StoreError, match="32 bytes"):
+        Directory.open(tmp_path / "t")
+
+
+def test_killed_while_writing_nothing_is_half_there(tmp_path: Path) -> None:
+    """kill -9 in a loop of acts: each that was answered is there with its line in the log; the file is
+    whole."""
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from ktransformers.server.tenants.store import Store\n"
+        "store = Store.open(Path(sys.argv[1]))\n"
+        "for i in range(10**6):\n"
+        "    p = store.create_project(f'{sys.argv[2]} {i}', 'test')\n"
+        "    print(p.id, flush=True)\n"
+        "    store.create_key(store.create_account(p.id, 'u', 'test'), 'k', 'test')\n"
+    )
+    answered = []
+    for turn in range(4):
+        command = [sys.executable, "-c", code, str(tmp_path / "t"), str(turn)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        answered.append(process.stdout.readline().strip())
+        time.sleep(0.05 * turn)
+        process.kill()
+        answered += process.stdout.read().split()
+        process.wait()
+    store = Store.open(tmp_path / "t")
+    ids = {p.id for p in store.projects()}
+    # The last line of each may have been cut off by the pipe's end.
+    assert {id_ for id_ in answered if len(id_) == 21} <= ids
+    assert len(ids) <= len(answered) + 4
+    created = [e.target for e in store.audit(limit=10**6) if e.action == "project.created"]
+    assert set(created) == ids and len(created) == len(ids)
+    store.close()
