@@ -35,14 +35,14 @@ struct Front {
   int all_low, all_high;               // ... that all see, in whole pairs; empty when all_low >= all_high
 };
 
-// `ahead` is what to prefetch while the tile is read: the blocks of the next one, or its own when there is no need. (The
-// processor's own prefetching ends with a page, and one kv head's part of a block is about that long.)
+// `ahead` is what to prefetch while the tile is read: the blocks of the next one, or its own when there is no need.
+// (The processor's own prefetching ends with a page, and one kv head's part of a block is about that long.)
 struct Tile {
   const uint16_t *block[kTileBlocks], *ahead[kTileBlocks];
 };
 
-// What has been folded so far: for each query a maximum of its scores, a vector of sums of weights, and head_dim sums of
-// weighted values.
+// What has been folded so far: for each query a maximum of its scores, a vector of sums of weights, and head_dim sums
+// of weighted values.
 template <class Float>
 struct State {
   Float *maximum, *sum, *out;
@@ -331,8 +331,8 @@ void fold_span(const AttentionTask& t, int64_t span, float* at, const Scratch& s
   }
 }
 
-// total becomes what total and then part, the state of `span`, have seen. Queries that the span does not reach stay, and
-// those for which it is the first start with it: which ones depends on positions only.
+// total becomes what total and then part, the state of `span`, have seen. Queries that the span does not reach stay,
+// and those for which it is the first start with it: which ones depends on positions only.
 void merge(const AttentionTask& t, int64_t span, const State<float>& total, const State<const float>& part) {
   for (int64_t i = 0; i < t.rows * t.group; ++i) {
     const int64_t position = t.first_position + i / t.group;

@@ -1,7 +1,7 @@
 // y = x w^T, written once over the formats and the vector vocabulary.
 //
-// A tile is one panel of 16 outputs by up to kTileRows rows. It goes along k once: the weights of a group are unpacked
-// in registers and used for every row, whose activations are broadcast from memory. Each output has its own chain of
+// A tile is one panel of 16 outputs, or two, by up to kTileRows rows. It goes along k once: the weights of a group are
+// unpacked in registers and used for every row, whose activations are broadcast from memory. Each output has its own chain of
 // sums in the order of k, the same whatever the number of rows, and all but dot_bf16 is equal on every instruction set.
 #pragma once
 
@@ -13,6 +13,16 @@ constexpr int64_t kChunkBytes = 384 * 1024;
 
 template <class F>
 constexpr int kMaxTile = kIsFloat<F> ? kTileRowsFloat : kTileRows;
+
+// Where weights need no unpacking, loads of activations are the limit: two panels share them, for half the rows.
+template <class F>
+constexpr bool kTwoPanels = false;
+template <>
+constexpr bool kTwoPanels<Q8_0> = kTileRows == 12;
+
+// The first tile of a panel prefetches the weights this far ahead: the processor by itself does not look far enough when
+// a line of weights is worked on for long.
+constexpr int64_t kAhead = 4096;
 
 // Minus the sum of a row's q over subgroup S of F, times the bias of the weights: where their accumulator starts, since
 // they are stored with the bias added.
@@ -38,36 +48,46 @@ inline Floats finish(const ActivationGroup& a, Ints acc, const Scales& w, Floats
   return fnma(w.m[S] * to_floats(set1_int(a.negative_half[S])), set1(a.scale), sum);
 }
 
-// One group of a panel for R rows, `stride` bytes apart.
-template <class F, int R>
-inline void group_product(const Scales& w, const uint8_t* quads, const uint8_t* act, int64_t stride, Floats* sum) {
+// One group of P panels, `panel_bytes` apart, for R rows, `stride` bytes apart. sum is [P][R].
+template <class F, int R, int P>
+inline void group_product(const Scales* w, const uint8_t* quads, int64_t panel_bytes, const uint8_t* act, int64_t stride,
+                          Floats* sum) {
   const auto row = [&](int r) -> const ActivationGroup& {
     return *reinterpret_cast<const ActivationGroup*>(act + r * stride);
   };
   constexpr int kQuads = kGroup / 4 / F::kSubgroups;
   unroll<F::kSubgroups>([&](auto s) {
-    Ints acc[R];
-    for (int r = 0; r < R; ++r) acc[r] = start<F, s>(row(r));
+    Ints acc[P][R];
+    for (int r = 0; r < R; ++r)
+      for (int p = 0; p < P; ++p) acc[p][r] = start<F, s>(row(r));
     unroll<kQuads>([&](auto i) {
       constexpr int kQuad = s * kQuads + i;
-      const Bytes weights = F::template quad<kQuad>(quads);
+      Bytes weights[P];
+      for (int p = 0; p < P; ++p) weights[p] = F::template quad<kQuad>(quads + p * panel_bytes);
       for (int r = 0; r < R; ++r) {
         const Bytes x = broadcast4(row(r).q + 4 * kQuad);
-        acc[r] = F::kBias == 128 ? dot_biased128(acc[r], weights, x) : dot_u7(acc[r], weights, x);
+        for (int p = 0; p < P; ++p)
+          acc[p][r] = F::kBias == 128 ? dot_biased128(acc[p][r], weights[p], x) : dot_u7(acc[p][r], weights[p], x);
       }
     });
-    for (int r = 0; r < R; ++r) sum[r] = finish<F, s>(row(r), acc[r], w, sum[r]);
+    for (int p = 0; p < P; ++p)
+      for (int r = 0; r < R; ++r) sum[p * R + r] = finish<F, s>(row(r), acc[p][r], w[p], sum[p * R + r]);
   });
 }
 
-template <class F, int R>
-inline void integer_tile(const uint8_t* panel, const uint8_t* act, int64_t stride, int64_t cols, Floats* sum) {
-  for (int r = 0; r < R; ++r) sum[r] = set1(0.0f);
+template <class F, int R, int P>
+inline void integer_tile(const uint8_t* panel, int64_t panel_bytes, int64_t ahead, const uint8_t* act, int64_t stride,
+                         int64_t cols, Floats* sum) {
+  for (int i = 0; i < P * R; ++i) sum[i] = set1(0.0f);
   for (int64_t left = cols / kGroup; left > 0; left -= F::kGroups) {
     const uint8_t* header = panel;
     panel += F::kHeader;
     for (int g = 0; g < F::kGroups && g < left; ++g) {
-      group_product<F, R>(F::scales(header, g), panel, act, stride, sum);
+      for (int i = 0; i < F::Quads::kBytes + F::kHeader / F::kGroups; i += 64)
+        for (int p = 0; p < P; ++p) __builtin_prefetch(panel + p * panel_bytes + ahead + i);
+      Scales w[P];
+      for (int p = 0; p < P; ++p) w[p] = F::scales(header + p * panel_bytes, g);
+      group_product<F, R, P>(w, panel, panel_bytes, act, stride, sum);
       panel += F::Quads::kBytes;
       act += sizeof(ActivationGroup);
     }
@@ -116,13 +136,25 @@ struct Product {
   int64_t ldy;
 };
 
-template <class F, int R>
-[[gnu::noinline]] void tile(const Product& p, int64_t panel, int64_t row) {
-  Floats sum[R];
+inline void store_outputs(const Product& p, int64_t panel, int64_t row, Floats sum) {
+  const int64_t first = panel * kPanelRows;
+  const int outputs = static_cast<int>(p.out_rows - first < kPanelRows ? p.out_rows - first : kPanelRows);
+  if (p.bias) sum = sum + load_n(p.bias + first, outputs);
+  float* y = p.y + row * p.ldy + first;
+  if (outputs == kPanelRows) {
+    store(y, sum);
+  } else {
+    store_n(y, sum, outputs);
+  }
+}
+
+template <class F, int R, int P>
+[[gnu::noinline]] void tile(const Product& p, int64_t panel, int64_t row, int64_t ahead) {
+  Floats sum[P * R];
   const uint8_t* weights = p.packed + panel * p.panel_bytes;
   const uint8_t* act = p.act + row * p.stride;
   if constexpr (!kIsFloat<F>) {
-    integer_tile<F, R>(weights, act, p.stride, p.cols, sum);
+    integer_tile<F, R, P>(weights, p.panel_bytes, ahead, act, p.stride, p.cols, sum);
   } else if constexpr (F::kActivation == Activation::kF32) {
     float_tile<F, R>(weights, act, p.stride, p.cols, sum);
   } else {
@@ -130,24 +162,18 @@ template <class F, int R>
     bf16_tile<R>(weights, act, p.stride, p.cols, sum);
 #endif
   }
-  const int64_t first = panel * kPanelRows;
-  const int outputs = static_cast<int>(p.out_rows - first < kPanelRows ? p.out_rows - first : kPanelRows);
-  for (int r = 0; r < R; ++r) {
-    if (p.bias) sum[r] = sum[r] + load_n(p.bias + first, outputs);
-    float* y = p.y + (row + r) * p.ldy + first;
-    if (outputs == kPanelRows) {
-      store(y, sum[r]);
-    } else {
-      store_n(y, sum[r], outputs);
-    }
-  }
+  for (int i = 0; i < P; ++i)
+    for (int r = 0; r < R; ++r) store_outputs(p, panel + i, row + r, sum[i * R + r]);
 }
 
-// Rows [row, end) of one panel in the largest tiles that fit.
-template <class F, int R>
-inline void tiles(const Product& p, int64_t panel, int64_t row, int64_t end) {
-  for (; end - row >= R; row += R) tile<F, R>(p, panel, row);
-  if constexpr (R > 1) tiles<F, R == 12 ? 8 : R / 2>(p, panel, row, end);
+// Rows [row, end) of P panels in the largest tiles that fit.
+template <class F, int R, int P>
+inline void tiles(const Product& p, int64_t panel, int64_t row, int64_t end, int64_t ahead) {
+  for (; end - row >= R; row += R) {
+    tile<F, R, P>(p, panel, row, ahead);
+    ahead = 0;  // what is read now: there is nothing to fetch
+  }
+  if constexpr (R > 1) tiles<F, R == 12 ? 8 : R == 6 ? 4 : R / 2, P>(p, panel, row, end, ahead);
 }
 
 template <class F>
@@ -157,7 +183,11 @@ void product(const Product& p, int64_t rows, int64_t begin, int64_t end) {
   const int64_t chunk = fit > kTile ? fit : kTile;
   for (int64_t r = 0; r < rows; r += chunk) {
     const int64_t last = rows - r < chunk ? rows : r + chunk;
-    for (int64_t panel = begin; panel < end; ++panel) tiles<F, kMaxTile<F>>(p, panel, r, last);
+    int64_t panel = begin;
+    if constexpr (kTwoPanels<F>) {
+      for (; panel + 2 <= end; panel += 2) tiles<F, kTile / 2, 2>(p, panel, r, last, kAhead);
+    }
+    for (; panel < end; ++panel) tiles<F, kTile, 1>(p, panel, r, last, kAhead);
   }
 }
 

@@ -46,8 +46,8 @@ AttentionMemory::AttentionMemory(const KernelTable& table, const std::vector<Op>
 
 namespace {
 
-// A unit of attention is one kv head for one piece of query rows. They go in the order of their work, the longest first:
-// what is left for the end is short.
+// A unit of attention is one kv head for one piece of query rows. They go in the order of their work, the longest
+// first: what is left for the end is short.
 class Attention {
  public:
   Attention(const KernelTable& table, const Values& values, const KvPool& kv, const op::Attention& op,

@@ -2,7 +2,8 @@
 //
 //   attention ISA ROWS CONTEXT GROUP HEAD_DIM KV_HEADS
 //
-// ROWS new positions after CONTEXT older ones; KV_HEADS counts those of all layers, whose caches lie in the same blocks.
+// ROWS new positions after CONTEXT older ones; KV_HEADS counts those of all layers, whose caches lie in the same
+// blocks.
 #include <sys/mman.h>
 
 #include <algorithm>

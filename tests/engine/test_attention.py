@@ -44,9 +44,10 @@ def bf16(x: Any) -> Any:
 
 
 def oracle(shape: Any, q: Any, k: Any, v: Any) -> Any:
-    """Attention of a whole sequence [n, ...] in float64, of what is multiplied: bfloat16 (but for the weights)."""
+    """Attention of a whole sequence [n, ...] in float64, of what is multiplied: bfloat16."""
     n, group = len(q), shape.heads // shape.kv_heads
-    factor = np.float32(shape.scale) / np.float32(shape.softcap) if shape.softcap else np.float32(shape.scale * LOG2E)
+    scale = np.float32(shape.scale)
+    factor = scale / np.float32(shape.softcap) if shape.softcap else scale * LOG2E
     q = bf16(q * factor).astype(np.float64).reshape(n, shape.heads, shape.head_dim) / factor
     k, v = bf16(k), bf16(v)
     k, v = (
