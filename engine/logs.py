@@ -4,6 +4,7 @@ No prompt, no output, no key ever gets into one (keys as eight hex digits). No p
 a full disk, a stopped terminal or a reader that went away costs lines, which the next line counts.
 """
 
+import asyncio
 import json
 import logging
 import os
@@ -11,8 +12,10 @@ import queue
 import sys
 import threading
 import time
+import traceback
 from contextlib import suppress
 from logging.handlers import QueueHandler, QueueListener
+from typing import Any
 
 MAX_MESSAGE = 2000
 QUEUED = 10_000
@@ -21,13 +24,30 @@ PER_SECOND = 10
 FLUSH_SECONDS = 1.0
 """What the last lines may take at the end of the process."""
 _STDOUT = 1
+_CONTROL = dict.fromkeys((*range(32), *range(0x7F, 0xA0)), "\ufffd") | {9: " ", 10: "\n    "}
+"""A terminal obeys these, and a model's name or a path may hold them."""
+
+log = logging.getLogger("ktransformers.engine.logs")
+
+
+def frames(error: BaseException | None) -> str:
+    """What kind of error it is and where it was raised. Not its text, which may hold what a client sent."""
+    if error is None:
+        return "no exception"
+    found = traceback.extract_tb(error.__traceback__)[-6:]
+    return f"{type(error).__name__} at {' < '.join(f'{f.name}:{f.lineno}' for f in reversed(found))}"
+
+
+def log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """An exception that nobody waits for. asyncio's own line shows its text, and the arguments of calls."""
+    log.error("the event loop met %s", frames(context.get("exception")))
 
 
 class JsonLines(logging.Formatter):
     """One record, one line, whatever characters are in it."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """time (UTC), level, logger, message, and for an exception its type."""
+        """time (UTC), level, logger, message, and for an exception its type and where it came from."""
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
             + f".{int(record.msecs):03d}Z",
@@ -36,7 +56,7 @@ class JsonLines(logging.Formatter):
             "message": record.getMessage()[:MAX_MESSAGE],
         }
         if record.exc_info and record.exc_info[0] is not None:
-            line["exception"] = record.exc_info[0].__name__
+            line["exception"] = frames(record.exc_info[1])
         return json.dumps(line)
 
 
@@ -48,10 +68,10 @@ class ForPeople(logging.Formatter):
         self._role = role
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line; what is worse than "info" in colour, and an exception with its traceback."""
-        message = record.getMessage()[:MAX_MESSAGE]
+        """One line, or more that are indented; what is worse than "info" in colour."""
+        message = record.getMessage()[:MAX_MESSAGE].strip().translate(_CONTROL)
         if record.exc_info:
-            message += "\n" + self.formatException(record.exc_info)
+            message += f" ({frames(record.exc_info[1])})"
         if record.levelno >= logging.WARNING:
             message = f"\x1b[{31 if record.levelno >= logging.ERROR else 33}m{message}\x1b[0m"
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))

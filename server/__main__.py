@@ -18,7 +18,7 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI
 
-from ktransformers.engine.logs import start_logging
+from ktransformers.engine.logs import log_loop_error, start_logging
 from ktransformers.scheduler.client import SchedulerClient
 from ktransformers.server.app import make_admin_app, make_app
 from ktransformers.server.auth import AdminKeys, Keys
@@ -87,6 +87,7 @@ class AdminServer(uvicorn.Server):
 
 async def serve(config: ServerConfig) -> int:
     """Serve until a signal; the exit code."""
+    asyncio.get_running_loop().set_exception_handler(log_loop_error)
     try:
         directory = Directory.open(tenants_dir())
         used_today = await directory.read(lambda store: store.used_on(int(time.time())))

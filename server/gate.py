@@ -6,7 +6,6 @@ import logging
 import re
 import secrets
 import time
-import traceback
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from ktransformers.engine.logs import frames
 from ktransformers.server import errors
 from ktransformers.server.config import is_loopback
 from ktransformers.server.errors import RequestError
@@ -136,8 +136,7 @@ class Gate:
         except ClientDisconnect:
             status = status or 499
         except Exception as error:
-            # Frames only: the text of an exception may hold what a client sent.
-            log.error("request %s failed: %s at %s", request_id, type(error).__name__, _where(error))
+            log.error("request %s failed: %s", request_id, frames(error))
             if status:
                 raise
             failure = RequestError("internal", f"the server failed; its log has the request id {request_id}")
@@ -187,11 +186,6 @@ def _preflight() -> Response:
             "Access-Control-Max-Age": "600",
         },
     )
-
-
-def _where(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)[-6:]
-    return " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(frames))
 
 
 class BoundedRequest(Request):

@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from ktransformers.engine.logs import frames
 from ktransformers.server.errors import RequestError
 
 SEND_SECONDS = 30.0
@@ -54,8 +55,7 @@ async def with_error_event(
     except RequestError as error:
         yield event(error)
     except Exception as error:
-        # The type only: the text of an exception may hold what a client sent.
-        log.error("a stream failed: %s", type(error).__name__)
+        log.error("a stream failed: %s", frames(error))
         yield event(RequestError("internal", "the request failed"))
 
 
