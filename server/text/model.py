@@ -154,6 +154,10 @@ class TextModel:
         limit: int | None = None,
     ) -> list[int]:
         """The prompt's ids: `chat_text`, encoded. Raises TooLongError for more than `limit` tokens, too."""
+        if limit is not None:
+            # Before the template: 16 MiB keep it, and everybody who waits for it, for seconds.
+            contents = sum(len(text) for message in messages for text in chat.strings(message.get("content")))
+            self.tokenizer.refuse_characters(contents, limit)
         pieces = self.chat_text(messages, tools, arguments, add_generation_prompt)
         return self.tokenizer.encode_pieces(pieces, limit)
 

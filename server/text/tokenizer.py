@@ -122,13 +122,17 @@ class Tokenizer:
         ids: list[int] = batch[0].ids
         return ids
 
+    def refuse_characters(self, count: int, room: int) -> None:
+        """Raises TooLongError when no `room` tokens can write `count` characters."""
+        if self.longest and count > room * self.longest:
+            raise TooLongError("the text is longer than the tokens allowed can write")
+
     def _refuse_far_too_long(self, text: str, room: int) -> None:
         """Bound the work on text that cannot fit: encoding all of 16 MiB takes seconds and half a gigabyte.
 
         Encoded in parts, a text has a few more tokens for each seam; an eighth more is beyond doubt too long.
         """
-        if self.longest and len(text) > room * self.longest:
-            raise TooLongError("the text is longer than the tokens allowed can write")
+        self.refuse_characters(len(text), room)
         count = 0
         for start in range(0, len(text) if len(text) > _PART else 0, _PART):
             count += len(self._encode_plain(text[start : start + _PART]))

@@ -3,6 +3,7 @@ models.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -213,6 +214,16 @@ def test_async_and_limit(default_model: TextModel) -> None:
             await default_model.prompt_ids_async(long, limit=100)
 
     asyncio.run(go())
+
+
+def test_work_on_a_conversation_that_is_too_long(default_model: TextModel) -> None:
+    """16 MiB of what takes most work to guard."""
+    default_model.chat_ids(user("Hi"))
+    messages = user("<|im_end|>" * (2**24 // 10))
+    start = time.process_time()
+    with pytest.raises(TooLongError):
+        default_model.chat_ids(messages, limit=8192)
+    assert time.process_time() - start < 0.1
 
 
 def test_facts(default_model: TextModel) -> None:
