@@ -45,7 +45,8 @@ async def test_chat(app: FastAPI, connect, scheduler) -> None:
 @pytest.mark.anyio
 @pytest.mark.parametrize("include_usage", [False, True])
 @pytest.mark.parametrize("n", [1, 3])
-async def test_chat_stream(app: FastAPI, connect, include_usage: bool, n: int) -> None:
+async def test_chat_stream(app: FastAPI, connect, scheduler, include_usage: bool, n: int) -> None:
+    scheduler.cached = 4
     body = CHAT | {"stream": True, "n": n, "stream_options": {"include_usage": include_usage}}
     async with connect(app) as client:
         answer = await client.post("/v1/chat/completions", json=body)
@@ -55,6 +56,7 @@ async def test_chat_stream(app: FastAPI, connect, include_usage: bool, n: int) -
     if include_usage:
         last = chunks.pop()
         assert last["choices"] == [] and last["usage"]["completion_tokens"] == 14 * n
+        assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 4}  # of one prompt
         assert all(chunk["usage"] is None for chunk in chunks)
     else:
         assert all("usage" not in chunk for chunk in chunks)
