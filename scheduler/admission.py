@@ -17,8 +17,9 @@ _MAX_ID = 128
 _MAX_TENANT = 512
 _MAX_SCOPE = 128
 _WEIGHTS = (0.001, 1000.0)
-_MAX_LIST = 300
-"""Entries of stop_tokens and logit_bias."""
+_MAX_BIASES = 300
+_MAX_STOPS = 512
+"""As many as a client may name, and the model's own."""
 _MAX_BIAS = 1e6
 _MAX_LOGPROBS = 20
 _RETRY_SECONDS = (1.0, 120.0)
@@ -96,9 +97,9 @@ def _wrong(submit: Submit, limits: Limits) -> str:
         "max_tokens": s.max_tokens >= 1,
         "min_tokens": 0 <= s.min_tokens <= s.max_tokens,
         "logprobs": -1 <= s.logprobs <= _MAX_LOGPROBS,
-        "stop_tokens": len(s.stop_tokens) <= _MAX_LIST and all(map(in_vocab, s.stop_tokens)),
+        "stop_tokens": len(s.stop_tokens) <= _MAX_STOPS and all(map(in_vocab, s.stop_tokens)),
         # -inf bans a token.
-        "logit_bias": len(s.logit_bias) <= _MAX_LIST
+        "logit_bias": len(s.logit_bias) <= _MAX_BIASES
         and all(
             in_vocab(token) and (abs(bias) <= _MAX_BIAS or bias == -math.inf) for token, bias in s.logit_bias
         ),

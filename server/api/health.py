@@ -12,6 +12,7 @@ from ktransformers.server.routing import GuardedRoute, context_of
 router = APIRouter(route_class=GuardedRoute, tags=["health"], responses=RESPONSES)
 
 
+@router.head("/livez", include_in_schema=False)
 @router.get("/livez", operation_id="livez", response_class=PlainTextResponse)
 @requires(Role.PUBLIC)
 async def livez() -> Response:
@@ -29,6 +30,7 @@ def _state(request: Request) -> tuple[bool, str]:
     return status.ready, "ready" if status.ready else status.detail
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", operation_id="readyz", response_class=PlainTextResponse)
 @requires(Role.PUBLIC)
 async def readyz(request: Request) -> Response:

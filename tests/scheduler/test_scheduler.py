@@ -194,7 +194,7 @@ def test_a_request_larger_than_the_pool_is_refused():
         {"seed": 1 << 63},
         {"stop_tokens": (1000,)},
         {"stop_tokens": (-1,)},
-        {"stop_tokens": tuple(range(301))},
+        {"stop_tokens": tuple(range(513))},
         {"min_tokens": -1},
         {"min_tokens": 9},
         {"max_tokens": 0},
@@ -209,6 +209,13 @@ def test_bad_sampling_is_refused_by_name(bad):
     assert w.ends == {"a": "invalid_request"}
     assert next(iter(bad)) in w.failures["a"].message
     assert w.status.steps == 0 and not w.to_do
+
+
+def test_as_many_stop_tokens_as_a_client_may_name_and_the_models_own():
+    w = World()
+    w.submit("a", prompt(5), stop_tokens=tuple(range(100, 410)))
+    w.run()
+    assert w.ends["a"] in ("stop", "length")
 
 
 def test_bad_envelopes_are_refused():
