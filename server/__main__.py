@@ -3,6 +3,7 @@
 import asyncio
 import ctypes
 import logging
+import os
 import resource
 import signal
 import socket
@@ -101,8 +102,8 @@ async def serve(config: ServerConfig) -> int:
 
 async def _serve(config: ServerConfig, directory: Directory, limiter: Limiter) -> int:
     keys = Keys.load(config, directory)
-    listener = _listen(config.host, config.port)
-    admin_listener = _listen(config.admin_host, config.admin_port) if directory.view.has_admin else None
+    listener = _listen("port", config.host, config.port)
+    admin_listener = _listen_for_admin(config) if directory.view.has_admin else None
     path = Path(config.scheduler.engine.model)
     text = _load(path)
     card = model_card(path, config.model_name, text)
@@ -132,7 +133,7 @@ async def _serve_admin(service: Service, listener: socket.socket | None) -> None
         await asyncio.sleep(ADMIN_POLL_SECONDS)
         if service.directory.view.has_admin:
             try:
-                listener = _listen(config.admin_host, config.admin_port)
+                listener = _listen_for_admin(config)
             except ConfigError as error:
                 log.error("no admin API: %s", error)
     log.info("admin API on %s port %d", *listener.getsockname()[:2])
@@ -155,7 +156,11 @@ def _uvicorn(app: FastAPI) -> uvicorn.Config:
     )
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen_for_admin(config: ServerConfig) -> socket.socket:
+    return _listen("admin_port", config.admin_host, config.admin_port)
+
+
+def _listen(setting: str, host: str, port: int) -> socket.socket:
     """Raises ConfigError. Bound here and not by uvicorn, so that a port in use is one line and known at
     once.
     """
@@ -163,7 +168,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener = socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+        message = f"setting '{setting}': cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}"
+        raise ConfigError(message) from None
     listener.setblocking(False)
     log.debug("listening on %s port %d", *listener.getsockname()[:2])
     return listener

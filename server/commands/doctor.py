@@ -11,11 +11,12 @@ import msgspec
 from rich.console import Console
 
 from ktransformers.engine import machine
-from ktransformers.server.commands.serve import default_file
-from ktransformers.server.config import ConfigError, ServerConfig, load_config, tenants_dir
+from ktransformers.server.commands.serve import default_file, has_tenants
+from ktransformers.server.config import ConfigError, ServerConfig, load_config
 from ktransformers.server.library import resolve
 from ktransformers.server.run_folder import run_folder
 from ktransformers.server.supervisor import check_listening
+from ktransformers.server.tenants.records import StoreError
 
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _COLOURS = {"ok": "green", "slow": "yellow", "bad": "red"}
@@ -52,8 +53,8 @@ def findings(file: Path | None) -> Iterator[Finding]:
     yield _kernels()
     yield _huge_pages()
     try:
-        config = load_config(file or default_file(), os.environ, {}, tenants_dir().exists())
-    except ConfigError as error:
+        config = load_config(file or default_file(), os.environ, {}, has_tenants())
+    except (ConfigError, StoreError) as error:
         yield Finding("settings", "bad", str(error), "`ktransformers serve --help` lists the settings")
         return
     yield Finding("settings", "ok", str(file or default_file() or "defaults and environment"))

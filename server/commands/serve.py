@@ -26,6 +26,7 @@ from ktransformers.server.config import (
 from ktransformers.server.library import resolve
 from ktransformers.server.run_folder import run_folder, write_configurations
 from ktransformers.server.supervisor import Supervisor, check_listening, commands
+from ktransformers.server.tenants.store import FILE, Store
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -52,11 +53,23 @@ def run(file: Path | None, overrides: Mapping[str, Any]) -> int:
 
 def settle(file: Path | None, overrides: Mapping[str, Any]) -> ServerConfig:
     """Merge all settings, and find the model's file. Errors: ConfigError."""
-    config = load_config(file or default_file(), os.environ, overrides, tenants_dir().exists())
+    config = load_config(file or default_file(), os.environ, overrides, has_tenants())
     engine = config.scheduler.engine
     engine = msgspec.structs.replace(engine, model=str(resolve(engine.model)))
     scheduler = msgspec.structs.replace(config.scheduler, engine=engine)
     return msgspec.structs.replace(config, scheduler=scheduler)
+
+
+def has_tenants() -> bool:
+    """Whether there is a tenant, whose keys make it safe to listen for other machines. Errors: StoreError."""
+    folder = tenants_dir()
+    if not (folder / FILE).exists():
+        return False
+    store = Store.open(folder)
+    try:
+        return store.load()[3]
+    finally:
+        store.close()
 
 
 def default_file() -> Path | None:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ktransformers.server.config import tenants_dir
-from ktransformers.server.tenants.records import Key, Limits, Project, StoreError
+from ktransformers.server.tenants.records import Key, Limits, Project, StoreError, check_scopes
 from ktransformers.server.tenants.store import Store
 
 _LIMITS = Limits.__struct_fields__
@@ -118,10 +118,11 @@ def key(
     with _store() as (store, actor):
         project = store.project(tenant)
         account = next((a for a in store.accounts(project.id) if a.name == name), None)
-        until = _time(expires)
+        # What may be refused comes first, so that no account is left behind without a key.
+        until, narrowed = _time(expires), check_scopes(frozenset(scopes))
         account = account or store.create_account(project.id, name, actor)
         made, value = store.create_key(
-            account, name, actor, expires_at=until, scopes=scopes, limits=Limits(**_changed(limits))
+            account, name, actor, expires_at=until, scopes=narrowed, limits=Limits(**_changed(limits))
         )
     _print_key(made, value)
 
