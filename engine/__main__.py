@@ -4,7 +4,6 @@ Exit codes: 0 after Shutdown or SIGTERM; 1 when the configuration or the model c
 says in a line; 70 for anything else.
 """
 
-import ctypes
 import faulthandler
 import logging
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from ktransformers.engine.child import die_with_parent
 from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.load import build_executor, open_model, plan
 from ktransformers.engine.logs import start_logging
@@ -28,7 +28,6 @@ log = logging.getLogger("ktransformers.engine")
 
 EXIT_CONFIG = 1
 EXIT_INTERNAL = 70
-_PR_SET_PDEATHSIG = 1
 _PROGRESS_LOG_SECONDS = 5.0
 _BAR_AFTER_SECONDS = 0.7
 
@@ -137,7 +136,7 @@ class _Display:
 
 def _settle() -> None:
     """Be a good child: die with the parent, before others when memory runs out, and without a core."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    die_with_parent()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         Path("/proc/self/oom_score_adj").write_text("200")

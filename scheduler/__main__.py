@@ -6,7 +6,6 @@ configuration or the socket cannot be used, which stderr says in a line; 70 for 
 """
 
 import asyncio
-import ctypes
 import logging
 import os
 import signal
@@ -18,6 +17,7 @@ import msgspec
 import uvloop
 
 from ktransformers.engine.channel import Full, PeerGone, Server
+from ktransformers.engine.child import die_with_parent
 from ktransformers.engine.client import EngineClient
 from ktransformers.engine.logs import start_logging
 from ktransformers.engine.protocol import ToEngine
@@ -31,7 +31,6 @@ EXIT_CONFIG = 1
 EXIT_INTERNAL = 70
 EXIT_CUT_OFF = 75
 TICK_SECONDS = 1.0
-_PR_SET_PDEATHSIG = 1
 
 
 class Process:
@@ -145,8 +144,7 @@ def main(arguments: list[str]) -> int:
 def run(config: SchedulerConfig) -> int:
     """Schedule until told to stop; the exit code."""
     listener = start_logging("scheduler")
-    # The supervisor's death is ours: nobody else would restart what we depend on.
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    die_with_parent()
     try:
         process = Process(config)
     except (OSError, ValueError) as error:

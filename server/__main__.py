@@ -1,11 +1,9 @@
 """`python -m ktransformers.server CONFIG.json`: the API process. The supervisor starts it."""
 
 import asyncio
-import ctypes
 import logging
 import os
 import resource
-import signal
 import socket
 import sys
 import time
@@ -19,6 +17,7 @@ import uvicorn
 import uvloop
 from fastapi import FastAPI
 
+from ktransformers.engine.child import die_with_parent
 from ktransformers.engine.logs import log_loop_error, start_logging
 from ktransformers.scheduler.client import SchedulerClient
 from ktransformers.server.app import make_admin_app, make_app
@@ -39,7 +38,6 @@ EXIT_OK, EXIT_CONFIG, EXIT_INTERNAL, EXIT_DRAIN_TIMEOUT = 0, 1, 70, 75
 CLOSING_SECONDS = 3
 """What a cut-off stream's last event may take to reach its client."""
 ADMIN_POLL_SECONDS = 1.0
-_PR_SET_PDEATHSIG = 1
 
 log = logging.getLogger("ktransformers.server")
 
@@ -189,16 +187,12 @@ def _load(path: Path) -> TextModel:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def main() -> int:
     """Exit codes: 0 clean, 1 configuration, 70 internal, 75 requests were cut off by the drain timeout."""
     if len(sys.argv) != 2:
         print("usage: python -m ktransformers.server CONFIG.json", file=sys.stderr)
         return EXIT_CONFIG
-    _die_with_parent()
+    die_with_parent()
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(files, min(most, 65536)), most))
     try:

@@ -2,8 +2,6 @@
 
 import sys
 from functools import partial
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +12,7 @@ from ktransformers.server import cli_tenants
 app = typer.Typer(
     name="ktransformers",
     help="A standalone multi-tenant inference server for large language models on the hardware people have.",
+    epilog="First `ktransformers serve`, then `ktransformers chat` in another terminal.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,6 +31,9 @@ ConfigFile = Annotated[
 
 def _version(asked: bool) -> None:
     if asked:
+        from importlib.metadata import PackageNotFoundError
+        from importlib.metadata import version as installed_version
+
         try:
             print(f"ktransformers {installed_version('ktransformers')}")
         except PackageNotFoundError:
@@ -120,7 +122,7 @@ def chat(
     raise typer.Exit(command.run(url, api_key, model, system, options))
 
 
-@app.command()
+@app.command(short_help="Print what each op of a model costs on this machine.")
 def explain(
     model: Model = None,
     config: ConfigFile = None,
@@ -137,7 +139,7 @@ def explain(
     raise typer.Exit(command.run(settled.scheduler.engine, tokens, context, every_op))
 
 
-@app.command()
+@app.command(short_help="Measure this machine, and a model on it.")
 def bench(
     model: Model = None,
     random: Annotated[
@@ -183,7 +185,7 @@ def bench(
     raise typer.Exit(command.run(options))
 
 
-@app.command()
+@app.command(short_help="Say what this machine can do, and what is missing.")
 def doctor(config: ConfigFile = None) -> None:
     """Say what this machine can do, what is missing, and what to do about it."""
     from ktransformers.server.commands import doctor as command

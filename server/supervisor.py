@@ -21,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 
+from ktransformers.engine.child import SUPERVISOR_VARIABLE
 from ktransformers.server.config import ConfigError, ServerConfig
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,12 @@ EXIT_OK, EXIT_CONFIG, EXIT_INTERNAL, EXIT_DRAIN_TIMEOUT = 0, 1, 70, 75
 STOP_SECONDS = 5.0
 """What scheduler and engine may take to end, and the API beyond its drain timeout."""
 READY_POLL_SECONDS = 0.05
-READY_ANSWER_SECONDS = 2.0
+ANSWER_SECONDS = 2.0
+PROBE_SECONDS = 5.0
+HUNG_PROBES = 6
+"""This many in a row without a word from a process, and it hangs."""
+GRACE_SECONDS = 60.0
+"""A process that was just started may be loading: it does not hang yet."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class Supervisor:
                 loop.add_signal_handler(number, self._on_signal)
         loop.add_signal_handler(signal.SIGCHLD, self._reap_orphans)
         tasks = [loop.create_task(self._keep(child)) for child in self._children.values()]
-        tasks.append(loop.create_task(self._wait_ready(announce)))
+        tasks += [loop.create_task(work) for work in (self._wait_ready(announce), self._watch())]
         for task in tasks:
             task.add_done_callback(self._on_task_done)
         try:
@@ -154,7 +160,10 @@ class Supervisor:
         self._starting += 1
         try:
             child.process = await asyncio.create_subprocess_exec(
-                *child.command, stdin=asyncio.subprocess.DEVNULL, process_group=0
+                *child.command,
+                stdin=asyncio.subprocess.DEVNULL,
+                process_group=0,
+                env=os.environ | {SUPERVISOR_VARIABLE: str(os.getpid())},
             )
         finally:
             self._starting -= 1
@@ -190,6 +199,22 @@ class Supervisor:
             await asyncio.sleep(READY_POLL_SECONDS)
         self._ready = True
         announce(f"http://{authority(self._config)}")
+
+    async def _watch(self) -> None:
+        """Kill the API or the scheduler when it hangs. (The scheduler sees to the engine.)"""
+        silent = {"server": 0, "scheduler": 0}
+        while not self._stopping:
+            await asyncio.sleep(PROBE_SECONDS)
+            mute = await _mute(self._config)
+            for role in silent:
+                silent[role] = silent[role] + 1 if role == mute else 0
+            if not mute or silent[mute] < HUNG_PROBES or self._stopping:
+                continue
+            child = self._children[mute]
+            process, age = child.process, time.monotonic() - child.started
+            if process is not None and process.returncode is None and age > GRACE_SECONDS:
+                log.error("%s hangs: it is killed", mute)
+                _kill_group(process.pid)
 
     async def _drain(self) -> int:
         """End the API first, which lets its requests finish, then what they need."""
@@ -236,17 +261,38 @@ def _how(code: int) -> str:
 
 async def _is_ready(config: ServerConfig) -> bool:
     """Whether /readyz says 200, and soon."""
+    return (await _get(config, "/readyz"))[0] == 200
+
+
+async def _mute(config: ServerConfig) -> str:
+    """Who does not answer: "server" (the API), "scheduler", or ""."""
+    code, body = await _get(config, "/healthz")
+    if code == 0:
+        return "server"
     try:
-        async with asyncio.timeout(READY_ANSWER_SECONDS):
+        return "" if msgspec.json.decode(body, type=_Health).scheduler else "scheduler"
+    except msgspec.MsgspecError:
+        return ""
+
+
+class _Health(msgspec.Struct):
+    scheduler: bool = True
+
+
+async def _get(config: ServerConfig, path: str) -> tuple[int, bytes]:
+    """Status and body; 0 when there is no answer soon."""
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
             reader, writer = await asyncio.open_connection(_reachable(config.host), config.port)
             try:
-                head = f"GET /readyz HTTP/1.1\r\nHost: {authority(config)}\r\nConnection: close\r\n\r\n"
+                head = f"GET {path} HTTP/1.1\r\nHost: {authority(config)}\r\nConnection: close\r\n\r\n"
                 writer.write(head.encode())
-                return (await reader.readline()).split()[1:2] == [b"200"]
+                answer, _, body = (await reader.read(65536)).partition(b"\r\n\r\n")
+                return int(answer.split()[1]), body or await reader.read(65536)
             finally:
                 writer.close()
-    except OSError:  # TimeoutError is one
-        return False
+    except (OSError, ValueError, IndexError):  # TimeoutError is an OSError
+        return 0, b""
 
 
 def authority(config: ServerConfig) -> str:

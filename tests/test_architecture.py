@@ -11,12 +11,13 @@ ROOMS = ("server", "scheduler", "engine", "kvcache")
 
 # Package -> modules of other packages that it may import.
 EDGES = {
-    "server": ("scheduler.client", "scheduler.protocol", "scheduler.config", "engine.logs"),
+    "server": ("scheduler.client", "scheduler.protocol", "scheduler.config", "engine.child", "engine.logs"),
     "scheduler": (
         "engine.client",
         "engine.protocol",
         "engine.config",
         "engine.channel",
+        "engine.child",
         "engine.logs",
         "kvcache.manager",
         "kvcache.blocks",

@@ -45,8 +45,14 @@ async def healthz(request: Request) -> Response:
     """The same with numbers. Says nothing about tenants."""
     ready, detail = _state(request)
     generator = context_of(request).generator
-    answer: dict[str, Any] = {"ready": ready, "detail": detail, "model": generator.model_name}
-    if (status := generator.scheduler.status) is not None:
+    status = generator.scheduler.status
+    answer: dict[str, Any] = {
+        "ready": ready,
+        "detail": detail,
+        "model": generator.model_name,
+        "scheduler": status is not None,
+    }
+    if status is not None:
         answer |= {
             "isa": status.isa,
             "context": status.max_len,

@@ -68,7 +68,8 @@ class Server:
             if response.status != 200:
                 raise ChatError(_refusal(response))
         except (OSError, http.client.HTTPException) as error:
-            why = f"no answer from {self.url} ({error}); is `ktransformers serve` running?"
+            cause = error.strerror if isinstance(error, OSError) and error.strerror else error
+            why = f"no answer from {self.url} ({cause}); is `ktransformers serve` running?"
             raise ChatError(why) from None
         return response
 

@@ -117,5 +117,5 @@ def _model(config: ServerConfig) -> Iterator[Finding]:
         yield Finding("model", "bad", str(error))
         return
     needed = sum(size for _, size in planned.needs)
-    detail = f"{planned.available / 2**30:.1f} GiB available; {needed / 2**30:.1f} GiB will be used"
+    detail = f"{planned.available / 2**30:.1f} GiB available; {needed / 2**30:.1f} GiB may be used"
     yield Finding("memory", "ok", f"{detail}, for sequences of up to {planned.max_len} tokens")

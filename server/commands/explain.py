@@ -1,5 +1,6 @@
 """`ktransformers explain`: what a model costs, op by op, and whether it fits."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,8 @@ class _Line:
 
 def run(config: EngineConfig, tokens: int, context: int, every_op: bool) -> int:
     """Print the table; the exit code. Errors: OSError, ValueError (GgufError, ModelError)."""
-    console = Console(highlight=False)
+    # A pipe has no width: wide enough for a line an op.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
     program, facts = open_model(config)
     threads = config.threads or cpus()
     with console.status("measuring this machine"):
@@ -82,7 +84,7 @@ def _table(lines: list[_Line]) -> Table:
         table.add_row(
             _span(line.layers),
             line.first.kind,
-            escape(line.first.detail),
+            escape(line.first.detail.replace(".weight", "")),
             line.first.format,
             f"{line.weight_bytes / 1e6:.2f}",
             f"{line.kv_bytes / 1e6:.2f}",

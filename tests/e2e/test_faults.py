@@ -173,6 +173,35 @@ def test_an_engine_that_hangs_is_replaced(start) -> None:
     assert ask(server).status_code == 200
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["server", "scheduler"])
+def test_a_process_that_hangs_is_replaced(start, role: str) -> None:
+    server = start()
+    time.sleep(30)  # half of what a new process is given
+    hung = server.role(role)
+    hung.send_signal(signal.SIGSTOP)
+    seconds = asyncio.run(ready_again(server, 90))
+    print(f"{role}: ready again after {seconds:.1f} s")
+    assert not hung.is_running() and ask(server).status_code == 200
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_again_and_again(start) -> None:
+    """After five deaths it stays away: nobody is kept waiting for it, and the others live."""
+    server = start()
+    for _ in range(4):
+        server.role("engine").send_signal(signal.SIGKILL)
+        asyncio.run(ready_again(server))
+    server.role("engine").send_signal(signal.SIGKILL)
+    time.sleep(1)
+    for _ in range(10):
+        refused = ask(server)
+        assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
+    assert httpx.get(f"{server.url}/livez").status_code == 200
+    assert httpx.get(f"{server.url}/readyz").status_code == 503
+    assert re.search(r"engine was ended by SIGKILL.*restarting in 2\d\d", server.log.read_text())
+
+
 def test_sigterm_under_load(start) -> None:
     """Whatever cannot end in time is told so, nobody's connection is just cut."""
     server = start(drain_timeout=1.0)
@@ -448,6 +477,25 @@ def test_nothing_outlives_a_killed_supervisor(start) -> None:
     server.process.wait()
     _, alive = psutil.wait_procs(processes, timeout=5)
     assert not alive, [p.cmdline() for p in alive]
+
+
+def test_nothing_outlives_a_supervisor_killed_at_its_start(tmp_path: Path) -> None:
+    """Its children may not have had the time to tie their lives to it."""
+    rng = random.Random(3)
+    for _ in range(3):
+        command = [sys.executable, "-m", "ktransformers.server.cli", "serve", "--port", "0"]
+        log, environment = subprocess.DEVNULL, os.environ | {"XDG_STATE_HOME": str(tmp_path)}
+        server = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=log)
+        process, deadline = psutil.Process(server.pid), time.monotonic() + 20
+        while not process.children():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.1))
+        children = process.children()
+        server.kill()
+        server.wait()
+        _, alive = psutil.wait_procs(children, timeout=5)
+        assert not alive, [p.cmdline() for p in alive]
 
 
 def test_descriptors_and_threads_do_not_grow(start) -> None:

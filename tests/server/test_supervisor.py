@@ -209,6 +209,37 @@ def test_an_engine_that_hangs_does_not_stop_the_end(tmp_path: Path, monkeypatch:
     run(main())
 
 
+def test_a_hung_api_or_scheduler_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("PROBE", 0.05), ("GRACE", 0.2), ("ANSWER", 0.2)):
+        monkeypatch.setattr(f"ktransformers.server.supervisor.{name}_SECONDS", value)
+    mute = tmp_path / "mute"
+    server = READY.replace(
+        "self.end_headers()",
+        f"""self.end_headers()
+            import os
+            if self.path == "/healthz":
+                there = not os.path.exists({str(mute)!r})
+                self.wfile.write(b"{{\\"scheduler\\": %s}}" % str(there).lower().encode())""",
+    )
+
+    async def main() -> None:
+        trial = Trial(tmp_path, server=server)
+        task = trial.run()
+        await trial.urls.get()
+        await asyncio.sleep(1)
+        assert [len(trial.pids(role)) for role in ("engine", "scheduler", "server")] == [1, 1, 1]
+        os.kill(trial.pids("server")[0], signal.SIGSTOP)
+        await trial.starts("server", 2)
+        mute.touch()
+        await trial.starts("scheduler", 2)
+        mute.unlink()
+        assert len(trial.pids("engine")) == 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await task == 0
+
+    run(main())
+
+
 def test_second_signal_is_immediate(tmp_path: Path) -> None:
     async def main() -> None:
         trial = Trial(tmp_path, drain_seconds=60)
