@@ -4,6 +4,7 @@ import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 TIMEOUT_SECONDS = 900
@@ -71,9 +72,10 @@ class LlamaBench:
     """
 
     def __init__(self, program: Path, model: Path, threads: int, options: Sequence[str] = ()) -> None:
-        self._program, self._model, self._threads, self._options = program, model, threads, list(options)
-        self._batched = program.with_name("llama-batched-bench")
-        self._has_depth = "--n-depth" in _run([str(program), "--help"])
+        self._program, self._model = program.absolute(), model.absolute()
+        self._threads, self._options = threads, list(options)
+        self._batched = self._program.with_name("llama-batched-bench")
+        self._has_depth = "--n-depth" in _run([str(self._program), "--help"])
         self.name = " ".join([program.name, *options])
 
     def rate(self, load: Mapping[str, Any], seconds: float) -> float | None:
@@ -110,7 +112,10 @@ class LlamaBench:
 
 def _run(command: Sequence[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+        with TemporaryDirectory() as folder:  # some write a log into the folder that they are called in
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, cwd=folder
+            )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SideError(str(error)) from None
     if done.returncode:
