@@ -1,7 +1,7 @@
 """What the arithmetic of an engine changes: logits of ours and of llama.cpp against float32.
 
-The first positions of the licence, teacher-forced; the oracle is the torch executor on the same weights. Printed
-are the mean KL divergence from it, how often the likeliest token is the same, and perplexity.
+The first positions of the licence, teacher-forced; the oracle is the torch executor on the same weights.
+Printed: the mean KL divergence from it, how often the likeliest token is the same, and perplexity.
 
     python tests/bench/fidelity.py --peer-python build/peer/bin/python
 """
