@@ -108,13 +108,13 @@ async def test_every_route_of_the_main_listener(office, kinds, connect) -> None:
 async def test_every_route_of_the_admin_listener(office, kinds, connect) -> None:
     app = office.app(api_keys=("settings-key-1",))
     admin = office.admin_app(app)
-    public = {("GET", "/livez"), ("GET", "/readyz"), ("GET", "/healthz")}
+    public = {"/livez", "/readyz", "/healthz"}
     async with connect(admin) as client:
         for kind, key in {**kinds, "settings": "settings-key-1"}.items():
             found = await statuses(client, admin, key)
             assert len(found) >= 28
             for route, status in found.items():
-                if route in public:
+                if route[1] in public:
                     assert status == 200
                 elif kind == "admin":
                     assert status in (200, 400, 404), (kind, route)
