@@ -134,26 +134,31 @@ class Supervisor:
     # ---- keeping a child
 
     async def _keep(self, child: Child) -> None:
-        try:
-            while not self._stopping:
+        while not self._stopping:
+            try:
                 process = await self._start(child)
-                code = await process.wait()
-                _kill_group(process.pid)  # what it may have started
-                if self._stopping:
-                    return
-                if code == EXIT_CONFIG and not self._ready:
-                    self._finish(EXIT_CONFIG)
-                    return
-                delay = self._delay(child)
-                if len(child.deaths) >= self._restarts.deaths and not self._ready:
-                    log.error("%s %s again and again: giving up", child.role, _how(code))
+            except OSError as error:  # no memory or no process to be had: perhaps later
+                code, how = EXIT_INTERNAL, f"cannot be started: {error.strerror}"
+                if not self._ready:
+                    log.error("%s %s", child.role, how)
                     self._finish(EXIT_INTERNAL)
                     return
-                log.error("%s %s; restarting in %.1f s", child.role, _how(code), delay)
-                await asyncio.sleep(delay)
-        except OSError as error:
-            log.error("%s cannot be started: %s", child.role, error)
-            self._finish(EXIT_INTERNAL)
+            else:
+                code = await process.wait()
+                how = _how(code)
+                _kill_group(process.pid)  # what it may have started
+            if self._stopping:
+                return
+            if code == EXIT_CONFIG and not self._ready:
+                self._finish(EXIT_CONFIG)
+                return
+            delay = self._delay(child)
+            if len(child.deaths) >= self._restarts.deaths and not self._ready:
+                log.error("%s %s again and again: giving up", child.role, how)
+                self._finish(EXIT_INTERNAL)
+                return
+            log.error("%s %s; restarting in %.1f s", child.role, how, delay)
+            await asyncio.sleep(delay)
 
     async def _start(self, child: Child) -> asyncio.subprocess.Process:
         child.started = time.monotonic()

@@ -4,6 +4,8 @@ import asyncio
 import ctypes
 import os
 import resource
+import shlex
+import shutil
 import sys
 import threading
 import time
@@ -91,11 +93,18 @@ def _announce(url: str, seconds: float) -> None:
             f"  Chat page    \x1b[1m{url}/\x1b[0m\n"
             f"  OpenAI API   {url}/v1\n"
             f"  Ollama API   {url}\n"
-            f"  Terminal     ktransformers chat --url {url}\n\n"
+            f"  Terminal     {_own_command()} chat --url {url}\n\n"
             "  Ctrl-C stops it, after the answers that are being written.\n"
         )
     # In a thread, which may take for ever where nobody reads.
     threading.Thread(target=_write, args=(f"{lines}\n".encode(),), daemon=True).start()
+
+
+def _own_command() -> str:
+    """What a user types to get this program: `make serve` has it in a folder that is not searched."""
+    name = "ktransformers"
+    own = Path(sys.argv[0])
+    return name if shutil.which(name) or own.name != name else shlex.quote(os.path.relpath(own))
 
 
 def _write(text: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import errno
 import os
 import signal
 import socket
@@ -205,6 +206,31 @@ def test_an_engine_that_hangs_does_not_stop_the_end(tmp_path: Path, monkeypatch:
         os.kill(os.getpid(), signal.SIGTERM)
         assert await task == 70
         assert not alive(trial.pids("engine")[0])
+
+    run(main())
+
+
+def test_what_cannot_be_started_for_now_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        trial = Trial(tmp_path)
+        task = trial.run()
+        await trial.urls.get()
+        real, failed = asyncio.create_subprocess_exec, []
+
+        async def fail_twice(*command: str, **options: Any) -> asyncio.subprocess.Process:
+            if len(failed) < 2:
+                failed.append(command)
+                raise OSError(errno.ENOMEM, "Cannot allocate memory")
+            return await real(*command, **options)
+
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", fail_twice)
+        os.kill(await trial.starts("engine", 1), signal.SIGKILL)
+        await trial.starts("engine", 2)
+        assert len(failed) == 2
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await task == 0
 
     run(main())
 
