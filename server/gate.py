@@ -47,6 +47,7 @@ _SECURITY_HEADERS = {
 }
 _NO_CONTENT_POLICY = "default-src 'none'; frame-ancestors 'none'"
 _STRINGS = re.compile(rb'"[^"]*"')
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 _TO_SQUARE = bytes.maketrans(b"{}", b"[]")
 _NOT_STRUCTURE = bytes(set(range(256)) - set(b"[]{}:"))
 
@@ -279,6 +280,14 @@ def _too_large() -> RequestError:
     )
 
 
+def _without_upgrade(data: bytes) -> bytes:
+    """`data`, which begins in a head, with its Upgrade field under another name. The parser takes what
+    follows such a head for another protocol: the body of each POST of Java's client, which offers HTTP/2.
+    """
+    head, end, rest = data.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(b"\r\nX-Upgrade:", head) + end + rest
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 with bounds it lacks: bytes and seconds that a request's head may take, seconds that
     a body may take which nobody reads any more, and connections. Requests are not taken in line: uvicorn does
@@ -307,6 +316,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """Bytes from the client. The parser keeps an unfinished head, however long."""
         if self._deaf:
             return
+        if (self._in_head or not self._in_message) and b"pgrade" in data:
+            data = _without_upgrade(data)
         super().data_received(data)
         if self._in_head and not self._deaf:
             self._head_bytes += len(data)

@@ -100,3 +100,20 @@ def test_a_body_that_nobody_waits_for(make, served, monkeypatch: pytest.MonkeyPa
             time.sleep(0.3)  # it is kept alive, for the body has come
             connection.sendall(LIVE)
             read_until(connection, b"ok\n")
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_an_offer_of_another_protocol_is_passed_over(make, served, at_once: bool) -> None:
+    """As Java's HTTP client makes with each request, and a page's websocket."""
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n"
+    head, body = chat(False).split(b"\r\n\r\n")
+    parts = [head + b"\r\n" + offer + b"\r\n", body]
+    with served(make()) as port, socket.create_connection(("127.0.0.1", port)) as connection:
+        for _ in range(2):
+            for part in [b"".join(parts)] if at_once else parts:
+                connection.sendall(part)
+                time.sleep(0.02)
+            read_until(connection, b"chat.completion")
+        websocket = offer.replace(b"h2c", b"websocket")
+        connection.sendall(LIVE[:-2] + websocket + b"\r\n")
+        read_until(connection, b"ok\n")
