@@ -303,9 +303,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._deaf = False
         self._timer: asyncio.TimerHandle | None = None
         if len(self.connections) > MAX_CONNECTIONS:
-            transport.close()
-            return
-        self._start_timer()
+            self._make_room()
+        if not transport.is_closing():
+            self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the timer."""
@@ -369,6 +369,15 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
         else:
             super().send_400_response(msg)
+
+    def _make_room(self) -> None:
+        """Close a connection that asks for nothing, else this one: idle ones must not keep others out."""
+        for other in self.connections:
+            if isinstance(other, BoundedProtocol) and other is not self and not other._is_answering():
+                self.connections.discard(other)  # at once, for the next one that looks for room
+                other.transport.close()
+                return
+        self.transport.close()
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

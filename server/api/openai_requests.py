@@ -41,7 +41,10 @@ Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Label], at_most(
 class StreamOptions(StrictModel):
     """How a stream ends."""
 
-    neutral: ClassVar[Mapping[str, Sequence[Any]]] = {"include_obfuscation": (None, False)}
+    neutral: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "include_obfuscation": (None, False),
+        "continuous_usage_stats": (None, False),
+    }
     include_usage: bool | None = None
 
 

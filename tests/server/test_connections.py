@@ -117,3 +117,39 @@ def test_an_offer_of_another_protocol_is_passed_over(make, served, at_once: bool
         websocket = offer.replace(b"h2c", b"websocket")
         connection.sendall(LIVE[:-2] + websocket + b"\r\n")
         read_until(connection, b"ok\n")
+
+
+def test_idle_connections_make_room(make, served, scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "MAX_CONNECTIONS", 3)
+    scheduler.pause = 0.05
+
+    def connect() -> socket.socket:
+        return socket.create_connection(("127.0.0.1", port))
+
+    with served(make()) as port, connect() as running, connect() as idle, connect() as half:
+        running.sendall(chat(True))
+        idle.sendall(LIVE)
+        read_until(idle, b"ok\n")
+        half.sendall(LIVE[:20])
+        wait_for(lambda: scheduler.submits)
+        for _ in range(6):
+            with connect() as another:
+                another.sendall(LIVE)
+                read_until(another, b"ok\n")
+        read_until(running, b"[DONE]")
+        assert read_all(idle) == read_all(half) == b""
+
+
+def test_a_connection_too_many(make, served, scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "MAX_CONNECTIONS", 2)
+    scheduler.pause = 0.05
+    with served(make()) as port:
+        running = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
+        for connection in running:
+            connection.sendall(chat(True))
+        wait_for(lambda: len(scheduler.submits) == 2)
+        with socket.create_connection(("127.0.0.1", port)) as another:
+            assert read_all(another) == b""
+        for connection in running:
+            read_until(connection, b"[DONE]")
+            connection.close()
