@@ -28,8 +28,7 @@ def run_folder(bases: Sequence[Path] | None = None) -> Iterator[Path]:
     base = _first_short_enough(_bases() if bases is None else bases)
     try:
         base.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if base.stat().st_uid != os.geteuid():
-            raise ConfigError(f"{base} belongs to another user: set XDG_RUNTIME_DIR to a folder of your own")
+        _check_owner(base)
         with _locked(base / "lock"):
             _sweep(base)
             folder = Path(tempfile.mkdtemp(prefix="run-", dir=base))
@@ -69,6 +68,16 @@ def _first_short_enough(bases: Sequence[Path]) -> Path:
         if len(os.fsencode(base / "run-xxxxxxxx" / "scheduler.sock")) <= MAX_SOCKET_PATH:
             return base
     raise ConfigError(f"{bases[-1]} is too long a path for sockets: set XDG_RUNTIME_DIR to a shorter one")
+
+
+def _check_owner(base: Path) -> None:
+    """Errors: ConfigError, when another user put it there, if only as a link to a folder of ours, or could
+    put things into it: what looks like a dead server's folder in it is removed."""
+    owners = {base.lstat().st_uid, base.stat().st_uid}
+    if owners != {os.geteuid()}:
+        raise ConfigError(f"{base} belongs to another user: set XDG_RUNTIME_DIR to a folder of your own")
+    if base.stat().st_mode & 0o002:
+        raise ConfigError(f"{base} can be written by others: chmod o-w {base}")
 
 
 @contextmanager

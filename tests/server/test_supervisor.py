@@ -385,6 +385,24 @@ def test_folders_of_killed_servers_are_swept_and_no_others(tmp_path: Path) -> No
         assert folder.exists()
 
 
+def test_nothing_is_removed_where_others_may_have_put_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precious = tmp_path / "ours" / "run-of-importance"
+    precious.mkdir(parents=True)
+    (precious / "lock").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "ours")
+    lstat = Path.lstat
+    planted = os.stat_result((0o120777, 1, 1, 1, os.geteuid() + 1, 0, 0, 0, 0, 0))
+    monkeypatch.setattr(Path, "lstat", lambda path: planted if path.name == "link" else lstat(path))
+    with pytest.raises(ConfigError, match="another user"), run_folder([tmp_path / "link"]):
+        pass
+    (tmp_path / "ours").chmod(0o777)
+    with pytest.raises(ConfigError, match="by others"), run_folder([tmp_path / "ours"]):
+        pass
+    assert precious.exists()
+
+
 def test_long_paths_are_passed_over(tmp_path: Path) -> None:
     long = tmp_path / ("x" * 100)
     with run_folder([long, tmp_path]) as folder:
