@@ -285,7 +285,8 @@ class _Health(msgspec.Struct):
 
 
 async def _get(config: ServerConfig, path: str) -> tuple[int, bytes]:
-    """Status and body; 0 when there is no answer soon."""
+    """Status and body; 0 when there is no answer soon, -1 when there will be none (refused, or hung up on, as
+    is whoever comes when all connections are taken)."""
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
             reader, writer = await asyncio.open_connection(_reachable(config.host), config.port)
@@ -296,8 +297,10 @@ async def _get(config: ServerConfig, path: str) -> tuple[int, bytes]:
                 return int(answer.split()[1]), body or await reader.read(65536)
             finally:
                 writer.close()
-    except (OSError, ValueError, IndexError):  # TimeoutError is an OSError
+    except TimeoutError:
         return 0, b""
+    except (OSError, ValueError, IndexError):
+        return -1, b""
 
 
 def authority(config: ServerConfig) -> str:

@@ -238,11 +238,16 @@ def test_what_cannot_be_started_for_now_is_tried_again(
 def test_a_hung_api_or_scheduler_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("PROBE", 0.05), ("GRACE", 0.2), ("ANSWER", 0.2)):
         monkeypatch.setattr(f"ktransformers.server.supervisor.{name}_SECONDS", value)
-    mute = tmp_path / "mute"
+    mute, full = tmp_path / "mute", tmp_path / "full"
     server = READY.replace(
+        "def do_GET(self):",
+        f"""def do_GET(self):
+            import os
+            if os.path.exists({str(full)!r}):
+                return""",
+    ).replace(
         "self.end_headers()",
         f"""self.end_headers()
-            import os
             if self.path == "/healthz":
                 there = not os.path.exists({str(mute)!r})
                 self.wfile.write(b"{{\\"scheduler\\": %s}}" % str(there).lower().encode())""",
@@ -259,7 +264,10 @@ def test_a_hung_api_or_scheduler_is_replaced(tmp_path: Path, monkeypatch: pytest
         mute.touch()
         await trial.starts("scheduler", 2)
         mute.unlink()
-        assert len(trial.pids("engine")) == 1
+        # Hanging up at once, as on a connection too many, is no hanging.
+        full.touch()
+        await asyncio.sleep(1)
+        assert [len(trial.pids(role)) for role in ("engine", "scheduler", "server")] == [1, 2, 2]
         os.kill(os.getpid(), signal.SIGTERM)
         assert await task == 0
 
