@@ -1,8 +1,9 @@
 // y = x w^T, written once over the formats and the vector vocabulary.
 //
 // A tile is one panel of 16 outputs, or two, by up to kTileRows rows. It goes along k once: the weights of a group are
-// unpacked in registers and used for every row, whose activations are broadcast from memory. Each output has its own chain of
-// sums in the order of k, the same whatever the number of rows, and all but dot_bf16 is equal on every instruction set.
+// unpacked in registers and used for every row, whose activations are broadcast from memory. Each output has its own
+// chain of sums in the order of k, the same whatever the number of rows, and all but dot_bf16 is equal on every
+// instruction set.
 #pragma once
 
 namespace kt {
@@ -20,8 +21,8 @@ constexpr bool kTwoPanels = false;
 template <>
 constexpr bool kTwoPanels<Q8_0> = kTileRows == 12;
 
-// The first tile of a panel prefetches the weights this far ahead: the processor by itself does not look far enough when
-// a line of weights is worked on for long.
+// The first tile of a panel prefetches the weights this far ahead: the processor by itself does not look far enough
+// when a line of weights is worked on for long.
 constexpr int64_t kAhead = 4096;
 
 // Minus the sum of a row's q over subgroup S of F, times the bias of the weights: where their accumulator starts, since
@@ -50,8 +51,8 @@ inline Floats finish(const ActivationGroup& a, Ints acc, const Scales& w, Floats
 
 // One group of P panels, `panel_bytes` apart, for R rows, `stride` bytes apart. sum is [P][R].
 template <class F, int R, int P>
-inline void group_product(const Scales* w, const uint8_t* quads, int64_t panel_bytes, const uint8_t* act, int64_t stride,
-                          Floats* sum) {
+inline void group_product(const Scales* w, const uint8_t* quads, int64_t panel_bytes, const uint8_t* act,
+                          int64_t stride, Floats* sum) {
   const auto row = [&](int r) -> const ActivationGroup& {
     return *reinterpret_cast<const ActivationGroup*>(act + r * stride);
   };
@@ -83,8 +84,9 @@ inline void integer_tile(const uint8_t* panel, int64_t panel_bytes, int64_t ahea
     const uint8_t* header = panel;
     panel += F::kHeader;
     for (int g = 0; g < F::kGroups && g < left; ++g) {
-      for (int i = 0; i < F::Quads::kBytes + F::kHeader / F::kGroups; i += 64)
-        for (int p = 0; p < P; ++p) __builtin_prefetch(panel + p * panel_bytes + ahead + i);
+      if (ahead)
+        for (int i = 0; i < F::Quads::kBytes + F::kHeader / F::kGroups; i += 64)
+          for (int p = 0; p < P; ++p) __builtin_prefetch(panel + p * panel_bytes + ahead + i);
       Scales w[P];
       for (int p = 0; p < P; ++p) w[p] = F::scales(header + p * panel_bytes, g);
       group_product<F, R, P>(w, panel, panel_bytes, act, stride, sum);
@@ -96,10 +98,13 @@ inline void integer_tile(const uint8_t* panel, int64_t panel_bytes, int64_t ahea
 
 // Even and odd elements have a sum each: two chains hide half of the latency for one row.
 template <class F, int R>
-inline void float_tile(const uint8_t* panel, const uint8_t* act, int64_t stride, int64_t cols, Floats* sum) {
+inline void float_tile(const uint8_t* panel, int64_t ahead, const uint8_t* act, int64_t stride, int64_t cols,
+                       Floats* sum) {
   Floats odd_sum[R];
   for (int r = 0; r < R; ++r) sum[r] = odd_sum[r] = set1(0.0f);
   for (int64_t k = 0; k < cols; k += 2, panel += F::kPairBytes) {
+    if (ahead)
+      for (int i = 0; i < F::kPairBytes; i += 64) __builtin_prefetch(panel + ahead + i);
     Floats even, odd;
     F::pair(panel, even, odd);
     for (int r = 0; r < R; ++r) {
@@ -113,9 +118,11 @@ inline void float_tile(const uint8_t* panel, const uint8_t* act, int64_t stride,
 
 #ifdef __AVX512BF16__
 template <int R>
-inline void bf16_tile(const uint8_t* panel, const uint8_t* act, int64_t stride, int64_t cols, Floats* sum) {
+inline void bf16_tile(const uint8_t* panel, int64_t ahead, const uint8_t* act, int64_t stride, int64_t cols,
+                      Floats* sum) {
   for (int r = 0; r < R; ++r) sum[r] = set1(0.0f);
   for (int64_t k = 0; k < cols; k += 2, panel += BF16::kPairBytes) {
+    if (ahead) __builtin_prefetch(panel + ahead);
     const Ints weights = load_ints(panel);
     for (int r = 0; r < R; ++r) {
       int32_t pair;
@@ -156,10 +163,10 @@ template <class F, int R, int P>
   if constexpr (!kIsFloat<F>) {
     integer_tile<F, R, P>(weights, p.panel_bytes, ahead, act, p.stride, p.cols, sum);
   } else if constexpr (F::kActivation == Activation::kF32) {
-    float_tile<F, R>(weights, act, p.stride, p.cols, sum);
+    float_tile<F, R>(weights, ahead, act, p.stride, p.cols, sum);
   } else {
 #ifdef __AVX512BF16__
-    bf16_tile<R>(weights, act, p.stride, p.cols, sum);
+    bf16_tile<R>(weights, ahead, act, p.stride, p.cols, sum);
 #endif
   }
   for (int i = 0; i < P; ++i)

@@ -26,8 +26,8 @@ inline Floats exp(Floats x) {
   return (p * as_floats(shift_left<23>(half + bias))) * as_floats(shift_left<23>(n - half + bias));
 }
 
-// 2^x for x <= 0, to 3e-6: for what is rounded to bfloat16. Exactly 1 at 0; 0 below -126; NaN for NaN only. x is rounded
-// downwards, so that no result is denormal.
+// 2^x for x <= 0, to 3e-6: for what is rounded to bfloat16. Exactly 1 at 0; 0 below -126; NaN for NaN only. x is
+// rounded downwards, so that no result is denormal.
 inline Floats exp2_of_negative(Floats x) {
   x = max(set1(-126.75f), x);
   const Ints n = round_to_ints(x - set1(0.5f));

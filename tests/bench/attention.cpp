@@ -90,7 +90,8 @@ int main(int argc, char** argv) {
   }
   const double scores = static_cast<double>(rows) * (static_cast<double>(context) + static_cast<double>(rows + 1) / 2);
   const double ops = 4.0 * scores * static_cast<double>(group * head_dim * kv_heads);
-  std::printf("%-12s rows %lld  context %lld  group %lld  head_dim %lld  kv heads %lld: %.2f ms, %.0f GFLOPS, KV %.1f GB/s\n",
+  std::printf("%-12s rows %lld  context %lld  group %lld  head_dim %lld  kv heads %lld: "
+              "%.2f ms, %.0f GFLOPS, KV %.1f GB/s\n",
               table->name, static_cast<long long>(rows), static_cast<long long>(context), static_cast<long long>(group),
               static_cast<long long>(head_dim), static_cast<long long>(kv_heads), best * 1e3, ops / best * 1e-9,
               static_cast<double>(bytes) / best * 1e-9);
