@@ -108,8 +108,19 @@ def _wrong(submit: Submit, limits: Limits) -> str:
 
 
 def overloaded(request_id: str, drain_seconds: float) -> Failed:
-    """The queue is full. Retry-after is spread, so that those refused together do not return together."""
+    """The server is full."""
+    retry_after = _retry(request_id, drain_seconds)
+    return Failed(request_id, "overloaded", "too many requests are waiting", retry_after)
+
+
+def rate_limited(request_id: str, drain_seconds: float) -> Failed:
+    """The tenant has as much waiting as it may."""
+    retry_after = _retry(request_id, drain_seconds)
+    return Failed(request_id, "rate_limited", "too many of your requests are waiting", retry_after)
+
+
+def _retry(request_id: str, drain_seconds: float) -> float:
+    """Seconds; spread, so that those refused together do not return together."""
     spread = 1 + zlib.crc32(request_id.encode()) / (1 << 32) / 2
     least, most = _RETRY_SECONDS
-    retry_after = min(max(math.ceil(drain_seconds) * spread, least), most)
-    return Failed(request_id, "overloaded", "too many requests are waiting", retry_after)
+    return min(max(math.ceil(drain_seconds) * spread, least), most)

@@ -1,17 +1,42 @@
 """Settings of the scheduler process."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 from ktransformers.engine.config import EngineConfig
 
+Seconds = Annotated[float, Meta(ge=0, le=86400)]
+Price = Annotated[float, Meta(ge=0, le=1000)]
+
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Who may wait, for how long, and how the engine's step is filled."""
 
     engine: EngineConfig
+    policy: Literal["fair", "vtc", "fifo"] = "fair"
+    """Who is next. fair: by weight, with all of the settings below. vtc: virtual counters alone. fifo: first
+    come, first served; knows no tenants, nor their limits of running and waiting requests. The last two are
+    there to be compared with."""
+    fair_window: Seconds = 2.0
+    """Seconds of service that a tenant may be ahead of the neediest and still go first, for a cached prefix.
+    """
+    fair_backfill: Seconds = 2.0
+    """Seconds of service that may go ahead of a request for which room is kept."""
+    fair_preempt: Seconds = 10.0
+    """Seconds of service that a tenant may be ahead before a request of its own makes room; 0: never."""
+    fair_kv_share: Annotated[float, Meta(ge=0, le=100)] = 1.25
+    """Times its share of the slots and of the KV pool that a tenant may have while others wait; 0: any.
+    """
+    price_prompt: Price = 1.0
+    """Cost of a prompt token that is computed."""
+    price_cached: Price = 0.05
+    """Cost of a prompt token that is found in the cache."""
+    price_output: Price = 2.0
+    """Cost of an output token."""
+    tbt_slo: Seconds = 0.25
+    """Seconds that a step may take while streams run: prompts are cut so that they fit. 0: no limit."""
     max_waiting: Annotated[int, Meta(ge=1, le=1 << 20)] = 1024
     """Requests that may wait; the next one is refused as overloaded."""
     max_waiting_tokens: Annotated[int, Meta(ge=1, le=1 << 40)] = 4_194_304

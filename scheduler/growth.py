@@ -8,11 +8,14 @@ computed again.
 import bisect
 import itertools
 import math
+import operator
 from collections import deque
 from collections.abc import Iterable
 
 from ktransformers.scheduler.request import Request
 
+MOST_PREEMPTIONS = 3
+"""After so many a request is let in only if all that it may ever take fits, and stays."""
 _RECENT = 64
 """Output lengths remembered."""
 _PRIOR_DECAY = 15 / 16
@@ -61,6 +64,8 @@ class OutputEstimate:
     def left(self, request: Request) -> int:
         """Tokens that it will still draw."""
         most = request.sampling.max_tokens - request.drawn
+        if request.preempted >= MOST_PREEMPTIONS:
+            return most
         longer = len(self._sorted) - bisect.bisect_right(self._sorted, request.drawn)
         # What has outlived all others is expected to go on for as long again.
         expected = self._sums[longer - 1] / longer - request.drawn if longer else request.drawn
@@ -68,22 +73,44 @@ class OutputEstimate:
         return min(most, math.ceil(blend * self.factor))
 
 
-def peak_blocks(shared: int, runs: Iterable[tuple[int, int]], block_tokens: int) -> int:
-    """The most blocks that will be held at once if each sequence draws a token a step and leaves at its end.
-
-    `runs`: (blocks that it holds alone, its prompt's yet to come among them; tokens that it will still
-    draw). `shared`: blocks held by more than one, which are never counted as freed. (The idea is the
-    "Past-Future" scheduler's.)
+class Profile:
+    """How many blocks will be held as time goes by, if each sequence draws a token a step and leaves at its
+    end. (The idea is the "Past-Future" scheduler's.)
     """
-    by_end = sorted(runs, key=lambda run: run[1])
-    held = sum(own for own, _ in by_end)
-    peak = held
-    alive = len(by_end)
-    grown = 0
-    for own, left in by_end:
-        # Just before this one leaves, everybody still there has grown by `left` tokens.
-        grown = -(-left // block_tokens)
-        peak = max(peak, held + alive * grown)
-        held -= own
-        alive -= 1
-    return shared + peak
+
+    def __init__(self, shared: int, runs: Iterable[tuple[int, int]], block_tokens: int) -> None:
+        """`runs`: (blocks that it holds alone, its prompt's yet to come among them; tokens that it will still
+        draw). `shared`: blocks held by more than one, which are never counted as freed."""
+        by_end = sorted(runs, key=lambda run: run[1])
+        count = len(by_end)
+        self._size = block_tokens
+        self._ends = [left for _, left in by_end]
+        grown = [-(-left // block_tokens) for left in self._ends]
+        # Of those from the i-th end on: what they hold now.
+        self._held = list(itertools.accumulate((own for own, _ in reversed(by_end)), initial=shared))[::-1]
+        # Just before the i-th leaves everybody still there has grown by as much as it has.
+        peaks = [self._held[i] + (count - i) * grown[i] for i in range(count)]
+        self._before = list(itertools.accumulate(map(operator.add, peaks, grown), max, initial=0))
+        self._after = list(itertools.accumulate(reversed(peaks), max, initial=shared))[::-1]
+
+    def peak_with(self, own: int, left: int) -> int:
+        """The most that are held at once if one more comes now, which takes `own` blocks."""
+        leave_first = bisect.bisect_right(self._ends, left)
+        alive = len(self._ends) - leave_first + 1
+        at_its_end = self._held[leave_first] + own + alive * -(-left // self._size)
+        now = self._held[0] + own
+        return max(now, self._before[leave_first] + own, at_its_end, self._after[leave_first])
+
+    def spares(self, total: int, first: tuple[int, int], other: tuple[int, int]) -> bool:
+        """Whether `other` (own, left) may come now without `first`, which does not fit yet, entering later.
+
+        `first` is taken to enter as soon as its final size fits beside all that will still be there.
+        """
+        size_of_first, size_of_other = (own + -(-left // self._size) for own, left in (first, other))
+        room = total - size_of_first
+        # _after does not grow: the first index where what remains leaves the room.
+        gone = bisect.bisect_left(self._after, -room, key=operator.neg)
+        if gone >= len(self._after):
+            return False
+        enters = self._ends[gone - 1] if gone else 0
+        return other[1] <= enters or self._after[gone] + size_of_other <= room

@@ -22,10 +22,12 @@ from dataclasses import dataclass
 
 from ktransformers.engine.protocol import Go, NewSeq, Step
 from ktransformers.kvcache.manager import KVCache
-from ktransformers.scheduler.growth import OutputEstimate, peak_blocks
-from ktransformers.scheduler.queue import RequestQueue
+from ktransformers.scheduler.entrance import Entrance
+from ktransformers.scheduler.fair_queue import FairQueue
+from ktransformers.scheduler.growth import MOST_PREEMPTIONS, OutputEstimate
 from ktransformers.scheduler.request import Request
 from ktransformers.scheduler.stats import Counters
+from ktransformers.scheduler.step_time import Chunking, Features
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Work:
 
     request: Request
     slot: int
+    start: int
+    """`Request.computed` before it."""
     until: int
     """`Request.computed` once it is done."""
     draws: bool
@@ -47,6 +51,8 @@ class Plan:
     work: list[Work]
     tokens: int
     """To be computed."""
+    features: Features
+    """What its time depends on."""
 
 
 class _Draft:
@@ -59,14 +65,27 @@ class _Draft:
         self.go_on: list[Go] = []
         self.work: list[Work] = []
         self.planned: set[Request] = set()
+        self.prompt = self.decodes = self.context = 0
+        self.prompt_context = 0.0
+
+    @property
+    def features(self) -> Features:
+        return Features(self.prompt, self.decodes, self.context, self.prompt_context)
 
     def add(self, request: Request, n: int, new_blocks: list[int]) -> None:
+        start = request.computed
+        if request.remaining > 1 or n > 1:
+            self.prompt += n
+            self.prompt_context += n * (start + n / 2)
+        else:
+            self.decodes += 1
+            self.context += start
         self.recomputed += max(0, min(request.most_computed, request.computed + n) - request.computed)
         draws = request.plan(n)
         self.budget -= n
         self.planned.add(request)
         self.go_on.append(Go(request.slot, n, new_blocks))
-        self.work.append(Work(request, request.slot, request.computed, draws))
+        self.work.append(Work(request, request.slot, start, request.computed, draws))
 
 
 class Planner:
@@ -75,32 +94,39 @@ class Planner:
     def __init__(
         self,
         cache: KVCache,
-        queue: RequestQueue,
+        queue: FairQueue,
+        entrance: Entrance,
+        chunking: Chunking,
         estimate: OutputEstimate,
         counters: Counters,
         slots: int,
         max_batch_tokens: int,
     ) -> None:
         self.running: list[Request] = []
-        """In a slot, by arrival."""
+        """In a slot, by first admission."""
         self._cache = cache
         self._queue = queue
+        self._entrance = entrance
+        self._chunking = chunking
         self._estimate = estimate
         self._counters = counters
         self._max_batch_tokens = max_batch_tokens
         self._free_slots = list(range(slots - 1, -1, -1))
         self._gone: list[int] = []
         self._steps = 0
-        # The next in line did not fit when last looked at, and nobody has left since.
-        self._blocked: Request | None = None
+        self._entered = 0
 
     def plan(self, now: float) -> Plan | None:
         """The next step, or None when there is nothing to do."""
         draft = _Draft(self._max_batch_tokens)
+        if (victim := self._entrance.victim(self.running)) is not None:
+            self._preempt(victim)
         preemptions = self._counters.preemptions
         self._go_on(draft)
         if self._counters.preemptions == preemptions:
             self._let_in(draft, now)
+        self._entrance.stepped()
+        self._queue.step(now)
         gone, self._gone = self._gone, []
         if not draft.go_on and not gone:
             return None
@@ -108,7 +134,7 @@ class Planner:
         self._estimate.stepped()
         self._counters.recomputed_tokens += draft.recomputed
         step = Step(self._steps, gone, draft.new, draft.go_on)
-        return Plan(step, draft.work, self._max_batch_tokens - draft.budget)
+        return Plan(step, draft.work, self._max_batch_tokens - draft.budget, draft.features)
 
     def done(self, work: Work) -> None:
         """A step with this part is done: its full blocks may be shared."""
@@ -120,14 +146,16 @@ class Planner:
 
     def end(self, request: Request, *, trusted: bool = True) -> None:
         """A request has ended. What it holds is free in the next step; its KV may be found if `trusted`."""
-        if request is self._blocked:
-            self._blocked = None
         if request.slot >= 0:
             self._vacate(request, trusted)
         elif not trusted:
             # Preempted with the bad draw in flight.
             self._cache.attach(request.table, self._cache.match(request.table, request.tokens))
             self._cache.discard(request.table)
+
+    def gone(self, request: Request) -> None:
+        """A waiting request has ended."""
+        self._entrance.gone(request)
 
     def check(self) -> None:
         """Errors: AssertionError when blocks or slots are not conserved, or a count is out of order."""
@@ -142,14 +170,22 @@ class Planner:
     # ---- those that run
 
     def _go_on(self, draft: _Draft) -> None:
-        """Decodes first, so that no stream stalls behind a prompt, then prompts; both by arrival."""
+        """Decodes first, so that no stream stalls behind a prompt, then prompts; both by first admission."""
         waiting = [r for r in self.running if r.remaining]
-        for request in sorted(waiting, key=lambda r: r.remaining > 1):
+        self._go_on_with([r for r in waiting if r.remaining == 1], draft)
+        self._chunking.begin(draft.features)
+        self._go_on_with([r for r in waiting if r.remaining > 1], draft)
+
+    def _go_on_with(self, requests: list[Request], draft: _Draft) -> None:
+        for request in requests:
             if draft.budget == 0:
                 return
             # An earlier one of this loop may have taken its place.
             if request.slot >= 0 and (n := self._make_room(request, draft)):
-                draft.add(request, n, self._cache.grow(request.table, request.computed + n))
+                if n > 1:
+                    n = self._chunking.take(n, request.computed)
+                if n:
+                    draft.add(request, n, self._cache.grow(request.table, request.computed + n))
 
     def _make_room(self, request: Request, draft: _Draft) -> int:
         """How many tokens of it fit now. Takes blocks from those who came after it, never from those before.
@@ -158,12 +194,23 @@ class Planner:
         """
         n = min(request.remaining, draft.budget)
         while (fits := self._room(request)) <= 0:
-            candidates = (r for r in reversed(self.running) if r.remaining and r not in draft.planned)
-            victim = next(candidates, request)
-            if victim.order <= request.order:
+            victim = self._latest(request, draft)
+            if victim is None:
                 return 0
+            self._estimate.preempted()
             self._preempt(victim)
         return min(n, fits)
+
+    def _latest(self, request: Request, draft: _Draft) -> Request | None:
+        """Who makes room for it. Who had to often enough stays, unless the oldest could not get on."""
+        oldest = request is self.running[0]
+        for other in reversed(self.running):
+            if other.rank <= request.rank:
+                return None
+            movable = other.preempted < MOST_PREEMPTIONS or oldest
+            if other.remaining and other not in draft.planned and movable:
+                return other
+        return None
 
     def _room(self, request: Request) -> int:
         """Tokens that it could compute with the blocks that it has and those that can be had."""
@@ -173,7 +220,7 @@ class Planner:
     def _preempt(self, request: Request) -> None:
         """Back to the queue. Its full blocks stay in the index, so that it goes on by a hit if they last."""
         self._counters.preemptions += 1
-        self._estimate.preempted()
+        request.preempted += 1
         self._vacate(request, trusted=True)
         self._queue.push_front(request)
 
@@ -181,26 +228,27 @@ class Planner:
         self.running.remove(request)
         self._gone.append(request.slot)
         self._free_slots.append(request.slot)
-        self._blocked = None
         if trusted:
             self._cache.release(request.table)
         else:
             self._cache.discard(request.table)
         request.leave()
+        self._queue.leave(request)
+        self._entrance.left()
 
     # ---- those that wait
 
     def _let_in(self, draft: _Draft, now: float) -> None:
         while draft.budget and self._free_slots:
-            request = self._queue.peek()
-            if request is None or request is self._blocked or request.in_flight:
+            entry = self._entrance.choose(self.running, now)
+            if entry is None:
                 return
-            found = self._cache.match(request.table, request.tokens)
-            if not self._fits(request, found):
-                self._blocked = request
+            request = entry.request
+            wanted = len(request.tokens) - len(entry.found) * self._cache.block_tokens
+            allowed = self._chunking.take(min(wanted, draft.budget), len(request.tokens) - wanted)
+            if not allowed:
                 return
-            self._queue.remove(request)
-            self._enter(request, found, now)
+            self._enter(request, entry.found, now)
             draft.new.append(
                 NewSeq(
                     slot=request.slot,
@@ -210,32 +258,22 @@ class Planner:
                     sampling=request.sampling,
                 )
             )
-            n = min(request.remaining, draft.budget, self._room(request))
+            n = min(allowed, self._room(request))
             self._cache.grow(request.table, request.computed + n)
             draft.add(request, n, list(request.table.blocks))
 
     def _enter(self, request: Request, found: list[int], now: float) -> None:
+        hit_tokens = len(found) * self._cache.block_tokens
+        self._queue.enter(request, hit_tokens)
+        self._entrance.entered(request)
         self._cache.attach(request.table, found)
-        request.enter(self._free_slots.pop(), len(found) * self._cache.block_tokens)
-        bisect.insort(self.running, request, key=lambda r: r.order)
+        request.enter(self._free_slots.pop(), hit_tokens)
         if not request.entered:
+            self._entered += 1
+            request.rank = self._entered
             request.entered = True
             request.queue_seconds = now - request.submitted
             request.cached_tokens = request.computed
             self._counters.prefix_query_tokens += request.n_prompt
             self._counters.prefix_hit_tokens += request.computed
-
-    def _fits(self, request: Request, found: list[int]) -> bool:
-        """What runs, as it is predicted to grow, leaves room for it. Alone it fits: admission saw to that."""
-        if not self.running:
-            return True
-        size = self._cache.block_tokens
-        runs = []
-        alone = 0
-        for r in self.running:
-            own = len(r.table.blocks) - r.table.hits
-            alone += own
-            runs.append((own + self._cache.missing(r.table, r.total), self._estimate.left(r)))
-        runs.append((-(-len(request.tokens) // size) - len(found), self._estimate.left(request)))
-        shared = self._cache.used - alone + self._cache.idle(found)
-        return peak_blocks(shared, runs, size) <= self._cache.total
+        bisect.insort(self.running, request, key=lambda r: r.rank)

@@ -51,6 +51,21 @@ class Request:
     most_computed: int = 0
     """The furthest that `computed` has been: what is computed below it is computed again."""
 
+    rank: int = 0
+    """By first admission: who came later makes room for who came before."""
+    preempted: int = 0
+    """Times that it had to make room."""
+    cost: int = 0
+    """Micro-units that its computed tokens cost; see charges.py."""
+    charged: int = 0
+    """Micro-units that were charged: `cost`, or the least that a request costs."""
+    charged_until: int = 0
+    """Prompt tokens that are in `cost`."""
+    pending: int = 0
+    """Micro-units that are still expected of it, while it runs."""
+
+    finished: bool = False
+    """The engine has stopped it: what is planned for it is not done."""
     ended: bool = False
     """The terminal event is out."""
     emitted: int = 0

@@ -10,6 +10,7 @@ alone sends one. Whatever happens to the engine, a known request either runs, or
 
 import heapq
 import logging
+import math
 import signal
 from collections import deque
 from typing import Protocol
@@ -17,8 +18,10 @@ from typing import Protocol
 from ktransformers.engine.channel import Back, Lost
 from ktransformers.engine.protocol import Fault, FromEngine, Loading, Ready, SlotToken, StepDone, ToEngine
 from ktransformers.kvcache.manager import KVCache
-from ktransformers.scheduler.admission import Limits, Refused, check, overloaded
+from ktransformers.scheduler.admission import Limits, Refused, check, overloaded, rate_limited
 from ktransformers.scheduler.config import SchedulerConfig
+from ktransformers.scheduler.entrance import Entrance
+from ktransformers.scheduler.fair_queue import FairQueue, Rules
 from ktransformers.scheduler.front_ends import FrontEnds
 from ktransformers.scheduler.growth import OutputEstimate
 from ktransformers.scheduler.planner import Plan, Planner, Work
@@ -34,9 +37,9 @@ from ktransformers.scheduler.protocol import (
     TokenEvent,
     ToScheduler,
 )
-from ktransformers.scheduler.queue import FifoQueue, RequestQueue
 from ktransformers.scheduler.request import Request
 from ktransformers.scheduler.stats import Counters, Pace
+from ktransformers.scheduler.step_time import Chunking, StepTime
 from ktransformers.scheduler.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -48,6 +51,7 @@ ASLEEP_SECONDS = 2.0
 """Ticks come once a second; a longer gap means that this process itself stood still."""
 REQUEUES = 2
 _RETRY_SECONDS = 10.0
+_TENANTS_TOLD = 32
 _SHUTTING_DOWN = "the server is shutting down"
 _STOOD_STILL = "the API process did not answer for too long"
 
@@ -71,13 +75,16 @@ class Ports(Protocol):
 class _Engine:
     """One life of the engine. It is kept when that ends, for its limits, until the next one is ready."""
 
-    def __init__(self, ready: Ready, planner: Planner, cache: KVCache, watchdog: Watchdog) -> None:
+    def __init__(
+        self, ready: Ready, planner: Planner, cache: KVCache, watchdog: Watchdog, step_time: StepTime
+    ) -> None:
         self.alive = True
         self.ready = ready
         self.limits = Limits(min(ready.max_len, ready.blocks * ready.block_tokens), ready.vocab)
         self.planner = planner
         self.cache = cache
         self.watchdog = watchdog
+        self.step_time = step_time
         self.in_flight: deque[Plan] = deque()
 
 
@@ -90,7 +97,8 @@ class Scheduler:
         self._config = config
         self._ports = ports
         self._fronts = FrontEnds(ports.to_front)
-        self._queue: RequestQueue = FifoQueue()
+        self._rules = Rules.of(config)
+        self._queue = FairQueue(self._rules)
         self._estimate = OutputEstimate()
         self._pace = Pace()
         self._requests: dict[str, Request] = {}
@@ -155,6 +163,7 @@ class Scheduler:
         here = waiting + running
         if len(here) != len(self._requests) or {r.id for r in here} != set(self._requests):
             raise AssertionError("a request neither runs nor waits, or does both")
+        self._queue.check()
         if engine is not None and engine.alive:
             engine.planner.check()
 
@@ -183,6 +192,7 @@ class Scheduler:
             prefix_query_tokens=c.prefix_query_tokens,
             preemptions=c.preemptions,
             engine_restarts=c.engine_restarts,
+            tenants=self._queue.status(_TENANTS_TOLD),
         )
 
     def _ready(self) -> bool:
@@ -242,11 +252,8 @@ class Scheduler:
         except Refused as refused:
             self._fronts.tell(peer, Failed(submit.id, refused.code, refused.message))
             return
-        tokens = self._queue.tokens + len(submit.tokens)
-        # A prompt that is too long for an empty queue would never be let in.
-        too_long = tokens > self._config.max_waiting_tokens and len(self._queue) > 0
-        if too_long or len(self._queue) >= self._config.max_waiting:
-            self._fronts.tell(peer, overloaded(submit.id, self._pace.expected(tokens)))
+        if (refusal := self._refusal(submit)) is not None:
+            self._fronts.tell(peer, refusal)
             return
         self._arrivals += 1
         request = Request(
@@ -260,6 +267,7 @@ class Scheduler:
             table=engine.cache.open(submit.cache_scope),
             order=self._arrivals,
             submitted=submitted,
+            deadline=submitted + submit.deadline if submit.deadline > 0 else math.inf,
         )
         self._requests[request.id] = request
         self._queue.push(request)
@@ -268,7 +276,25 @@ class Scheduler:
             if len(self._deadlines) > 2 * len(self._requests) + 64:
                 self._deadlines = [entry for entry in self._deadlines if not entry[2].ended]
                 heapq.heapify(self._deadlines)
-            heapq.heappush(self._deadlines, (submitted + submit.deadline, request.order, request))
+            heapq.heappush(self._deadlines, (request.deadline, request.order, request))
+
+    def _refusal(self, submit: Submit) -> Failed | None:
+        """Why it may not wait, if so. One of a tenant with a longer queue may have to make room for it."""
+        drain = self._pace.expected(self._queue.tokens + len(submit.tokens))
+        if self._queue.over_limit(submit.tenant, len(submit.tokens)):
+            return rate_limited(submit.id, drain)
+        if 0 < submit.deadline < self._queue.wait_seconds(submit.tenant):
+            return overloaded(submit.id, drain)
+        while self._is_full(len(submit.tokens)):
+            if (shed := self._queue.to_shed(submit.tenant)) is None:
+                return overloaded(submit.id, drain)
+            self._end(shed, overloaded(shed.id, drain))
+        return None
+
+    def _is_full(self, tokens: int) -> bool:
+        # A prompt that is too long for an empty queue would never be let in.
+        too_long = self._queue.tokens + tokens > self._config.max_waiting_tokens and len(self._queue) > 0
+        return too_long or len(self._queue) >= self._config.max_waiting
 
     def _cancel(self, request_id: str) -> None:
         cancelled = TokenEvent(request_id, [], [], finish="cancelled")
@@ -313,6 +339,8 @@ class Scheduler:
         del self._requests[request.id]
         if request.slot < 0:
             self._queue.remove(request)
+            if self._engine is not None:
+                self._engine.planner.gone(request)
         if self._engine is not None and self._engine.alive:
             self._engine.planner.end(request, trusted=trusted)
 
@@ -350,8 +378,13 @@ class Scheduler:
         reuse = self._config.engine.cache.prefix_reuse
         cache = KVCache(ready.blocks, ready.block_tokens, ready.fingerprint, reuse)
         slots, budget = ready.max_sequences, ready.max_batch_tokens
-        planner = Planner(cache, self._queue, self._estimate, self.counters, slots, budget)
-        self._engine = engine = _Engine(ready, planner, cache, Watchdog(self._pace))
+        entrance = Entrance(cache, self._queue, self._estimate, self.counters, self._pace, slots)
+        step_time = StepTime()
+        chunking = Chunking(step_time, self._config.tbt_slo)
+        planner = Planner(
+            cache, self._queue, entrance, chunking, self._estimate, self.counters, slots, budget
+        )
+        self._engine = engine = _Engine(ready, planner, cache, Watchdog(self._pace), step_time)
         for request in self._queue:
             request.table = cache.open(request.scope)
         early, self._early = self._early, {}
@@ -372,12 +405,29 @@ class Scheduler:
         self.counters.steps += 1
         self.counters.step_seconds += done.seconds
         self.counters.computed_tokens += done.computed
+        # Less was computed than planned when a sequence had ended in the step before.
+        if done.computed == plan.tokens:
+            engine.step_time.observe(plan.features, done.seconds)
         drawn = {token.slot: token for token in done.tokens}
+        cost = 0
         for work in plan.work:
             engine.planner.done(work)
+            cost += self._charge(work, drawn.get(work.slot))
             # A draw of a request that ended meanwhile is nobody's.
             if not work.request.ended:
                 self._take_draw(work, drawn.get(work.slot), now)
+        self._queue.executed(cost, done.seconds)
+
+    def _charge(self, work: Work, token: SlotToken | None) -> int:
+        """Charge what was done for a request, be it cancelled meanwhile; micro-units."""
+        request = work.request
+        if request.finished:
+            return 0  # the engine knew before this step, and did nothing
+        drew = token is not None and token.finish != "error"
+        cost = self._rules.prices.executed(request, work.start, work.until, drew)
+        self._queue.charge(request, cost)
+        request.finished = token is not None and token.finish != ""
+        return cost
 
     def _take_draw(self, work: Work, token: SlotToken | None, now: float) -> None:
         request = work.request
@@ -394,6 +444,7 @@ class Scheduler:
             request.emitted += 1
             if event.finish:
                 self._estimate.ended(request.emitted)
+                self._queue.ended(request)
                 self._end(request, event)
             else:
                 self._fronts.tell(request.peer, event)
@@ -428,6 +479,7 @@ class Scheduler:
         victims = list(engine.planner.running)
         for request in reversed(victims):
             request.leave()
+            self._queue.leave(request)
             self._queue.push_front(request)
         for request in self._queue:
             request.in_flight = request.most_computed = 0

@@ -1,0 +1,276 @@
+"""Who is let in next: the fair queue's order against what fits.
+
+Of the tenants whose key is within the window Q of the least, the one whose next request is urgent, or else
+finds most of itself in the cache, goes first. If the request of the tenant with the least key does not fit,
+room is kept for it, and others go ahead only if that does not delay it, within the window Q + B and for a
+cost of B in all. If it is owed more than the gap that is allowed, a request of the most served tenant makes
+room, provided that this one's room is enough.
+"""
+
+from dataclasses import dataclass
+
+from ktransformers.kvcache.blocks import BlockId
+from ktransformers.kvcache.manager import KVCache
+from ktransformers.scheduler.fair_queue import Account, FairQueue
+from ktransformers.scheduler.growth import MOST_PREEMPTIONS, OutputEstimate, Profile
+from ktransformers.scheduler.request import Request
+from ktransformers.scheduler.stats import Counters, Pace
+
+_LOOK = 16
+"""Tenants in the window whose next requests are compared."""
+_SCAN = 128
+"""Tenants looked through for one that may go ahead."""
+_VICTIMS = 4
+"""Running requests that are considered in a step to make room."""
+_RECOMPUTED_SHARE = 0.03
+"""Of all computed tokens: when so many were computed again, nobody is preempted for fairness."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A request that may be let in."""
+
+    request: Request
+    found: list[BlockId]
+    own: int
+    """Blocks that it will take alone when it enters."""
+    idle: int
+    """Blocks of `found` that nobody holds."""
+    left: int
+    """Tokens that it is expected to draw."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(blocks from the pool, tokens to draw)."""
+        return self.own + self.idle, self.left
+
+
+class Entrance:
+    """The door of one engine's slots."""
+
+    def __init__(
+        self,
+        cache: KVCache,
+        queue: FairQueue,
+        estimate: OutputEstimate,
+        counters: Counters,
+        pace: Pace,
+        slots: int,
+    ) -> None:
+        self._cache = cache
+        self._queue = queue
+        self._estimate = estimate
+        self._counters = counters
+        self._pace = pace
+        self._slots = slots
+        self._unfit: set[Request] = set()
+        """They did not fit when last looked at, and nobody has left since."""
+        self._profile: Profile | None = None
+        self._recheck = True
+        self._kept_for: Request | None = None
+        """The request that room is kept for, and what went ahead of it."""
+        self._went_ahead = 0
+        self._went_ahead_last: Request | None = None
+        self._ahead_cost = 0
+        self._promised: Request | None = None
+        """Somebody made room for this one."""
+
+    def gone(self, request: Request) -> None:
+        """One that waited has ended: nobody need make room for it, and others may have a greater share."""
+        self._unfit.discard(request)
+        self._recheck = True
+        if request is self._promised:
+            self._promised = None
+        if request is self._kept_for:
+            self._kept_for = None
+
+    def left(self) -> None:
+        """Somebody has left: all may be different."""
+        self._unfit.clear()
+        self._recheck = True
+
+    def stepped(self) -> None:
+        """A step was planned: what runs has grown."""
+        self._profile = None
+
+    # ---- the next one
+
+    def choose(self, running: list[Request], now: float) -> Entry | None:
+        """Who may be let in now, if anybody; `entered` is told when it was."""
+        self._went_ahead_last = None
+        if not len(self._queue):
+            return None
+        if self._recheck:
+            self._recheck = False
+            self._queue.release_held()
+        if self._profile is None:
+            self._profile = self._profile_of(running)
+        first = self._first(running)
+        if first is None:
+            return None
+        if not self._fits(first, running):
+            return self._ahead_of(first, running)
+        return first if first.request is self._promised else self._best(first, running, now)
+
+    def entered(self, request: Request) -> None:
+        """It was let in."""
+        self._profile = None
+        if request is self._went_ahead_last:
+            self._went_ahead += self._ahead_cost
+        if request is self._kept_for:
+            self._kept_for = None
+        if request is self._promised:
+            self._promised = None
+
+    def _first(self, running: list[Request]) -> Entry | None:
+        """Of the tenant with the least key that is not over its share; those that are, are held."""
+        while (account := self._queue.least()) is not None:
+            entry = self._entry(account.head())
+            if not self._over_share(account, entry, running):
+                return entry if not entry.request.in_flight else None
+            self._queue.hold(account)
+        return None
+
+    def _best(self, first: Entry, running: list[Request], now: float) -> Entry:
+        limit = self._queue.account(first.request).key + self._window(self._queue.rules.window)
+        best, best_rank = first, self._rank(first, now)
+        for looked, account in enumerate(self._queue.in_order()):
+            if account.key > limit or looked >= _LOOK:
+                break
+            request = account.head()
+            if request is first.request or request.in_flight or request in self._unfit:
+                continue
+            entry = self._entry(request)
+            rank = self._rank(entry, now)
+            # Among equals the smaller key is first, as they come.
+            if rank > best_rank and self._may_enter(account, entry, running):
+                best, best_rank = entry, rank
+        return best
+
+    def _rank(self, entry: Entry, now: float) -> tuple[bool, float]:
+        request = entry.request
+        seconds = self._pace.expected(len(request.tokens) + entry.left)
+        return now + seconds >= request.deadline, len(entry.found) / max(1, len(request.tokens))
+
+    def _ahead_of(self, first: Entry, running: list[Request]) -> Entry | None:
+        """Somebody who fits where `first` does not, and does not delay it."""
+        if first.request is not self._kept_for:
+            self._kept_for, self._went_ahead = first.request, 0
+        budget = self._window(self._queue.rules.backfill)
+        if self._went_ahead >= budget or self._profile is None:
+            return None
+        limit = self._queue.account(first.request).key + self._window(self._queue.rules.window) + budget
+        for looked, account in enumerate(self._queue.in_order()):
+            if account.key > limit or looked >= _SCAN:
+                return None
+            request = account.head()
+            if request is first.request or request.in_flight or request in self._unfit:
+                continue
+            entry = self._entry(request)
+            cost = self._cost(entry, account)
+            fits = self._may_enter(account, entry, running)
+            if not fits or not self._profile.spares(self._cache.total, first.size, entry.size):
+                self._unfit.add(request)
+            elif self._went_ahead + cost <= budget:
+                self._went_ahead_last, self._ahead_cost = request, cost
+                return entry
+        return None
+
+    def _cost(self, entry: Entry, account: Account) -> int:
+        outputs = max(1, min(self._queue.predicted(account), entry.left))
+        found = len(entry.found) * self._cache.block_tokens
+        return self._queue.rules.prices.expected(entry.request, found, outputs)
+
+    def _window(self, seconds: float) -> int:
+        """A time as a difference of keys: what the engine does in it, of a tenant of weight 1."""
+        return round(seconds * self._queue.rate)
+
+    # ---- what fits
+
+    def _entry(self, request: Request) -> Entry:
+        found = self._cache.match(request.table, request.tokens)
+        own = -(-len(request.tokens) // self._cache.block_tokens) - len(found)
+        return Entry(request, found, own, self._cache.idle(found), self._estimate.left(request))
+
+    def _may_enter(self, account: Account, entry: Entry, running: list[Request]) -> bool:
+        return self._fits(entry, running) and not self._over_share(account, entry, running)
+
+    def _fits(self, entry: Entry, running: list[Request]) -> bool:
+        """What runs, as it is predicted to grow, leaves room for it. Alone it fits: admission saw to that."""
+        if not running:
+            return True
+        if len(running) >= self._slots:
+            return False
+        profile = self._profile or self._profile_of(running)
+        return profile.peak_with(entry.own, entry.left) + entry.idle <= self._cache.total
+
+    def _profile_of(self, running: list[Request]) -> Profile:
+        runs = []
+        alone = 0
+        for r in running:
+            own = len(r.table.blocks) - r.table.hits
+            alone += own
+            runs.append((own + self._cache.missing(r.table, r.total), self._estimate.left(r)))
+        return Profile(self._cache.used - alone, runs, self._cache.block_tokens)
+
+    def _over_share(self, account: Account, entry: Entry, running: list[Request]) -> bool:
+        """Whether the tenant would have more of the slots or of the pool than it may while others are about.
+
+        While others wait it may have its share of those that wait, times the setting. What nobody wants it
+        may take, but for a reserve for those that are about and do not wait; who is below its plain share may
+        use that, too. With nothing running it is never over.
+        """
+        surplus = self._queue.rules.kv_share
+        if surplus <= 0 or not account.running:
+            return False
+        size = self._cache.block_tokens
+        waits, active = self._queue.share_waiting(account), self._queue.share_active(account)
+        reserve = min(1 - 1 / surplus, self._queue.absent)
+        held = sum(self._final_blocks(r) for r in account.running) if waits < 1 or reserve > 0 else 0
+        for has, needs, used, total in (
+            (len(account.running), 1, len(running), self._slots),
+            (held, entry.own + entry.left // size, self._cache.used, self._cache.total),
+        ):
+            wants = has + needs
+            # Rounded up, so that the shares of all are the whole at least.
+            if waits < 1 and wants > -(-surplus * waits * total // 1):
+                return True
+            if reserve > 0 and wants > -(-active * total // 1) and used + needs > (1 - reserve) * total:
+                return True
+        return False
+
+    def _final_blocks(self, request: Request) -> int:
+        blocks = len(request.table.blocks) + self._cache.missing(request.table, request.total)
+        return blocks - request.table.hits + self._estimate.left(request) // self._cache.block_tokens
+
+    # ---- who makes room
+
+    def victim(self, running: list[Request]) -> Request | None:
+        """Who has to make room for the tenant that is owed most, if anybody: once a step at most."""
+        gap = self._window(self._queue.rules.preempt)
+        least = self._queue.least()
+        if gap <= 0 or least is None or not running or self._promised is not None:
+            return None
+        limit = least.key + gap
+        over = {id(r): key for r in running if (key := self._queue.account(r).key) > limit}
+        if not over or least.head().in_flight:
+            return None
+        spent = self._counters.recomputed_tokens
+        if spent > _RECOMPUTED_SHARE * self._counters.computed_tokens:
+            return None
+        entry = self._entry(least.head())
+        if self._fits(entry, running) or self._over_share(least, entry, running):
+            return None
+        movable = (r for r in running if id(r) in over and r.preempted < MOST_PREEMPTIONS)
+        for victim in sorted(movable, key=lambda r: (-over[id(r)], r.computed))[:_VICTIMS]:
+            rest = [r for r in running if r is not victim]
+            freed = self._freed(victim)
+            profile = self._profile_of(rest)
+            if not rest or profile.peak_with(entry.own, entry.left) - freed + entry.idle <= self._cache.total:
+                self._promised = entry.request
+                return victim
+        return None
+
+    def _freed(self, victim: Request) -> int:
+        """Blocks that only this one holds: `_profile_of` the others counts them as shared."""
+        return len(victim.table.blocks) - victim.table.hits

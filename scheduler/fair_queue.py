@@ -1,0 +1,443 @@
+"""Who waits, and in which order they are let in: W-VTC-P, weighted virtual counters with prediction.
+
+Two levels by one rule (`virtual_time.py`): tenants by weight, and within a tenant its users alike; a user's
+own requests are first come, first served. `entrance.py` asks who is next and knows what fits; charges come
+back as they were executed. No I/O and no clock: the caller says what time it is.
+
+A tenant at its own limit of running requests does not count as waiting: if it did, its small key would hold
+V* back and newcomers would start with credit. For the same reason one that is over its share of the KV pool
+is `held` aside; but it keeps its key, since what it is owed it is owed.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ktransformers.scheduler.charges import UNIT, Prices
+from ktransformers.scheduler.config import SchedulerConfig
+from ktransformers.scheduler.protocol import Tenant, TenantStatus
+from ktransformers.scheduler.request import Request
+from ktransformers.scheduler.virtual_time import Claimant, Level
+
+_RECENT_OUTPUTS = 5
+_RATE_DECAY = 0.99
+"""A step; the rate is that of the last hundred or so."""
+_LINGER_SECONDS = 10.0
+"""Who was here so lately is expected back: some room is kept for it."""
+_MOST_LINGERING = 1024
+_MOST_IDLE_TENANTS = 16_384
+_MOST_IDLE_USERS = 64
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The settings of the fair queue; SchedulerConfig says what each is for."""
+
+    window: float = 2.0
+    backfill: float = 2.0
+    preempt: float = 10.0
+    kv_share: float = 1.25
+    predict: bool = True
+    by_tenant: bool = True
+    """False: all requests are one tenant's one user's, which is first come, first served."""
+    prices: Prices = field(default_factory=Prices)
+
+    @classmethod
+    def of(cls, config: SchedulerConfig) -> "Rules":
+        """As the scheduler is configured."""
+        prices = Prices(
+            prompt=round(config.price_prompt * UNIT),
+            cached=round(config.price_cached * UNIT),
+            output=round(config.price_output * UNIT),
+        )
+        if config.policy != "fair":
+            by_tenant = config.policy == "vtc"
+            return cls(0.0, 0.0, 0.0, 0.0, predict=False, by_tenant=by_tenant, prices=prices)
+        return cls(
+            window=config.fair_window,
+            backfill=config.fair_backfill,
+            preempt=config.fair_preempt,
+            kv_share=config.fair_kv_share,
+            prices=prices,
+        )
+
+
+class User(Claimant):
+    """A user of a tenant, and what it has waiting."""
+
+    __slots__ = ("open", "waiting")
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.waiting: OrderedDict[str, Request] = OrderedDict()
+        self.open = 0
+        """Requests that wait or run."""
+
+    def head(self) -> Request:
+        """Its next request. Something waits."""
+        return next(iter(self.waiting.values()))
+
+
+class Account(Claimant):
+    """A tenant: its users, its limits, and what it has running."""
+
+    __slots__ = (
+        "held",
+        "limited",
+        "outputs",
+        "running",
+        "service",
+        "terms",
+        "users",
+        "waiting",
+        "waiting_tokens",
+    )
+
+    def __init__(self, terms: Tenant) -> None:
+        super().__init__(terms.id)
+        self.terms = terms
+        self.users: Level[User] = Level(_MOST_IDLE_USERS)
+        self.running: dict[Request, None] = {}
+        self.waiting = 0
+        self.waiting_tokens = 0
+        self.held = False
+        """Over its share of the pool, as the entrance last found."""
+        self.limited = False
+        """Something waits, but as many run as may."""
+        self.service = 0
+        """Micro-units charged since this record was made."""
+        self.outputs: deque[int] = deque(maxlen=_RECENT_OUTPUTS)
+
+    def head(self) -> Request:
+        """Its next request. Something waits."""
+        user = self.users.ready.least()
+        if user is None:
+            raise LookupError(f"tenant {self.name!r} has nothing waiting")
+        return user.head()
+
+
+class FairQueue:
+    """All waiting requests, and the account of every tenant that has something open or is in debt."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.tokens = 0
+        """Prompt tokens that wait."""
+        self._tenants: Level[Account] = Level(_MOST_IDLE_TENANTS)
+        self._waiting: dict[Request, Account] = {}
+        self._held: dict[Account, None] = {}
+        self._lingering: OrderedDict[Account, float] = OrderedDict()
+        self._milli_waiting = 0
+        self._milli_active = 0
+        self._with_waiting: dict[Account, None] = {}
+        self._outputs: deque[int] = deque(maxlen=_RECENT_OUTPUTS)
+        self._cost = 0.0
+        self._seconds = 0.0
+        self._now = 0.0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[Request]:
+        """All that wait, by arrival within each tenant's user."""
+        return iter(list(self._waiting))
+
+    # ---- requests come and go
+
+    def push(self, request: Request) -> None:
+        """A new request."""
+        account, user = self._open(request)
+        user.waiting[request.id] = request
+        self._waits(request, account, user)
+
+    def push_front(self, request: Request) -> None:
+        """A request that had been let in and is put back for no fault of its own: the next of its user's."""
+        account, user = self._open(request)
+        user.waiting[request.id] = request
+        user.waiting.move_to_end(request.id, last=False)
+        self._waits(request, account, user)
+
+    def _waits(self, request: Request, account: Account, user: User) -> None:
+        if not account.waiting:
+            self._tenants.lift(account)
+            self._milli_waiting += account.milli
+            self._with_waiting[account] = None
+        if len(user.waiting) == 1:
+            account.users.lift(user)
+        user.open += 1
+        account.waiting += 1
+        account.waiting_tokens += request.n_prompt
+        self.tokens += request.n_prompt
+        self._waiting[request] = account
+        account.users.ready.put(user, user.key, user.head().order)
+        account.users.advance()
+        self._place(account)
+        self._tenants.advance()
+
+    def remove(self, request: Request) -> None:
+        """It has ended while it waited. Errors: KeyError when it does not wait."""
+        account, user = self._take(request)
+        self._close(request, account, user)
+
+    def enter(self, request: Request, found: int) -> None:
+        """It is let in, with `found` tokens of its prompt in the cache. Errors: as `remove`."""
+        account, user = self._take(request)
+        account.running[request] = None
+        if self.rules.predict:
+            outputs = max(1, min(self.predicted(account), request.sampling.max_tokens) - request.drawn)
+            request.pending = self.rules.prices.expected(request, found, outputs)
+            self._promise(account, user, request.pending)
+        self._place(account)
+
+    def leave(self, request: Request) -> None:
+        """It gave up its slot, for good or to be pushed to the front again."""
+        account, user = self._of(request)
+        del account.running[request]
+        self._promise(account, user, -request.pending)
+        request.pending = 0
+        self._close(request, account, user)
+        if not account.waiting and not account.running:
+            self._linger(account)
+
+    def ended(self, request: Request) -> None:
+        """A running request has ended by itself: what its tenant's next ones are predicted from."""
+        account, _ = self._of(request)
+        account.outputs.append(request.drawn)
+        self._outputs.append(request.drawn)
+
+    def predicted(self, account: Account) -> int:
+        """Output tokens of a request of this tenant. A wrong one costs order for a while, never a share."""
+        outputs = account.outputs or self._outputs
+        return sum(outputs) // len(outputs) if outputs else 1
+
+    def _take(self, request: Request) -> tuple[Account, User]:
+        account = self._waiting.pop(request)
+        _, user = self._of(request)
+        # What was next until now is what this user's and this tenant's place had been worth.
+        account.users.advance()
+        self._tenants.advance()
+        del user.waiting[request.id]
+        account.waiting -= 1
+        account.waiting_tokens -= request.n_prompt
+        self.tokens -= request.n_prompt
+        if not account.waiting:
+            self._milli_waiting -= account.milli
+            del self._with_waiting[account]
+        return account, user
+
+    def _close(self, request: Request, account: Account, user: User) -> None:
+        user.open -= 1
+        if user.waiting:
+            account.users.ready.put(user, user.key, user.head().order)
+        else:
+            account.users.ready.drop(user)
+            if not user.open:
+                account.users.rest(user)
+        self._place(account)
+
+    def _place(self, account: Account) -> None:
+        """Something about it has changed: it is among those that may be next, or not, with its key."""
+        at_limit = 0 < account.terms.max_running <= len(account.running)
+        if account.waiting and not at_limit and not account.held:
+            if account.limited:
+                # While it could not use more it was as good as idle.
+                self._tenants.lift(account)
+            head = account.head()
+            self._tenants.ready.put(account, account.key, head.order)
+        else:
+            self._tenants.ready.drop(account)
+        account.limited = bool(account.waiting) and at_limit
+
+    def _linger(self, account: Account) -> None:
+        self._lingering[account] = self._now
+        while len(self._lingering) > _MOST_LINGERING:
+            self._part(next(iter(self._lingering)))
+
+    def _part(self, account: Account) -> None:
+        del self._lingering[account]
+        self._milli_active -= account.milli
+        self._tenants.rest(account)
+
+    # ---- accounts
+
+    def _open(self, request: Request) -> tuple[Account, User]:
+        """The account and the user of a request that begins to wait."""
+        account, user = self._account(request)
+        terms = request.tenant if self.rules.by_tenant else account.terms
+        if self._lingering.pop(account, None) is None and not account.waiting and not account.running:
+            self._milli_active += account.milli
+        if account.terms != terms or account.weight != terms.weight:
+            self._agree(account, terms)
+        return account, user
+
+    def _account(self, request: Request) -> tuple[Account, User]:
+        """Its account and user, made when they are not known: the forgotten, too, pay for what was done."""
+        terms = request.tenant if self.rules.by_tenant else Tenant("")
+        account = self._tenants.members.get(terms.id)
+        if account is None:
+            account = Account(terms)
+            account.weight = terms.weight
+            self._tenants.add(account)
+        user = account.users.members.get(terms.user)
+        if user is None:
+            user = User(terms.user)
+            account.users.add(user)
+        return account, user
+
+    def _agree(self, account: Account, terms: Tenant) -> None:
+        before = account.milli
+        account.terms = terms
+        account.weight = terms.weight
+        self._milli_active += account.milli - before
+        if account.waiting:
+            self._milli_waiting += account.milli - before
+
+    def _of(self, request: Request) -> tuple[Account, User]:
+        terms = request.tenant if self.rules.by_tenant else Tenant("")
+        account = self._tenants.members[terms.id]
+        return account, account.users.members[terms.user]
+
+    def _promise(self, account: Account, user: User, cost: int) -> None:
+        account.pending += cost
+        user.pending += cost
+
+    # ---- what was done
+
+    def charge(self, request: Request, cost: int) -> None:
+        """So much, in micro-units, was done for a request. It may have ended meanwhile."""
+        account, user = self._account(request)
+        account.charge(cost)
+        account.service += cost
+        user.charge(cost)
+        settled = min(request.pending, cost)
+        request.pending -= settled
+        self._promise(account, user, -settled)
+        if user.waiting:
+            account.users.ready.put(user, user.key, user.head().order)
+        elif not user.open:
+            account.users.rest(user)
+        if account.waiting:
+            self._place(account)
+        elif not account.running and account not in self._lingering:
+            self._tenants.rest(account)
+
+    def executed(self, cost: int, seconds: float) -> None:
+        """A step was done for `cost` micro-units in all."""
+        if seconds > 0:
+            self._cost = self._cost * _RATE_DECAY + cost
+            self._seconds = self._seconds * _RATE_DECAY + seconds
+
+    def step(self, now: float) -> None:
+        """A step was planned."""
+        self._now = now
+        self._tenants.advance()
+        while self._lingering:
+            account, since = next(iter(self._lingering.items()))
+            if now - since < _LINGER_SECONDS:
+                return
+            self._part(account)
+
+    @property
+    def rate(self) -> float:
+        """Micro-units that the engine does in a second; 0 while nothing was measured."""
+        return self._cost / self._seconds if self._seconds else 0.0
+
+    # ---- who is next
+
+    def least(self) -> Account | None:
+        """The account with the smallest key of those that may be next."""
+        return self._tenants.ready.least()
+
+    def in_order(self) -> Iterator[Account]:
+        """Those that may be next, by key. Nothing may change meanwhile."""
+        return self._tenants.ready.in_order()
+
+    def hold(self, account: Account) -> None:
+        """It is over its share of the pool: aside until `release_held`."""
+        account.held = True
+        self._held[account] = None
+        self._place(account)
+
+    def release_held(self) -> None:
+        """The pool has changed: they may be over their share no more."""
+        held, self._held = self._held, {}
+        for account in held:
+            account.held = False
+            if account.waiting:
+                self._place(account)
+
+    def share_waiting(self, account: Account) -> float:
+        """Its part of the weight of those that have something waiting, itself among them."""
+        others = self._milli_waiting - (account.milli if account.waiting else 0)
+        return account.milli / (account.milli + others)
+
+    def share_active(self, account: Account) -> float:
+        """Its part of the weight of those that are or were lately here."""
+        return account.milli / max(account.milli, self._milli_active)
+
+    @property
+    def absent(self) -> float:
+        """Part of the weight that is or was lately here of those that have nothing waiting now."""
+        return 1 - self._milli_waiting / self._milli_active if self._milli_active else 0.0
+
+    def account(self, request: Request) -> Account:
+        """Of a request that waits or runs."""
+        return self._of(request)[0]
+
+    # ---- limits of those that wait
+
+    def over_limit(self, terms: Tenant, tokens: int) -> bool:
+        """Whether one more request with so many prompt tokens would be over the tenant's own limits."""
+        account = self._tenants.members.get(terms.id) if self.rules.by_tenant else None
+        if account is None or not account.waiting:
+            return False
+        too_many = 0 < terms.max_waiting <= account.waiting
+        return too_many or 0 < terms.max_waiting_tokens < account.waiting_tokens + tokens
+
+    def wait_seconds(self, terms: Tenant) -> float:
+        """At least so long a new request of this tenant waits, by the prompts that it has waiting."""
+        account = self._tenants.members.get(terms.id) if self.rules.by_tenant else None
+        if account is None or self.rate <= 0:
+            return 0.0
+        # Those that are found in the cache cost only this.
+        cost = account.waiting_tokens * min(self.rules.prices.cached, self.rules.prices.prompt)
+        return cost / self.rate / self.share_waiting(account)
+
+    def to_shed(self, terms: Tenant) -> Request | None:
+        """Who is to make room for a request of this tenant when the queue is full: the newest of the tenant
+        whose queue is longest for its weight; None when that would be the asking tenant itself."""
+        if not self.rules.by_tenant:
+            return None
+        asking = self._tenants.members.get(terms.id)
+        mine = ((asking.waiting if asking else 0) + 1) / max(terms.weight, 1 / 1000)
+        longest = max(self._with_waiting, key=lambda a: a.waiting / a.weight, default=None)
+        if longest is None or longest is asking or longest.waiting / longest.weight <= mine:
+            return None
+        users = (u for u in longest.users.members.values() if u.waiting)
+        user = max(users, key=lambda u: len(u.waiting))
+        newest = next(reversed(user.waiting.values()))
+        # What has begun is not taken back.
+        return None if newest.entered else newest
+
+    # ---- for the operator
+
+    def status(self, most: int) -> list[TenantStatus]:
+        """The accounts with most service."""
+        accounts = sorted(self._tenants.members.values(), key=lambda a: (-a.service, a.name))[:most]
+        return [
+            TenantStatus(a.name, a.weight, a.waiting, len(a.running), a.service / UNIT) for a in accounts
+        ]
+
+    def check(self) -> None:
+        """Errors: AssertionError when the counts do not agree with one another."""
+        accounts = list(self._tenants.members.values())
+        waiting = [r for a in accounts for u in a.users.members.values() for r in u.waiting.values()]
+        pending = all(a.pending == sum(r.pending for r in a.running) for a in accounts)
+        problems = {
+            "waiting": set(waiting) != set(self._waiting) or sum(a.waiting for a in accounts) != len(waiting),
+            "tokens": sum(r.n_prompt for r in waiting) != self.tokens,
+            "pending": not pending,
+            "debts": any(a.counter < 0 or a.pending < 0 for a in accounts),
+        }
+        if wrong := [name for name, bad in problems.items() if bad]:
+            raise AssertionError(f"the fair queue is out of order: {', '.join(wrong)}")

@@ -1,0 +1,107 @@
+"""How long a step will take, learnt from those that were measured; and how much prompt fits into a time.
+
+    seconds = a0 + a1*prompt + a2*decodes + a3*context + a4*prompt*its context
+
+by recursive least squares with slow forgetting. Pure: steps and times go in, predictions come out.
+"""
+
+from dataclasses import dataclass
+
+WARM_STEPS = 20
+"""Nothing is predicted before so many steps were seen."""
+LEAST_CHUNK = 16
+"""A prompt always gets on by so much, whatever the decodes take."""
+MOST_CHUNK = 2048
+_SCALES = (1.0, 1 / 256, 1 / 16, 1 / 4096, 1 / (1 << 20))
+"""So that all features are about 1: the matrix stays well conditioned."""
+_FORGET = 0.998
+_DOUBT = 1e3
+_MOST_DOUBT = 1e6
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of one step."""
+
+    prompt: int = 0
+    """Tokens of prompts."""
+    decodes: int = 0
+    context: int = 0
+    """Tokens before the decodes, summed."""
+    prompt_context: float = 0.0
+    """Of each prompt token the tokens before it, summed."""
+
+    def scaled(self) -> list[float]:
+        """As the model takes them."""
+        raw = (1.0, self.prompt, self.decodes, self.context, self.prompt_context)
+        return [value * scale for value, scale in zip(raw, _SCALES, strict=True)]
+
+
+class StepTime:
+    """The model of one engine; a new engine gets a new one."""
+
+    def __init__(self) -> None:
+        n = len(_SCALES)
+        self.steps = 0
+        self._weights = [0.0] * n
+        self._doubt = [[_DOUBT * (i == j) for j in range(n)] for i in range(n)]
+
+    @property
+    def warm(self) -> bool:
+        """Whether predictions mean something."""
+        return self.steps >= WARM_STEPS
+
+    def observe(self, features: Features, seconds: float) -> None:
+        """A step took so long."""
+        x, p = features.scaled(), self._doubt
+        px = [sum(a * b for a, b in zip(row, x, strict=True)) for row in p]
+        scale = _FORGET + sum(a * b for a, b in zip(x, px, strict=True))
+        error = seconds - sum(a * b for a, b in zip(self._weights, x, strict=True))
+        self._weights = [w + gain * error / scale for w, gain in zip(self._weights, px, strict=True)]
+        # A direction that is not seen for long would otherwise be forgotten without end.
+        forget = _FORGET if sum(p[i][i] for i in range(len(p))) < _MOST_DOUBT else 1.0
+        self._doubt = [
+            [(p[i][j] - px[i] * px[j] / scale) / forget for j in range(len(p))] for i in range(len(p))
+        ]
+        self.steps += 1
+
+    def predict(self, features: Features) -> float:
+        """Seconds; never less than 0."""
+        return max(0.0, sum(w * x for w, x in zip(self._weights, features.scaled(), strict=True)))
+
+    def prompt_token(self, context: float) -> float:
+        """Seconds that one more prompt token takes with so many before it."""
+        _, prompt, _, _, crossed = (w * s for w, s in zip(self._weights, _SCALES, strict=True))
+        return max(0.0, prompt) + max(0.0, crossed) * context
+
+
+class Chunking:
+    """How many prompt tokens the step being planned may take, so that it lasts no longer than `slo` seconds.
+
+    Streams are late only if there are streams: without decodes there is no limit, nor while the model knows
+    nothing, nor with an `slo` of 0.
+    """
+
+    def __init__(self, model: StepTime, slo: float) -> None:
+        self._model = model
+        self._slo = slo
+        self._left: float | None = None
+        self._taken = 0
+
+    def begin(self, decodes: Features) -> None:
+        """A step with these decodes."""
+        limited = self._slo > 0 and decodes.decodes > 0 and self._model.warm
+        self._left = self._slo - self._model.predict(decodes) if limited else None
+        self._taken = 0
+
+    def take(self, wanted: int, context: int) -> int:
+        """Of `wanted` tokens of a prompt with `context` before them, how many may be computed."""
+        if self._left is None:
+            return wanted
+        token = self._model.prompt_token(context + min(wanted, MOST_CHUNK) / 2)
+        fits = max(0, int(self._left / token)) if token > 0 else MOST_CHUNK
+        fits = max(fits, LEAST_CHUNK - self._taken)
+        n = max(0, min(wanted, fits, MOST_CHUNK - self._taken))
+        self._left -= n * token
+        self._taken += n
+        return n

@@ -1,0 +1,160 @@
+"""Virtual time: who among claimants of different weight has had least, and what a newcomer starts with.
+
+A claimant's counter grows by what was done for it divided by its weight. The claimant with the smallest key
+(counter plus what is already promised to it) is next. The level's own time V* follows the smallest key of
+those that wait and never goes back; who begins to wait starts at V* at least, so that being idle earns
+nothing, while a counter beyond V*, a debt, is kept. (After start-time fair queueing, Goyal et al. 1996, and
+the virtual token counter, Sheng et al. 2024, whose lift looks at the waiting only.)
+
+All counters are integers: exact, in order at any size, and the same on every machine.
+"""
+
+import heapq
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+_MILLI = 1000
+"""Weights are kept in thousandths."""
+_SLACK = 64
+"""Entries that may be out of date before a heap is made anew."""
+
+
+class Claimant:
+    """One of those that share. Costs are in micro-units, the counter in micro-units for a weight of 1."""
+
+    __slots__ = ("_carry", "_milli", "counter", "name", "pending")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.counter = 0
+        self.pending = 0
+        """Cost of what was let in and is not done yet, as predicted."""
+        self._milli = _MILLI
+        self._carry = 0
+
+    @property
+    def milli(self) -> int:
+        """Its weight in thousandths."""
+        return self._milli
+
+    @property
+    def weight(self) -> float:
+        """Its part of what there is, relative to the others'; kept in thousandths."""
+        return self._milli / _MILLI
+
+    @weight.setter
+    def weight(self, weight: float) -> None:
+        milli = max(1, round(weight * _MILLI))
+        if milli != self._milli:
+            self._milli, self._carry = milli, 0
+
+    @property
+    def key(self) -> int:
+        """Its place: the smaller, the sooner."""
+        return self.counter + self.pending * _MILLI // self._milli
+
+    def charge(self, cost: int) -> None:
+        """So much was done for it. Nothing is lost to rounding."""
+        grown, self._carry = divmod(cost * _MILLI + self._carry, self._milli)
+        self.counter += grown
+
+
+C = TypeVar("C", bound=Claimant)
+_Entry = tuple[int, int, int, C]
+
+
+class Heap(Generic[C]):
+    """Claimants by a key that changes, ties by `order`. An outdated entry stays until it comes up."""
+
+    def __init__(self) -> None:
+        self._entries: list[_Entry[C]] = []
+        self._of: dict[C, _Entry[C]] = {}
+        self._serial = 0
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def __contains__(self, item: C) -> bool:
+        return item in self._of
+
+    def put(self, item: C, key: int, order: int = 0) -> None:
+        """It is here, with this key. O(log n)."""
+        held = self._of.get(item)
+        if held is not None and held[0] == key and held[1] == order:
+            return
+        self._serial += 1
+        entry = (key, order, self._serial, item)
+        self._of[item] = entry
+        heapq.heappush(self._entries, entry)
+        if len(self._entries) > 2 * len(self._of) + _SLACK:
+            self._entries = list(self._of.values())
+            heapq.heapify(self._entries)
+
+    def drop(self, item: C) -> None:
+        """It is not here any more, if it was. O(1)."""
+        self._of.pop(item, None)
+
+    def least(self) -> C | None:
+        """The one with the smallest key."""
+        entries = self._entries
+        while entries and self._of.get(entries[0][3]) is not entries[0]:
+            heapq.heappop(entries)
+        return entries[0][3] if entries else None
+
+    def in_order(self) -> Iterator[C]:
+        """By key. The first n take O(n log n) of any number; nothing may change meanwhile."""
+        entries = self._entries
+        frontier = [(entries[0], 0)] if entries else []
+        while frontier:
+            entry, at = heapq.heappop(frontier)
+            if self._of.get(entry[3]) is entry:
+                yield entry[3]
+            for child in (2 * at + 1, 2 * at + 2):
+                if child < len(entries):
+                    heapq.heappush(frontier, (entries[child], child))
+
+
+class Level(Generic[C]):
+    """Those that compete with one another.
+
+    A member is forgotten when it has nothing open and no debt. When more than `most_idle` are in debt and
+    idle the smallest debts are forgiven by moving V* up to them, which no newcomer can gain from.
+    """
+
+    def __init__(self, most_idle: int) -> None:
+        self.time = 0
+        """V*."""
+        self.members: dict[str, C] = {}
+        self.ready: Heap[C] = Heap()
+        """Those with something that may be let in."""
+        self._idle: Heap[C] = Heap()
+        self._most_idle = most_idle
+
+    def add(self, member: C) -> None:
+        """A new one; it owes nothing."""
+        member.counter = self.time
+        self.members[member.name] = member
+
+    def lift(self, member: C) -> None:
+        """It begins to wait."""
+        self._idle.drop(member)
+        member.counter = max(member.counter, self.time)
+
+    def rest(self, member: C) -> None:
+        """It has nothing open any more, or its counter has grown since."""
+        self._idle.put(member, member.counter)
+        self._collect()
+
+    def advance(self) -> None:
+        """V* follows those that wait."""
+        if (least := self.ready.least()) is not None:
+            self.time = max(self.time, least.key)
+        self._collect()
+
+    def _collect(self) -> None:
+        while (first := self._idle.least()) is not None:
+            if first.counter > self.time and len(self._idle) <= self._most_idle:
+                return
+            self.time = max(self.time, first.counter)
+            self._idle.drop(first)
+            del self.members[first.name]
