@@ -17,8 +17,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     engine: EngineConfig
     policy: Literal["fair", "vtc", "fifo"] = "fair"
     """Who is next. fair: by weight, with all of the settings below. vtc: virtual counters alone. fifo: first
-    come, first served; knows no tenants, nor their limits of running and waiting requests. The last two are
-    there to be compared with."""
+    come, first served. The last two are there to be compared with."""
     fair_window: Seconds = 2.0
     """Seconds of service that a tenant may be ahead of the neediest and still go first, for a cached prefix.
     """

@@ -63,6 +63,7 @@ class Entrance:
         self._counters = counters
         self._pace = pace
         self._slots = slots
+        self._surplus = queue.rules.kv_share
         self._unfit: set[Request] = set()
         """They did not fit when last looked at, and nobody has left since."""
         self._profile: Profile | None = None
@@ -87,10 +88,11 @@ class Entrance:
     def left(self) -> None:
         """Somebody has left: all may be different."""
         self._unfit.clear()
+        self._profile = None
         self._recheck = True
 
-    def stepped(self) -> None:
-        """A step was planned: what runs has grown."""
+    def grown(self) -> None:
+        """What runs has grown."""
         self._profile = None
 
     # ---- the next one
@@ -103,14 +105,15 @@ class Entrance:
         if self._recheck:
             self._recheck = False
             self._queue.release_held()
-        if self._profile is None:
-            self._profile = self._profile_of(running)
-        first = self._first(running)
+        first = self._first()
         if first is None:
             return None
-        if not self._fits(first, running):
+        account = self._queue.account(first.request)
+        if not self._fits(first, running) or self._reserved(account, first, running):
             return self._ahead_of(first, running)
-        return first if first.request is self._promised else self._best(first, running, now)
+        if first.request is self._promised or self._queue.rules.window == 0:
+            return first
+        return self._best(first, running, now)
 
     def entered(self, request: Request) -> None:
         """It was let in."""
@@ -122,11 +125,11 @@ class Entrance:
         if request is self._promised:
             self._promised = None
 
-    def _first(self, running: list[Request]) -> Entry | None:
+    def _first(self) -> Entry | None:
         """Of the tenant with the least key that is not over its share; those that are, are held."""
         while (account := self._queue.least()) is not None:
             entry = self._entry(account.head())
-            if not self._over_share(account, entry, running):
+            if not self._over_share(account, entry):
                 return entry if not entry.request.in_flight else None
             self._queue.hold(account)
         return None
@@ -157,8 +160,9 @@ class Entrance:
         if first.request is not self._kept_for:
             self._kept_for, self._went_ahead = first.request, 0
         budget = self._window(self._queue.rules.backfill)
-        if self._went_ahead >= budget or self._profile is None:
+        if self._went_ahead >= budget:
             return None
+        profile = self._profile or self._profile_of(running)
         limit = self._queue.account(first.request).key + self._window(self._queue.rules.window) + budget
         for looked, account in enumerate(self._queue.in_order()):
             if account.key > limit or looked >= _SCAN:
@@ -169,7 +173,7 @@ class Entrance:
             entry = self._entry(request)
             cost = self._cost(entry, account)
             fits = self._may_enter(account, entry, running)
-            if not fits or not self._profile.spares(self._cache.total, first.size, entry.size):
+            if not fits or not profile.spares(self._cache.total, first.size, entry.size):
                 self._unfit.add(request)
             elif self._went_ahead + cost <= budget:
                 self._went_ahead_last, self._ahead_cost = request, cost
@@ -193,7 +197,9 @@ class Entrance:
         return Entry(request, found, own, self._cache.idle(found), self._estimate.left(request))
 
     def _may_enter(self, account: Account, entry: Entry, running: list[Request]) -> bool:
-        return self._fits(entry, running) and not self._over_share(account, entry, running)
+        if not self._fits(entry, running) or self._over_share(account, entry):
+            return False
+        return not self._reserved(account, entry, running)
 
     def _fits(self, entry: Entry, running: list[Request]) -> bool:
         """What runs, as it is predicted to grow, leaves room for it. Alone it fits: admission saw to that."""
@@ -201,8 +207,13 @@ class Entrance:
             return True
         if len(running) >= self._slots:
             return False
-        profile = self._profile or self._profile_of(running)
-        return profile.peak_with(entry.own, entry.left) + entry.idle <= self._cache.total
+        return self._peak(entry, running) <= self._cache.total
+
+    def _peak(self, entry: Entry, running: list[Request]) -> int:
+        """The most blocks that will be held at once if it enters."""
+        if self._profile is None:
+            self._profile = self._profile_of(running)
+        return self._profile.peak_with(entry.own, entry.left) + entry.idle
 
     def _profile_of(self, running: list[Request]) -> Profile:
         runs = []
@@ -213,31 +224,36 @@ class Entrance:
             runs.append((own + self._cache.missing(r.table, r.total), self._estimate.left(r)))
         return Profile(self._cache.used - alone, runs, self._cache.block_tokens)
 
-    def _over_share(self, account: Account, entry: Entry, running: list[Request]) -> bool:
-        """Whether the tenant would have more of the slots or of the pool than it may while others are about.
+    def _over_share(self, account: Account, entry: Entry) -> bool:
+        """Whether, while others wait, it would take more of the pool than its share times the setting.
 
-        While others wait it may have its share of those that wait, times the setting. What nobody wants it
-        may take, but for a reserve for those that are about and do not wait; who is below its plain share may
-        use that, too. With nothing running it is never over.
+        A tenant with nothing running never does.
         """
-        surplus = self._queue.rules.kv_share
-        if surplus <= 0 or not account.running:
+        share = self._queue.share_waiting(account)
+        if self._surplus <= 0 or share >= 1 or not account.running:
             return False
-        size = self._cache.block_tokens
-        waits, active = self._queue.share_waiting(account), self._queue.share_active(account)
-        reserve = min(1 - 1 / surplus, self._queue.absent)
-        held = sum(self._final_blocks(r) for r in account.running) if waits < 1 or reserve > 0 else 0
-        for has, needs, used, total in (
-            (len(account.running), 1, len(running), self._slots),
-            (held, entry.own + entry.left // size, self._cache.used, self._cache.total),
-        ):
-            wants = has + needs
-            # Rounded up, so that the shares of all are the whole at least.
-            if waits < 1 and wants > -(-surplus * waits * total // 1):
-                return True
-            if reserve > 0 and wants > -(-active * total // 1) and used + needs > (1 - reserve) * total:
-                return True
-        return False
+        held = sum(self._final_blocks(r) for r in account.running)
+        return held + self._final_size(entry) > self._surplus * share * self._cache.total
+
+    def _reserved(self, account: Account, entry: Entry, running: list[Request]) -> bool:
+        """Whether it would take of the room that is kept for those that are about but do not wait just now.
+
+        Who has less than its plain share may; so may who has nothing running.
+        """
+        reserve = min(1 - 1 / self._surplus, self._queue.absent) if self._surplus > 1 else 0.0
+        if reserve <= 0 or not account.running:
+            return False
+        share = self._queue.share_active(account)
+        full = len(running) + 1 > (1 - reserve) * self._slots
+        if full and len(account.running) + 1 > share * self._slots:
+            return True
+        if self._peak(entry, running) <= (1 - reserve) * self._cache.total:
+            return False
+        held = sum(self._final_blocks(r) for r in account.running)
+        return held + self._final_size(entry) > share * self._cache.total
+
+    def _final_size(self, entry: Entry) -> int:
+        return entry.own + entry.left // self._cache.block_tokens
 
     def _final_blocks(self, request: Request) -> int:
         blocks = len(request.table.blocks) + self._cache.missing(request.table, request.total)
@@ -259,7 +275,7 @@ class Entrance:
         if spent > _RECOMPUTED_SHARE * self._counters.computed_tokens:
             return None
         entry = self._entry(least.head())
-        if self._fits(entry, running) or self._over_share(least, entry, running):
+        if self._fits(entry, running) or self._over_share(least, entry):
             return None
         movable = (r for r in running if id(r) in over and r.preempted < MOST_PREEMPTIONS)
         for victim in sorted(movable, key=lambda r: (-over[id(r)], r.computed))[:_VICTIMS]:

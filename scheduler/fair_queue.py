@@ -38,8 +38,8 @@ class Rules:
     preempt: float = 10.0
     kv_share: float = 1.25
     predict: bool = True
-    by_tenant: bool = True
-    """False: all requests are one tenant's one user's, which is first come, first served."""
+    by_arrival: bool = False
+    """First come, first served: the counters are kept, and nobody looks at them."""
     prices: Prices = field(default_factory=Prices)
 
     @classmethod
@@ -51,8 +51,8 @@ class Rules:
             output=round(config.price_output * UNIT),
         )
         if config.policy != "fair":
-            by_tenant = config.policy == "vtc"
-            return cls(0.0, 0.0, 0.0, 0.0, predict=False, by_tenant=by_tenant, prices=prices)
+            by_arrival = config.policy == "fifo"
+            return cls(0.0, 0.0, 0.0, 0.0, predict=False, by_arrival=by_arrival, prices=prices)
         return cls(
             window=config.fair_window,
             backfill=config.fair_backfill,
@@ -169,7 +169,7 @@ class FairQueue:
         account.waiting_tokens += request.n_prompt
         self.tokens += request.n_prompt
         self._waiting[request] = account
-        account.users.ready.put(user, user.key, user.head().order)
+        account.users.ready.put(user, self._key(user), user.head().order)
         account.users.advance()
         self._place(account)
         self._tenants.advance()
@@ -228,7 +228,7 @@ class FairQueue:
     def _close(self, request: Request, account: Account, user: User) -> None:
         user.open -= 1
         if user.waiting:
-            account.users.ready.put(user, user.key, user.head().order)
+            account.users.ready.put(user, self._key(user), user.head().order)
         else:
             account.users.ready.drop(user)
             if not user.open:
@@ -242,11 +242,13 @@ class FairQueue:
             if account.limited:
                 # While it could not use more it was as good as idle.
                 self._tenants.lift(account)
-            head = account.head()
-            self._tenants.ready.put(account, account.key, head.order)
+            self._tenants.ready.put(account, self._key(account), account.head().order)
         else:
             self._tenants.ready.drop(account)
         account.limited = bool(account.waiting) and at_limit
+
+    def _key(self, claimant: Claimant) -> int:
+        return 0 if self.rules.by_arrival else claimant.key
 
     def _linger(self, account: Account) -> None:
         self._lingering[account] = self._now
@@ -263,7 +265,7 @@ class FairQueue:
     def _open(self, request: Request) -> tuple[Account, User]:
         """The account and the user of a request that begins to wait."""
         account, user = self._account(request)
-        terms = request.tenant if self.rules.by_tenant else account.terms
+        terms = request.tenant
         if self._lingering.pop(account, None) is None and not account.waiting and not account.running:
             self._milli_active += account.milli
         if account.terms != terms or account.weight != terms.weight:
@@ -272,7 +274,7 @@ class FairQueue:
 
     def _account(self, request: Request) -> tuple[Account, User]:
         """Its account and user, made when they are not known: the forgotten, too, pay for what was done."""
-        terms = request.tenant if self.rules.by_tenant else Tenant("")
+        terms = request.tenant
         account = self._tenants.members.get(terms.id)
         if account is None:
             account = Account(terms)
@@ -293,9 +295,8 @@ class FairQueue:
             self._milli_waiting += account.milli - before
 
     def _of(self, request: Request) -> tuple[Account, User]:
-        terms = request.tenant if self.rules.by_tenant else Tenant("")
-        account = self._tenants.members[terms.id]
-        return account, account.users.members[terms.user]
+        account = self._tenants.members[request.tenant.id]
+        return account, account.users.members[request.tenant.user]
 
     def _promise(self, account: Account, user: User, cost: int) -> None:
         account.pending += cost
@@ -313,7 +314,7 @@ class FairQueue:
         request.pending -= settled
         self._promise(account, user, -settled)
         if user.waiting:
-            account.users.ready.put(user, user.key, user.head().order)
+            account.users.ready.put(user, self._key(user), user.head().order)
         elif not user.open:
             account.users.rest(user)
         if account.waiting:
@@ -388,7 +389,7 @@ class FairQueue:
 
     def over_limit(self, terms: Tenant, tokens: int) -> bool:
         """Whether one more request with so many prompt tokens would be over the tenant's own limits."""
-        account = self._tenants.members.get(terms.id) if self.rules.by_tenant else None
+        account = self._tenants.members.get(terms.id)
         if account is None or not account.waiting:
             return False
         too_many = 0 < terms.max_waiting <= account.waiting
@@ -396,7 +397,7 @@ class FairQueue:
 
     def wait_seconds(self, terms: Tenant) -> float:
         """At least so long a new request of this tenant waits, by the prompts that it has waiting."""
-        account = self._tenants.members.get(terms.id) if self.rules.by_tenant else None
+        account = self._tenants.members.get(terms.id)
         if account is None or self.rate <= 0:
             return 0.0
         # Those that are found in the cache cost only this.
@@ -406,7 +407,7 @@ class FairQueue:
     def to_shed(self, terms: Tenant) -> Request | None:
         """Who is to make room for a request of this tenant when the queue is full: the newest of the tenant
         whose queue is longest for its weight; None when that would be the asking tenant itself."""
-        if not self.rules.by_tenant:
+        if self.rules.by_arrival:
             return None
         asking = self._tenants.members.get(terms.id)
         mine = ((asking.waiting if asking else 0) + 1) / max(terms.weight, 1 / 1000)

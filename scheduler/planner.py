@@ -124,8 +124,8 @@ class Planner:
         preemptions = self._counters.preemptions
         self._go_on(draft)
         if self._counters.preemptions == preemptions:
+            self._entrance.grown()
             self._let_in(draft, now)
-        self._entrance.stepped()
         self._queue.step(now)
         gone, self._gone = self._gone, []
         if not draft.go_on and not gone:
