@@ -80,6 +80,25 @@ def serve(
     admin_port: Annotated[int | None, _option("Port of the admin API; 0 is any free one [8001].")] = None,
     log_level: Annotated[str | None, _option("debug, info, warning or error [info].")] = None,
     vllm_metrics: Annotated[bool | None, _option("Export some metrics under vLLM's names, too.")] = None,
+    policy: Annotated[str | None, _option("Who is next: fair, vtc or fifo [fair].")] = None,
+    fair_window: Annotated[
+        float | None, _option("Seconds of service that a cached prefix may jump [2].")
+    ] = None,
+    fair_backfill: Annotated[
+        float | None, _option("Seconds of service that may pass one that does not fit [2].")
+    ] = None,
+    fair_preempt: Annotated[
+        float | None, _option("Seconds of service ahead at which a tenant makes room; 0 is never [10].")
+    ] = None,
+    fair_kv_share: Annotated[
+        float | None, _option("Times its share of KV that a tenant may have; 0 is any [1.25].")
+    ] = None,
+    price_prompt: Annotated[float | None, _option("Cost of a prompt token that is computed [1].")] = None,
+    price_cached: Annotated[float | None, _option("Cost of a prompt token in the cache [0.05].")] = None,
+    price_output: Annotated[float | None, _option("Cost of an output token [2].")] = None,
+    tbt_slo: Annotated[
+        float | None, _option("Seconds that a step may take while streams run; 0 is any [0.25].")
+    ] = None,
     max_waiting: Annotated[int | None, _option("Requests that may wait; more are refused [1024].")] = None,
     max_waiting_tokens: Annotated[int | None, _option("Prompt tokens that may wait [4194304].")] = None,
     executor: Annotated[str | None, _option("native or torch [native].")] = None,
@@ -183,6 +202,36 @@ def bench(
         out=out,
     )
     raise typer.Exit(command.run(options))
+
+
+@app.command()
+def simulate(
+    tenants: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME[*COPIES][:key=value,...]; keys: kind (poisson, burst, diurnal, flood, closed), rate, "
+            "count, period, weight, prompt, output, prefix, topics, users, max_tokens, deadline, fixed."
+        ),
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Lines of JSON: seconds, tenant, prompt, output, ...")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1.0, help="Simulated time.")] = 300.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
+    policies: Annotated[str, typer.Option(help="Side by side, by commas.")] = "fifo,vtc,fair",
+    blocks: Annotated[int, typer.Option(min=8, help="KV blocks of 16 tokens.")] = 1024,
+    slots: Annotated[int, typer.Option(min=1, help="Sequences computed at once.")] = 32,
+    speed: Annotated[
+        float, typer.Option(min=1e-3, help="Of the engine; 1 is a small model on two CPU cores.")
+    ] = 1.0,
+    plot: Annotated[Path | None, typer.Option(help="PNG of service over time.")] = None,
+) -> None:
+    """Say what tenants would get from the scheduler, under each policy."""
+    from ktransformers.server.commands import simulate as command
+
+    chosen = _list(policies) or []
+    options = command.options(tenants or [], trace, seconds, seed, chosen, blocks, slots, speed)
+    raise typer.Exit(command.run(options, plot))
 
 
 @app.command(short_help="Say what this machine can do, and what is missing.")

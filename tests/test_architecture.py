@@ -40,6 +40,7 @@ EXCEPTIONS = {
     # bench measures the executor by itself, beside the server as a whole
     "server.commands.bench": ("engine.bench", "engine.limits", "engine.machine"),
     "server.bench.report": ("engine.bench.bounds", "engine.limits"),
+    "server.commands.simulate": ("scheduler.simulator", "scheduler.workload"),
     "server.text.model": ("engine.weights.gguf",),  # one parser of hostile files, not two
 }
 
