@@ -67,7 +67,6 @@ class Entrance:
         self._unfit: set[Request] = set()
         """They did not fit when last looked at, and nobody has left since."""
         self._profile: Profile | None = None
-        self._recheck = True
         self._kept_for: Request | None = None
         """The request that room is kept for, and what went ahead of it."""
         self._went_ahead = 0
@@ -77,9 +76,8 @@ class Entrance:
         """Somebody made room for this one."""
 
     def gone(self, request: Request) -> None:
-        """One that waited has ended: nobody need make room for it, and others may have a greater share."""
+        """One that waited has ended: nobody need make room for it."""
         self._unfit.discard(request)
-        self._recheck = True
         if request is self._promised:
             self._promised = None
         if request is self._kept_for:
@@ -89,7 +87,6 @@ class Entrance:
         """Somebody has left: all may be different."""
         self._unfit.clear()
         self._profile = None
-        self._recheck = True
 
     def grown(self) -> None:
         """What runs has grown."""
@@ -100,15 +97,10 @@ class Entrance:
     def choose(self, running: list[Request], now: float) -> Entry | None:
         """Who may be let in now, if anybody; `entered` is told when it was."""
         self._went_ahead_last = None
-        if not len(self._queue):
+        account = self._queue.least()
+        if account is None or account.head().in_flight:
             return None
-        if self._recheck:
-            self._recheck = False
-            self._queue.release_held()
-        first = self._first()
-        if first is None:
-            return None
-        account = self._queue.account(first.request)
+        first = self._entry(account.head())
         if not self._fits(first, running) or self._reserved(account, first, running):
             return self._ahead_of(first, running)
         if first.request is self._promised or self._queue.rules.window == 0:
@@ -124,15 +116,6 @@ class Entrance:
             self._kept_for = None
         if request is self._promised:
             self._promised = None
-
-    def _first(self) -> Entry | None:
-        """Of the tenant with the least key that is not over its share; those that are, are held."""
-        while (account := self._queue.least()) is not None:
-            entry = self._entry(account.head())
-            if not self._over_share(account, entry):
-                return entry if not entry.request.in_flight else None
-            self._queue.hold(account)
-        return None
 
     def _best(self, first: Entry, running: list[Request], now: float) -> Entry:
         limit = self._queue.account(first.request).key + self._window(self._queue.rules.window)
@@ -227,7 +210,8 @@ class Entrance:
     def _over_share(self, account: Account, entry: Entry) -> bool:
         """Whether, while others wait, it would take more of the pool than its share times the setting.
 
-        A tenant with nothing running never does.
+        A tenant with nothing running never does, and the one with the least key is not asked: what is owed to
+        it is service, which a limit on its blocks would withhold.
         """
         share = self._queue.share_waiting(account)
         if self._surplus <= 0 or share >= 1 or not account.running:
@@ -275,7 +259,7 @@ class Entrance:
         if spent > _RECOMPUTED_SHARE * self._counters.computed_tokens:
             return None
         entry = self._entry(least.head())
-        if self._fits(entry, running) or self._over_share(least, entry):
+        if self._fits(entry, running):
             return None
         movable = (r for r in running if id(r) in over and r.preempted < MOST_PREEMPTIONS)
         for victim in sorted(movable, key=lambda r: (-over[id(r)], r.computed))[:_VICTIMS]:

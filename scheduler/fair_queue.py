@@ -5,8 +5,7 @@ own requests are first come, first served. `entrance.py` asks who is next and kn
 back as they were executed. No I/O and no clock: the caller says what time it is.
 
 A tenant at its own limit of running requests does not count as waiting: if it did, its small key would hold
-V* back and newcomers would start with credit. For the same reason one that is over its share of the KV pool
-is `held` aside; but it keeps its key, since what it is owed it is owed.
+V* back and newcomers would start with credit.
 """
 
 from collections import OrderedDict, deque
@@ -82,7 +81,6 @@ class Account(Claimant):
     """A tenant: its users, its limits, and what it has running."""
 
     __slots__ = (
-        "held",
         "limited",
         "outputs",
         "running",
@@ -100,8 +98,6 @@ class Account(Claimant):
         self.running: dict[Request, None] = {}
         self.waiting = 0
         self.waiting_tokens = 0
-        self.held = False
-        """Over its share of the pool, as the entrance last found."""
         self.limited = False
         """Something waits, but as many run as may."""
         self.service = 0
@@ -125,7 +121,6 @@ class FairQueue:
         """Prompt tokens that wait."""
         self._tenants: Level[Account] = Level(_MOST_IDLE_TENANTS)
         self._waiting: dict[Request, Account] = {}
-        self._held: dict[Account, None] = {}
         self._lingering: OrderedDict[Account, float] = OrderedDict()
         self._milli_waiting = 0
         self._milli_active = 0
@@ -238,7 +233,7 @@ class FairQueue:
     def _place(self, account: Account) -> None:
         """Something about it has changed: it is among those that may be next, or not, with its key."""
         at_limit = 0 < account.terms.max_running <= len(account.running)
-        if account.waiting and not at_limit and not account.held:
+        if account.waiting and not at_limit:
             if account.limited:
                 # While it could not use more it was as good as idle.
                 self._tenants.lift(account)
@@ -352,20 +347,6 @@ class FairQueue:
     def in_order(self) -> Iterator[Account]:
         """Those that may be next, by key. Nothing may change meanwhile."""
         return self._tenants.ready.in_order()
-
-    def hold(self, account: Account) -> None:
-        """It is over its share of the pool: aside until `release_held`."""
-        account.held = True
-        self._held[account] = None
-        self._place(account)
-
-    def release_held(self) -> None:
-        """The pool has changed: they may be over their share no more."""
-        held, self._held = self._held, {}
-        for account in held:
-            account.held = False
-            if account.waiting:
-                self._place(account)
 
     def share_waiting(self, account: Account) -> float:
         """Its part of the weight of those that have something waiting, itself among them."""
