@@ -19,19 +19,15 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Who is next. fair: by weight, with all of the settings below. vtc: virtual counters alone. fifo: first
     come, first served. The last two are there to be compared with."""
     fair_window: Seconds = 2.0
-    """Seconds of service that a tenant may be ahead of the neediest and still go first, for a cached prefix.
-    """
-    fair_backfill: Seconds = 2.0
-    """Seconds of service that may go ahead of a request for which room is kept."""
+    """Seconds of service that a tenant may be ahead of the neediest and still go first, for a cached prefix;
+    and that may go ahead of a request for which room is kept."""
     fair_preempt: Seconds = 10.0
     """Seconds of service that a tenant may be ahead before a request of its own makes room; 0: never."""
     fair_kv_share: Annotated[float, Meta(ge=0, le=100)] = 1.25
     """Times its share of the slots and of the KV pool that a tenant may have while others wait; 0: any.
     """
-    price_prompt: Price = 1.0
-    """Cost of a prompt token that is computed."""
     price_cached: Price = 0.05
-    """Cost of a prompt token that is found in the cache."""
+    """Cost of a prompt token that is found in the cache, where one that is computed costs 1."""
     price_output: Price = 2.0
     """Cost of an output token."""
     tbt_slo: Seconds = 0.25

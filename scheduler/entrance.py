@@ -7,6 +7,7 @@ cost of B in all. If it is owed more than the gap that is allowed, a request of 
 room, provided that this one's room is enough.
 """
 
+import bisect
 from dataclasses import dataclass
 
 from ktransformers.kvcache.blocks import BlockId
@@ -20,8 +21,6 @@ _LOOK = 16
 """Tenants in the window whose next requests are compared."""
 _SCAN = 128
 """Tenants looked through for one that may go ahead."""
-_VICTIMS = 4
-"""Running requests that are considered in a step to make room."""
 _RECOMPUTED_SHARE = 0.03
 """Of all computed tokens: when so many were computed again, nobody is preempted for fairness."""
 
@@ -261,15 +260,20 @@ class Entrance:
         entry = self._entry(least.head())
         if self._fits(entry, running):
             return None
-        movable = (r for r in running if id(r) in over and r.preempted < MOST_PREEMPTIONS)
-        for victim in sorted(movable, key=lambda r: (-over[id(r)], r.computed))[:_VICTIMS]:
-            rest = [r for r in running if r is not victim]
-            freed = self._freed(victim)
-            profile = self._profile_of(rest)
-            if not rest or profile.peak_with(entry.own, entry.left) - freed + entry.idle <= self._cache.total:
-                self._promised = entry.request
-                return victim
-        return None
+        movable = [r for r in running if id(r) in over and r.preempted < MOST_PREEMPTIONS]
+        most = max((over[id(r)] for r in movable), default=0)
+        candidates = sorted((r for r in movable if over[id(r)] == most), key=lambda r: r.computed)
+        # The more it has computed the more room it makes: the first whose room is enough.
+        at = bisect.bisect_left(candidates, True, key=lambda r: self._makes_room(r, entry, running))
+        if at == len(candidates):
+            return None
+        self._promised = entry.request
+        return candidates[at]
+
+    def _makes_room(self, victim: Request, entry: Entry, running: list[Request]) -> bool:
+        rest = [r for r in running if r is not victim]
+        peak = self._profile_of(rest).peak_with(entry.own, entry.left) + entry.idle
+        return not rest or peak - self._freed(victim) <= self._cache.total
 
     def _freed(self, victim: Request) -> int:
         """Blocks that only this one holds: `_profile_of` the others counts them as shared."""

@@ -45,7 +45,6 @@ class Rules:
     def of(cls, config: SchedulerConfig) -> "Rules":
         """As the scheduler is configured."""
         prices = Prices(
-            prompt=round(config.price_prompt * UNIT),
             cached=round(config.price_cached * UNIT),
             output=round(config.price_output * UNIT),
         )
@@ -54,7 +53,7 @@ class Rules:
             return cls(0.0, 0.0, 0.0, 0.0, predict=False, by_arrival=by_arrival, prices=prices)
         return cls(
             window=config.fair_window,
-            backfill=config.fair_backfill,
+            backfill=config.fair_window,
             preempt=config.fair_preempt,
             kv_share=config.fair_kv_share,
             prices=prices,
@@ -164,7 +163,7 @@ class FairQueue:
         account.waiting_tokens += request.n_prompt
         self.tokens += request.n_prompt
         self._waiting[request] = account
-        account.users.ready.put(user, self._key(user), user.head().order)
+        self._place_user(account, user)
         account.users.advance()
         self._place(account)
         self._tenants.advance()
@@ -212,6 +211,7 @@ class FairQueue:
         account.users.advance()
         self._tenants.advance()
         del user.waiting[request.id]
+        self._place_user(account, user)
         account.waiting -= 1
         account.waiting_tokens -= request.n_prompt
         self.tokens -= request.n_prompt
@@ -222,13 +222,15 @@ class FairQueue:
 
     def _close(self, request: Request, account: Account, user: User) -> None:
         user.open -= 1
+        if not user.open:
+            account.users.rest(user)
+        self._place(account)
+
+    def _place_user(self, account: Account, user: User) -> None:
         if user.waiting:
             account.users.ready.put(user, self._key(user), user.head().order)
         else:
             account.users.ready.drop(user)
-            if not user.open:
-                account.users.rest(user)
-        self._place(account)
 
     def _place(self, account: Account) -> None:
         """Something about it has changed: it is among those that may be next, or not, with its key."""
@@ -308,9 +310,8 @@ class FairQueue:
         settled = min(request.pending, cost)
         request.pending -= settled
         self._promise(account, user, -settled)
-        if user.waiting:
-            account.users.ready.put(user, self._key(user), user.head().order)
-        elif not user.open:
+        self._place_user(account, user)
+        if not user.open:
             account.users.rest(user)
         if account.waiting:
             self._place(account)

@@ -218,7 +218,7 @@ class Simulation:
         self._returns: list[tuple[float, int, Arrival]] = []
         self._steps: deque[Step] = deque()
         self._done: StepDone | None = None
-        self._done_at = 0.0
+        self._done_at = self._ticked = 0.0
         self._open: dict[str, _Open] = {}
         self._submitted = self._returned = 0
         self._prefixes: dict[tuple[str, int], list[int]] = {}
@@ -253,12 +253,8 @@ class Simulation:
 
     def run(self, seconds: float, sample: float = 0.0) -> Result:
         """Until so many seconds have gone by or all is done; service is noted each `sample` seconds."""
-        ticked = sampled = self.now
+        sampled = self.now
         while self.now < seconds and self.move(seconds):
-            if self.now - ticked >= 1.0:
-                ticked = self.now
-                self.scheduler.front(_PEER, Hello(), self.now)
-                self.scheduler.tick(self.now)
             if sample and self.now - sampled >= sample:
                 sampled = self.now
                 self.samples.append((self.now, {name: t.service for name, t in self.tenants.items()}))
@@ -280,6 +276,10 @@ class Simulation:
         at = min(times)
         # A gap in the arrivals is passed in seconds: the scheduler has its ticks.
         self.now = max(self.now, min(at, self.now + 1.0, until))
+        if self.now - self._ticked >= 1.0:
+            self._ticked = self.now
+            self.scheduler.front(_PEER, Hello(), self.now)
+            self.scheduler.tick(self.now)
         while self._next is not None and self._next.seconds <= self.now:
             arrival, self._next = self._next, next(self._arrivals, None)
             self._submit(arrival)

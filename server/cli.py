@@ -84,16 +84,12 @@ def serve(
     fair_window: Annotated[
         float | None, _option("Seconds of service that a cached prefix may jump [2].")
     ] = None,
-    fair_backfill: Annotated[
-        float | None, _option("Seconds of service that may pass one that does not fit [2].")
-    ] = None,
     fair_preempt: Annotated[
         float | None, _option("Seconds of service ahead at which a tenant makes room; 0 is never [10].")
     ] = None,
     fair_kv_share: Annotated[
         float | None, _option("Times its share of KV that a tenant may have; 0 is any [1.25].")
     ] = None,
-    price_prompt: Annotated[float | None, _option("Cost of a prompt token that is computed [1].")] = None,
     price_cached: Annotated[float | None, _option("Cost of a prompt token in the cache [0.05].")] = None,
     price_output: Annotated[float | None, _option("Cost of an output token [2].")] = None,
     tbt_slo: Annotated[

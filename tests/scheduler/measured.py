@@ -14,7 +14,9 @@ SMALL = Machine(blocks=256, slots=16, max_batch_tokens=256, max_len=1024, noise=
 class Measured(Simulation):
     """Exact service by tenant, and how far apart two of them get while both have something waiting."""
 
-    def __init__(self, loads, policy="fair", machine=SMALL, seed=0, seconds=1e9, settings=None, arrivals=None):
+    def __init__(
+        self, loads, policy="fair", machine=SMALL, seed=0, seconds=1e9, settings=None, arrivals=None
+    ):
         arrivals = generate(loads, seconds, seed) if arrivals is None else arrivals
         super().__init__(arrivals, policy, machine, seed, settings)
         self.machine = machine
@@ -77,7 +79,10 @@ class Measured(Simulation):
         tokens = self.machine.blocks * self.machine.block_tokens
         rules = self.queue.rules
         whole = sum(weights.values())
-        share = {n: min(1.0, rules.kv_share * w / whole) if cap and rules.kv_share else 1.0 for n, w in weights.items()}
+        share = {
+            n: min(1.0, rules.kv_share * w / whole) if cap and rules.kv_share else 1.0
+            for n, w in weights.items()
+        }
         return max(rules.prices.output * tokens * share[n] / w for n, w in weights.items())
 
     def windows(self):

@@ -1,0 +1,743 @@
+"""The bounds of the balance scheduler, in simulated runs of the production classes.
+
+F1 to F24 are the properties of the specification. A bound is asserted as it is written there; what its
+derivation leaves out is said where it matters. Each of the ten mistakes of other schedulers is put into a
+mutated class, on which the property that it breaks has to fail.
+"""
+
+import json
+import os
+import random
+import time
+from dataclasses import replace
+
+import pytest
+import request_maker
+from measured import SMALL, Measured, closed, units
+
+from ktransformers.scheduler import entrance as entrance_module
+from ktransformers.scheduler import scheduler as scheduler_module
+from ktransformers.scheduler.charges import UNIT, Prices
+from ktransformers.scheduler.entrance import Entrance
+from ktransformers.scheduler.fair_queue import FairQueue, Rules
+from ktransformers.scheduler.protocol import Cancel
+from ktransformers.scheduler.simulator import Machine, Simulation, percentile
+from ktransformers.scheduler.workload import Arrival, Load, WorkloadError, generate, read_trace
+
+SEEDS = range(int(os.environ.get("FAIRNESS_SEEDS", "3")))
+"""20 in `make nightly`."""
+NIGHTLY = "FAIRNESS_SEEDS" in os.environ
+SECONDS = float(os.environ.get("FAIRNESS_SECONDS", "100"))
+"""Simulated, about 16 steps each; 6,250 in `make nightly`, which is 10^5 steps."""
+
+LOADS = {
+    "alike": [closed(name) for name in "abcd"],
+    "mixed": [
+        closed("a", prompt=50, output=300),
+        closed("b", prompt=600, output=20),
+        closed("c", prompt=200, output=100),
+    ],
+    "weights": [closed("a"), closed("b", weight=2.0), closed("c", weight=4.0)],
+    "long and short": [closed("a", prompt=30, output=700), closed("b", prompt=30, output=30)],
+}
+
+
+def weights(loads):
+    return {load.name: load.weight for load in loads}
+
+
+class Predicts(FairQueue):
+    """A predictor that is wrong."""
+
+    how = staticmethod(lambda right, n: right)
+
+    def predicted(self, account):
+        self.asked = getattr(self, "asked", 0) + 1
+        return max(1, int(self.how(super().predicted(account), self.asked)))
+
+
+def predictor(how):
+    return type("Wrong", (Predicts,), {"how": staticmethod(how)})
+
+
+PREDICTORS = {
+    "as it is": lambda right, n: right,
+    "a tenth": lambda right, n: right / 10,
+    "ten times": lambda right, n: right * 10,
+    "nothing": lambda right, n: 0,
+    "adversarial": lambda right, n: (1, 4096)[n % 2],
+}
+
+
+# ---- F1, F2, F12: service gaps
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("load", LOADS)
+def test_f1_service_gap_without_prediction(load, seed, monkeypatch, record_property):
+    m = run_without_prediction(LOADS[load], seed, monkeypatch)
+    bound = 2 * (m.u(weights(LOADS[load])) + m.windows())
+    record_property("gap", units(m.gap))
+    assert m.gap <= bound, f"{units(m.gap):.0f} > {units(bound):.0f} units"
+
+
+def run_without_prediction(loads, seed, monkeypatch):
+    monkeypatch.setattr(scheduler_module, "FairQueue", unpredicting(FairQueue))
+    m = Measured(loads, seed=seed, settings={"fair_preempt": 0.0})
+    m.run(SECONDS)
+    return m
+
+
+def unpredicting(queue):
+    class Unpredicting(queue):
+        def __init__(self, rules):
+            super().__init__(replace(rules, predict=False))
+
+    return Unpredicting
+
+
+@pytest.mark.parametrize("how", PREDICTORS)
+@pytest.mark.parametrize("load", LOADS)
+def test_f1_f12_service_gap_with_any_predictor(load, how, monkeypatch):
+    monkeypatch.setattr(scheduler_module, "FairQueue", predictor(PREDICTORS[how]))
+    for seed in SEEDS:
+        m = Measured(LOADS[load], seed=seed, settings={"fair_preempt": 0.0})
+        m.run(SECONDS)
+        bound = 2 * (2 * m.u(weights(LOADS[load])) + m.windows())
+        assert m.gap <= bound, f"{units(m.gap):.0f} > {units(bound):.0f} units"
+
+
+TIGHT = {"fair_window": 0.2, "fair_preempt": 3.0}
+HOARD = [closed("a", prompt=30, output=900, count=40), closed("b", prompt=200, output=20, count=8)]
+
+
+def check_preemption_bound(monkeypatch):
+    """Of F2: a tenant with long outputs gets far ahead unless it has to make room.
+
+    As derived the bound is one of executed service only without prediction, and only if nothing else stops
+    the preemption: the guard on what is computed again is taken away here. With it (3 %, as a bound on what
+    throughput may be lost) the gap is bounded by U, as without preemption.
+    """
+    monkeypatch.setattr(entrance_module, "_RECOMPUTED_SHARE", 1.0)
+    monkeypatch.setattr(scheduler_module, "FairQueue", unpredicting(FairQueue))
+    for seed in SEEDS:
+        m = Measured(HOARD, seed=seed, settings=TIGHT)
+        m.run(max(SECONDS, 200.0))
+        pinned = any(r.preempted >= 3 for r in m.charged_requests.values())
+        bound = 2 * (m.theta() + m.largest_step + m.windows())
+        assert pinned or m.gap <= bound, f"{units(m.gap):.0f} > {units(bound):.0f} units"
+
+
+def test_f2_service_gap_with_preemption(monkeypatch):
+    check_preemption_bound(monkeypatch)
+
+
+# ---- F3, F4: shares
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_f3_shares_by_weight(seed):
+    loads = [closed("a", count=30), closed("b", weight=2.0, count=40), closed("c", weight=4.0, count=60)]
+    m = Measured(loads, seed=seed)
+    # U without the limit on KV: it does not bind the tenant that is owed most.
+    window = 20 * m.u(weights(loads), cap=False)
+    before = dict(m.work)
+    windows = 0
+    while windows < 2:
+        m.move()
+        done = {name: m.work[name] - before.get(name, 0) for name in "abc"}
+        if sum(done.values()) < window:
+            continue
+        windows += 1
+        before = dict(m.work)
+        for load in loads:
+            due = load.weight / 7
+            assert abs(done[load.name] / sum(done.values()) - due) <= 0.05 * due, (load.name, done)
+
+
+@pytest.mark.parametrize("n", [2, 4, 8, 16, 32, 64] if NIGHTLY else [2, 8, 64])
+def test_f4_jain(n):
+    rng = random.Random(n)
+    loads = [
+        closed(
+            f"t{i}", count=8, prompt=rng.choice([50, 200]), output=rng.choice([20, 60]), weight=1.0 + i % 3
+        )
+        for i in range(n)
+    ]
+    m = Measured(loads, seed=n, settings={"tbt_slo": 0.0}, machine=replace(SMALL, noise=0.0))
+    m._look = lambda: None
+    u = m.u(weights(loads))
+    for times, least in ((20, 0.95), (100, 0.99))[: 2 if NIGHTLY else 1]:
+        while min(m.work[x.name] / x.weight for x in loads) < times * u:
+            assert m.move()
+        by_weight = [m.work[x.name] / x.weight for x in loads]
+        jain = sum(by_weight) ** 2 / (n * sum(w * w for w in by_weight))
+        assert jain >= least, (n, jain)
+
+
+# ---- F5, F6, F7, F8: work, waiting, credit, debt
+
+
+def brute_peak(shared, runs, size):
+    """The most blocks that are held at once, the slow way."""
+    by_end = sorted(runs, key=lambda run: run[1])
+    held = sum(own for own, _ in by_end)
+    peak = held
+    for alive, (own, left) in zip(range(len(by_end), 0, -1), by_end, strict=True):
+        peak = max(peak, held + alive * -(-left // size))
+        held -= own
+    return shared + peak
+
+
+def check_work_conservation(seed, seconds=60.0):
+    """After no plan is there a free slot and budget while the neediest request fits; and small requests pass
+    one that does not fit."""
+    loads = [
+        Load(name="big", kind="closed", count=6, prompt=800, output=200, fixed=True),
+        Load(name="small", kind="closed", count=30, prompt=20, output=10),
+        Load(name="now and then", rate=0.5, prompt=100, output=50),
+    ]
+    m = Measured(loads, seed=seed, settings={"tbt_slo": 0.0}, seconds=seconds)
+    planner, cache = m.scheduler._engine.planner, m.scheduler._engine.cache
+    idle = []
+    plan = planner.plan
+
+    def watched(now):
+        preemptions = m.scheduler.counters.preemptions
+        planned = plan(now)
+        used = planned.tokens if planned is not None else 0
+        if used < m.machine.max_batch_tokens and m.scheduler.counters.preemptions == preemptions:
+            look(now)
+        return planned
+
+    def look(now):
+        estimate, size = m.scheduler._estimate, cache.block_tokens
+        least = m.queue.least()
+        if least is None or len(planner.running) >= m.machine.slots or least.head().in_flight:
+            return
+        head = least.head()
+        found = cache.match(head.table, head.tokens)
+        runs, alone = [], 0
+        for r in planner.running:
+            own = len(r.table.blocks) - r.table.hits
+            alone += own
+            runs.append((own + cache.missing(r.table, r.total), estimate.left(r)))
+        runs.append((-(-len(head.tokens) // size) - len(found), estimate.left(head)))
+        fits = brute_peak(cache.used - alone + cache.idle(found), runs, size) <= cache.total
+        reserve = m.queue.absent > 0
+        assert not fits or reserve, "the neediest fits and is not let in"
+        idle.append(head.id)
+
+    planner.plan = watched
+    m.run(seconds)
+    assert m.tenants["small"].done > 200, m.tenants["small"].done
+    # The large one got its share all the same.
+    assert m.work["big"] / m.work["small"] > 0.85
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_f5_work_conservation(seed):
+    check_work_conservation(seed)
+
+
+def dispatch_bound(m, names, mine):
+    """Seconds after which a request of `mine` that arrives without debt is let in, at the latest."""
+    u = units(m.u(dict.fromkeys(names, 1.0), cap=False))
+    a = units(m.rate)
+    return sum(u + units(m.windows()) for name in names if name != mine) / a
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_f6_f17_a_light_tenant_waits_no_longer_than_the_bound_and_is_never_refused(seed):
+    """Even when the queue is full of another's requests."""
+    loads = [
+        Load(name="flood", rate=20.0, prompt=300, output=200),
+        Load(name="light", rate=0.3, prompt=50, output=20, fixed=True),
+    ]
+    m = Measured(loads, seed=seed, seconds=150.0, settings={"max_waiting": 50})
+    m.run(150.0)
+    light, flood = m.tenants["light"], m.tenants["flood"]
+    assert light.refused == 0 and light.done > 20
+    assert flood.refused > 1000
+    waits = [r.queue_seconds for r in m.charged_requests.values() if r.tenant.id == "light"]
+    assert percentile(waits, 0.99) <= dispatch_bound(m, ["flood", "light"], "light")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_f6_nothing_starves(seed):
+    """All that was let into the queue of an overloaded server is dispatched in the end."""
+    rng = random.Random(seed)
+    loads = [
+        Load(
+            name=f"t{i}",
+            kind="flood",
+            count=12,
+            weight=rng.choice([0.25, 1.0, 4.0]),
+            prompt=rng.choice([20, 300, 900]),
+            output=rng.choice([10, 100]),
+            fixed=True,
+        )
+        for i in range(8)
+    ]
+    m = Measured(loads, seed=seed)
+    m.run(100_000.0)
+    assert {t.done for t in m.tenants.values()} == {12}
+    assert m.scheduler.status().blocks_used == 0
+
+
+def served_after_idling(idle):
+    """Service of a tenant that comes back after so many seconds, in its first 20."""
+    first = [Arrival(0.0, "back", 100, 50) for _ in range(4)]
+    again = [Arrival(50.0 + idle, "back", 100, 50, again=True) for _ in range(30)]
+    m = Measured([], arrivals=iter([Arrival(0.0, "busy", 200, 100, again=True)] * 30 + first + again))
+    m._look = lambda: None
+    while m.now < 50.0:
+        m.move()
+    # The clock alone moves on: no work is done meanwhile, whatever its length.
+    m.now += idle
+    m._done_at += idle
+    m._ticked += idle
+    m.scheduler._fronts.heard(b"simulator", m.now)
+    m.scheduler._ticked_at = m.now
+    before, until = m.work["back"], m.now + 20.0
+    while m.now < until:
+        m.move()
+    return (m.work["back"] - before) / UNIT
+
+
+def test_f7_idling_earns_nothing():
+    served = [served_after_idling(idle) for idle in (1.0, 3600.0, 864_000.0)]
+    one_request = 100 + 2 * 50
+    assert max(served) - min(served) <= one_request, served
+
+
+def check_no_credit():
+    """A tenant that was away while others were served is not owed what it did not ask for."""
+    arrivals = [Arrival(0.0, "busy", 200, 100, again=True)] * 30 + [Arrival(1.0, "back", 100, 10)] * 2
+    m = Measured([], arrivals=iter(arrivals + [Arrival(13.0, "back", 100, 50, again=True)] * 30))
+    while m.now < 13.0:
+        m.move()
+    before = dict(m.work)
+    while m.now < 23.0:
+        m.move()
+    share = (m.work["back"] - before["back"]) / (sum(m.work.values()) - sum(before.values()))
+    assert share <= 0.6, f"it gets {share:.0%} where half is due"
+
+
+def test_f7_mistake_1_no_lift_for_the_one_who_returns(monkeypatch):
+    check_no_credit()
+
+    class NoLift(scheduler_module.FairQueue):
+        def __init__(self, rules):
+            super().__init__(rules)
+            self._tenants.lift = self._tenants._idle.drop
+
+    monkeypatch.setattr(scheduler_module, "FairQueue", NoLift)
+    with pytest.raises(AssertionError, match="where half is due"):
+        check_no_credit()
+
+
+def test_mistake_2_head_of_line_block(monkeypatch):
+    class Breaks(Entrance):
+        def _ahead_of(self, first, running):
+            return None
+
+    monkeypatch.setattr(scheduler_module, "Entrance", Breaks)
+    with pytest.raises(AssertionError):
+        check_small_ones_pass()
+
+
+def check_small_ones_pass():
+    """While a large request waits for room a small one of another tenant goes ahead."""
+    machine = replace(SMALL, blocks=64, slots=8)
+    arrivals = [
+        Arrival(0.0, "large", 500, 400),
+        Arrival(1.2, "large", 700, 100),
+        Arrival(1.5, "small", 20, 5),
+    ]
+    m = Measured([], machine=machine, arrivals=iter(arrivals))
+    m.run(60.0)
+    small = next(r for r in m.charged_requests.values() if r.tenant.id == "small")
+    large = [r for r in m.charged_requests.values() if r.tenant.id == "large"]
+    assert small.queue_seconds < 1.0, small.queue_seconds
+    assert max(r.queue_seconds for r in large) > 1.0, "nothing had to wait: the test shows nothing"
+
+
+def test_small_ones_pass_one_that_does_not_fit():
+    check_small_ones_pass()
+
+
+def check_no_laundering(how):
+    """F8: whoever goes away in debt and comes back, by whatever means, has it still."""
+    arrivals = [Arrival(0.0, "honest", 200, 100, again=True)] * 20
+    arrivals += [Arrival(0.0, "cheat", 200, 100, again=True, user="key0")] * 20
+    m = Measured([], arrivals=iter(arrivals), settings={"fair_preempt": 0.0})
+    rng = random.Random(1)
+    n = 0
+    while m.now < 100.0:
+        m.move()
+        # Now and then it drops all that it has, and is back at once under another key.
+        if rng.random() < 0.02:
+            n += 1
+            mine = [i for i, o in m._open.items() if o.arrival.tenant == "cheat"]
+            for request_id in mine:
+                how(m, request_id, n)
+    gain = (m.work["cheat"] - m.work["honest"]) / UNIT
+    assert gain <= 2 * 400, f"it gained {gain:.0f} units"
+
+
+def cancel_and_return(m, request_id, n):
+    arrival = m._open[request_id].arrival
+    m._open[request_id].arrival = replace(arrival, again=False)
+    m.scheduler.front(b"simulator", Cancel(request_id), m.now)
+    m.scheduler.advance(m.now)
+    m._submit(replace(arrival, user=f"key{n}"))
+
+
+def test_f8_no_laundering():
+    check_no_laundering(cancel_and_return)
+
+
+def test_mistake_4_debt_is_forgotten_with_the_record(monkeypatch):
+    class Forgets(FairQueue):
+        def leave(self, request):
+            super().leave(request)
+            account = self._tenants.members[request.tenant.id]
+            if not account.waiting and not account.running:
+                self._lingering.pop(account, None)
+                del self._tenants.members[account.name]
+
+    assert debt_after_return(FairQueue) == 990 * UNIT
+    assert debt_after_return(Forgets) == 0
+
+
+def debt_after_return(queue_class):
+    """How far a tenant's counter is beyond V* when it comes back; it was served ahead of one that waits."""
+    queue = queue_class(Rules())
+    waits, runs, again = (
+        request_maker.request(i, name) for i, name in enumerate(["honest", "cheat", "cheat"])
+    )
+    queue.push(waits)
+    queue.charge(waits, 10 * UNIT)
+    queue.push(runs)
+    queue.enter(runs, 0)
+    queue.charge(runs, 1000 * UNIT)
+    queue.leave(runs)
+    queue.step(0.0)
+    queue.step(3600.0)
+    queue.push(again)
+    return queue._tenants.members["cheat"].counter - queue._tenants.time
+
+
+# ---- F9, F19: numbers and clocks
+
+
+def trace(seed=0, shift=0, start=0.0, policy="fair"):
+    loads = [closed("a", count=8, prompt=100, output=50), closed("b", count=8), Load(name="c", rate=0.5)]
+    m = Measured(loads, policy, seed=seed, seconds=30.0)
+    m.queue._tenants.time += shift
+    return m.run(30.0).digest
+
+
+def test_f9_counters_keep_their_order_beyond_2_to_the_53():
+    assert trace() == trace(shift=1 << 53) == trace(shift=1 << 70)
+
+
+def test_f18_the_same_seed_gives_the_same_bytes():
+    for policy in ("fair", "vtc", "fifo"):
+        assert trace(3, policy=policy) == trace(3, policy=policy) != trace(4, policy=policy)
+
+
+def test_f19_the_wall_clock_is_not_looked_at(monkeypatch):
+    before = trace()
+    monkeypatch.setattr(time, "time", lambda: -86400.0)
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    assert trace() == before
+
+
+# ---- F10, F11: charges
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_f10_charges_are_what_was_computed(seed):
+    """Exactly, with hits, preemptions and cancellations: each token once, at its price."""
+    loads = [
+        closed("a", count=20, prompt=200, output=300, prefix=100, topics=3),
+        closed("b", count=20, prompt=100, output=200, weight=3.0),
+    ]
+    m = Measured(loads, seed=seed, machine=replace(SMALL, blocks=100))
+    rng = random.Random(seed)
+    while m.now < 60.0:
+        m.move()
+        if rng.random() < 0.05 and m._open:
+            m.scheduler.front(b"simulator", Cancel(rng.choice(sorted(m._open))), m.now)
+    prices = Prices()
+    status = m.scheduler.status()
+    assert status.preemptions > 0 and status.prefix_hit_tokens > 0
+    expected = 0
+    for r in m.charged_requests.values():
+        drawn = len(r.tokens) - r.n_prompt
+        # A token that was drawn for a request that was cancelled meanwhile was computed all the same.
+        drawn = max(drawn, (r.cost - prompt_cost(r, prices)) // prices.output)
+        assert r.cost == prompt_cost(r, prices) + prices.output * drawn
+        assert drawn <= len(r.tokens) - r.n_prompt + 2
+        expected += max(r.cost, prices.floor)
+    assert sum(m.work.values()) == expected
+    assert sum(a.service for a in m.queue._tenants.members.values()) <= expected
+
+
+def prompt_cost(request, prices):
+    outputs = (len(request.tokens) - request.n_prompt) * prices.output
+    rest = request.cost - outputs
+    while rest >= prices.prompt * request.n_prompt + prices.output:
+        rest -= prices.output
+    return rest
+
+
+def check_least_charge(prices):
+    """F11: a request costs a unit at least, found in the cache or not."""
+    m = Measured([], arrivals=iter([Arrival(float(i), "a", 65, 1, prefix=64) for i in range(20)]))
+    m.scheduler._rules = replace(m.scheduler._rules, prices=prices)
+    m.run(40.0)
+    assert m.scheduler.status().prefix_hit_tokens >= 19 * 64
+    for request in m.charged_requests.values():
+        assert request.charged >= UNIT
+    assert sum(m.work.values()) >= 20 * UNIT
+
+
+def test_f11_mistake_5_a_hit_is_free():
+    free = Prices(prompt=0, cached=0, output=0)
+    check_least_charge(free)
+    with pytest.raises(AssertionError):
+        check_least_charge(replace(free, floor=0))
+
+
+# ---- mistakes 6 to 9
+
+
+def test_mistake_6_fair_only_at_admission(monkeypatch):
+    class Never(Entrance):
+        def victim(self, running):
+            return None
+
+    monkeypatch.setattr(scheduler_module, "Entrance", Never)
+    with pytest.raises(AssertionError):
+        check_preemption_bound(monkeypatch)
+
+
+def check_every_choice_is_charged():
+    """A tenant that asks for n = 4 at once gets no more than one that asks four times."""
+    m = Measured([closed("four", count=24), closed("one", count=24)])
+    m.run(100.0)
+    assert 0.9 < m.work["four"] / m.work["one"] < 1.1
+
+
+def test_mistake_7_choices_are_not_charged(monkeypatch):
+    check_every_choice_is_charged()
+
+    class FirstOnly(FairQueue):
+        def charge(self, request, cost):
+            siblings = request.tenant.id == "four" and request.order % 4
+            super().charge(request, 0 if siblings else cost)
+
+    monkeypatch.setattr(scheduler_module, "FairQueue", FirstOnly)
+    with pytest.raises(AssertionError):
+        check_every_choice_is_charged()
+
+
+def check_names_earn_nothing():
+    """A tenant gets its share, however many users it says it has."""
+    m = Measured([closed("plain"), closed("sybil", users=10)])
+    m.run(100.0)
+    assert 0.9 < m.work["sybil"] / m.work["plain"] < 1.1
+
+
+def test_mistake_8_the_clients_name_is_its_identity():
+    check_names_earn_nothing()
+
+    # A front end that takes the client's word for who it is.
+    m = Measured([closed("plain"), *(closed(f"sybil{i}", count=3) for i in range(10))])
+    m.run(100.0)
+    sybils = sum(done for name, done in m.work.items() if name.startswith("sybil"))
+    assert sybils / m.work["plain"] > 3
+
+
+def looks_at(queue_class, monkeypatch, tenants, each):
+    """Keys that are computed for a step, with so many tenants waiting."""
+    looks = []
+
+    class Counts(queue_class):
+        def _key(self, claimant):
+            looks.append(1)
+            return super()._key(claimant)
+
+    monkeypatch.setattr(scheduler_module, "FairQueue", Counts)
+    loads = [Load(name=f"t{i}", kind="flood", count=each, prompt=30, output=20) for i in range(tenants)]
+    m = Simulation(arrivals_of(loads), "fair", SMALL)
+    m.run(3.0)
+    looks.clear()
+    before = m.scheduler.counters.steps
+    m.run(8.0)
+    return len(looks) / (m.scheduler.counters.steps - before)
+
+
+def arrivals_of(loads):
+    return generate(loads, 1e9, 0)
+
+
+def test_mistake_9_the_whole_queue_is_sorted_each_step(monkeypatch):
+    few, many = (looks_at(FairQueue, monkeypatch, n, 2000 // n) for n in (50, 1000))
+    assert many <= 2 * few + 10
+
+    class Sorts(FairQueue):
+        def step(self, now):
+            sorted(self._with_waiting, key=self._key)
+            super().step(now)
+
+    few, many = (looks_at(Sorts, monkeypatch, n, 2000 // n) for n in (50, 1000))
+    assert many > 2 * few + 10
+
+
+# ---- F13 to F16
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_f13_f16_blocks_are_conserved_and_little_is_computed_again(seed):
+    """Under an overload of long outputs, with a check of all blocks, slots and counts after every event."""
+    loads = [
+        closed("a", count=20, prompt=30, output=400),
+        closed("b", count=20, prompt=300, output=100),
+        Load(name="c", rate=1.0, prompt=100, output=50),
+    ]
+    m = Measured(loads, seed=seed, settings=TIGHT, machine=replace(SMALL, blocks=128))
+    look = m._look
+
+    def checked():
+        look()
+        m.scheduler.check()
+
+    m._look = checked
+    m.run(60.0)
+    status = m.scheduler.status()
+    assert max(r.preempted for r in m.charged_requests.values()) <= 3
+    assert status.recomputed_tokens <= 0.25 * status.computed_tokens
+    for request_id in list(m._open):
+        m._open[request_id].arrival = replace(m._open[request_id].arrival, again=False)
+        m.scheduler.front(b"simulator", Cancel(request_id), m.now)
+    while m._steps or m._done is not None:
+        m._next, m._returns = None, []
+        m.move()
+    assert m.scheduler.status().blocks_used == 0
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_goal_a_twentieth_is_computed_again_at_most(load):
+    m = Measured(LOADS[load], seed=1)
+    status = m.run(200.0).status
+    assert status.recomputed_tokens <= 0.05 * status.computed_tokens
+
+
+# ---- F20, F21, F24
+
+
+@pytest.mark.parametrize("which", ["tenants", "users"])
+def test_f20_mistake_3_what_is_kept_of_a_million_keys(which, monkeypatch):
+    count = 1_000_000 if NIGHTLY else 60_000
+    queue = many_keys(FairQueue, which, count)
+    assert len(queue._tenants.members) <= 20_000
+    assert sum(len(a.users.members) for a in queue._tenants.members.values()) <= 40_000
+
+    class Keeps(FairQueue):
+        def __init__(self, rules):
+            super().__init__(rules)
+            self._tenants._collect = lambda: None
+
+    if which == "tenants":
+        assert len(many_keys(Keeps, which, 30_000)._tenants.members) == 30_000
+
+
+def many_keys(queue_class, which, count):
+    """One request each, with the clock standing still: nothing is ever waiting when the next one comes."""
+    queue = queue_class(Rules())
+    for i in range(count):
+        tenant = (f"t{i}", "") if which == "tenants" else ("t", f"u{i}")
+        request = request_maker.request(i, *tenant)
+        queue.push(request)
+        queue.enter(request, 0)
+        queue.charge(request, 10 * UNIT)
+        queue.leave(request)
+        queue.step(0.0)
+    return queue
+
+
+def test_f20_memory():
+    import tracemalloc
+
+    tracemalloc.start()
+    queue = many_keys(FairQueue, "tenants", 40_000)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(queue._tenants.members) > 1000
+    assert size < 64 << 20, size
+
+
+@pytest.mark.parametrize(("waiting", "tenants", "limit"), [(1000, 100, 1.0), (10_000, 1000, 5.0)])
+def test_f21_decision_time(waiting, tenants, limit, capsys):
+    machine = Machine(blocks=4096, slots=64, max_batch_tokens=512)
+    loads = [
+        Load(name=f"t{i}", kind="closed", count=waiting // tenants, prompt=300, output=100)
+        for i in range(tenants)
+    ]
+    sim = Simulation(arrivals_of(loads), "fair", machine)
+    times = []
+    engine = sim.scheduler.engine
+
+    def timed(message, now):
+        begin = time.thread_time()
+        engine(message, now)
+        sim.scheduler.advance(now)
+        times.append(time.thread_time() - begin)
+
+    while len(times) < 600:
+        if len(times) == 0 and sim.now > 0:
+            sim.scheduler.engine = timed
+        sim.move()
+    times = sorted(times[200:])
+    median, p99 = times[200] * 1e3, times[396] * 1e3
+    with capsys.disabled():
+        print(f"\n  {waiting} waiting, {tenants} tenants: median {median:.2f} ms, p99 {p99:.2f} ms")
+    # The bound is for a quiet machine; where others run beside the test only a gross failure is one.
+    assert p99 < 5 * limit
+
+
+def shared_prefix(policy, **settings):
+    """Tenants with a long common beginning each, more of them than the pool can keep."""
+    loads = [closed(f"t{i}", count=12, prompt=560, output=20, prefix=512, fixed=True) for i in range(10)]
+    sim = Measured(loads, policy, machine=replace(SMALL, slots=6), settings=settings, seed=2)
+    result = sim.run(150.0)
+    hits = result.status.prefix_hit_tokens / result.status.prefix_query_tokens
+    shares = [sim.work[load.name] for load in loads]
+    return hits, sum(shares) ** 2 / (len(shares) * sum(s * s for s in shares))
+
+
+def test_f24_the_window_finds_prefixes(capsys):
+    exact, _ = shared_prefix("vtc")
+    windowed, jain = shared_prefix("fair")
+    longest, _ = shared_prefix("fair", fair_window=86400.0)
+    with capsys.disabled():
+        print(
+            f"\n  prefix hits: Q = 0 {exact:.0%}, Q = 2 s {windowed:.0%} (Jain {jain:.3f}), LPM {longest:.0%}"
+        )
+    assert windowed >= 0.9 * longest
+    assert jain >= 0.95
+
+
+def test_trace_files(tmp_path):
+    file = tmp_path / "trace.jsonl"
+    size = {"prompt": 5, "output": 3}
+    lines = [{"seconds": 2.0, "tenant": "b", **size}, {"seconds": 1, "tenant": "a", **size}]
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    assert [a.tenant for a in read_trace(file)] == ["a", "b"]
+    file.write_text('{"seconds": 1, "what": 2}')
+    with pytest.raises(WorkloadError, match="what"):
+        read_trace(file)
