@@ -12,7 +12,7 @@ PAGE    := $(shell find web -path web/node_modules -prune -o -path web/dist -pru
 export CMAKE_BUILD_PARALLEL_LEVEL = $(JOBS)
 
 .DELETE_ON_ERROR:
-.PHONY: serve test test-slow lint bench dev wheel page check-objects clean
+.PHONY: serve test test-slow lint bench dev wheel page check-objects clean nightly
 
 serve: $(VENV)/.installed $(VENV)/.model
 	@exec $(BIN)/ktransformers serve --port $(PORT) $(ARGS)
@@ -23,6 +23,10 @@ test: $(VENV)/.installed $(VENV)/.model $(VENV)/.test-needs check-objects
 # Those that need minutes: hangs that are waited for.
 test-slow: $(VENV)/.installed $(VENV)/.model $(VENV)/.test-needs
 	@mkdir -p build/test && cd build/test && "$(abspath $(BIN))/pytest" -c ../../pyproject.toml --rootdir ../.. ../../tests -m slow $(ARGS)
+
+# The bounds of the balance scheduler over 20 seeds of 10^5 steps: hours.
+nightly: $(VENV)/.installed $(VENV)/.test-needs
+	@mkdir -p build/test && cd build/test && FAIRNESS_SEEDS=20 FAIRNESS_SECONDS=6250 "$(abspath $(BIN))/pytest" -c ../../pyproject.toml --rootdir ../.. ../../tests/scheduler/test_fairness.py --timeout 0 $(ARGS)
 
 lint: $(VENV)/.lint-needs build/ns/ktransformers
 	$(BIN)/ruff check .

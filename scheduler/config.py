@@ -8,7 +8,6 @@ from msgspec import Meta
 from ktransformers.engine.config import EngineConfig
 
 Seconds = Annotated[float, Meta(ge=0, le=86400)]
-Price = Annotated[float, Meta(ge=0, le=1000)]
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -26,10 +25,6 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     fair_kv_share: Annotated[float, Meta(ge=0, le=100)] = 1.25
     """Times its share of the slots and of the KV pool that a tenant may have while others wait; 0: any.
     """
-    price_cached: Price = 0.05
-    """Cost of a prompt token that is found in the cache, where one that is computed costs 1."""
-    price_output: Price = 2.0
-    """Cost of an output token."""
     tbt_slo: Seconds = 0.25
     """Seconds that a step may take while streams run: prompts are cut so that they fit. 0: no limit."""
     max_waiting: Annotated[int, Meta(ge=1, le=1 << 20)] = 1024

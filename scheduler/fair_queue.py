@@ -44,19 +44,14 @@ class Rules:
     @classmethod
     def of(cls, config: SchedulerConfig) -> "Rules":
         """As the scheduler is configured."""
-        prices = Prices(
-            cached=round(config.price_cached * UNIT),
-            output=round(config.price_output * UNIT),
-        )
         if config.policy != "fair":
             by_arrival = config.policy == "fifo"
-            return cls(0.0, 0.0, 0.0, 0.0, predict=False, by_arrival=by_arrival, prices=prices)
+            return cls(0.0, 0.0, 0.0, 0.0, predict=False, by_arrival=by_arrival)
         return cls(
             window=config.fair_window,
             backfill=config.fair_window,
             preempt=config.fair_preempt,
             kv_share=config.fair_kv_share,
-            prices=prices,
         )
 
 

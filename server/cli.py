@@ -90,8 +90,6 @@ def serve(
     fair_kv_share: Annotated[
         float | None, _option("Times its share of KV that a tenant may have; 0 is any [1.25].")
     ] = None,
-    price_cached: Annotated[float | None, _option("Cost of a prompt token in the cache [0.05].")] = None,
-    price_output: Annotated[float | None, _option("Cost of an output token [2].")] = None,
     tbt_slo: Annotated[
         float | None, _option("Seconds that a step may take while streams run; 0 is any [0.25].")
     ] = None,
