@@ -160,7 +160,11 @@ def test_f4_jain(n):
     rng = random.Random(n)
     loads = [
         closed(
-            f"t{i}", count=8, prompt=rng.choice([50, 200]), output=rng.choice([20, 60]), weight=1.0 + i % 3
+            f"t{i}",
+            count=max(8, 96 // n),
+            prompt=rng.choice([50, 200]),
+            output=rng.choice([20, 60]),
+            weight=1.0 + i % 3,
         )
         for i in range(n)
     ]
@@ -314,11 +318,11 @@ def test_f7_idling_earns_nothing():
 def check_no_credit():
     """A tenant that was away while others were served is not owed what it did not ask for."""
     arrivals = [Arrival(0.0, "busy", 200, 100, again=True)] * 30 + [Arrival(1.0, "back", 100, 10)] * 2
-    m = Measured([], arrivals=iter(arrivals + [Arrival(13.0, "back", 100, 50, again=True)] * 30))
-    while m.now < 13.0:
+    m = Measured([], arrivals=iter(arrivals + [Arrival(9.0, "back", 100, 50, again=True)] * 30))
+    while m.now < 9.0:
         m.move()
     before = dict(m.work)
-    while m.now < 23.0:
+    while m.now < 15.0:
         m.move()
     share = (m.work["back"] - before["back"]) / (sum(m.work.values()) - sum(before.values()))
     assert share <= 0.6, f"it gets {share:.0%} where half is due"
@@ -348,19 +352,18 @@ def test_mistake_2_head_of_line_block(monkeypatch):
 
 
 def check_small_ones_pass():
-    """While a large request waits for room a small one of another tenant goes ahead."""
-    machine = replace(SMALL, blocks=64, slots=8)
+    """While the neediest tenant's large request waits for room a small one of another goes ahead."""
     arrivals = [
-        Arrival(0.0, "large", 500, 400),
-        Arrival(1.2, "large", 700, 100),
+        Arrival(0.0, "runs", 500, 400),
+        Arrival(0.0, "small", 60, 20),
+        Arrival(1.2, "needy", 700, 100),
         Arrival(1.5, "small", 20, 5),
     ]
-    m = Measured([], machine=machine, arrivals=iter(arrivals))
+    m = Measured([], machine=replace(SMALL, blocks=64, slots=8), arrivals=iter(arrivals))
     m.run(60.0)
-    small = next(r for r in m.charged_requests.values() if r.tenant.id == "small")
-    large = [r for r in m.charged_requests.values() if r.tenant.id == "large"]
-    assert small.queue_seconds < 1.0, small.queue_seconds
-    assert max(r.queue_seconds for r in large) > 1.0, "nothing had to wait: the test shows nothing"
+    waits = {r.id: r.queue_seconds for r in m.charged_requests.values()}
+    assert waits["r4"] < 0.5, waits
+    assert waits["r3"] > 1.0, "nothing had to wait: the test shows nothing"
 
 
 def test_small_ones_pass_one_that_does_not_fit():
