@@ -274,8 +274,17 @@ def test_refusal_and_silence(said: Said, url: str, monkeypatch: pytest.MonkeyPat
 
 def test_ctrl_c_cancels_the_answer_and_keeps_what_came(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     body = {"model": "echo", "messages": [{"role": "user", "content": "forever"}]}
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-    answer, problem = chat._show(chat.Server(url), body, terminal=True)
+
+    class Interrupted(chat.Server):
+        """Ctrl-C comes while the pieces after the fifth are awaited, however slow the machine is."""
+
+        def stream(self, body: dict[str, Any], answer: chat.Answer) -> Iterator[str]:
+            for n, piece in enumerate(super().stream(body, answer)):
+                if n == 5:
+                    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+                yield piece
+
+    answer, problem = chat._show(Interrupted(url), body, terminal=True)
     assert problem == ""
     assert answer.finish == "stopped"
     assert answer.text.startswith("forever ..")
