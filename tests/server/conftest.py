@@ -2,6 +2,7 @@
 script."""
 
 import asyncio
+import signal
 import socket
 import threading
 import time
@@ -31,6 +32,9 @@ from ktransformers.server.tenants.directory import Directory
 from ktransformers.server.tenants.ledger import Ledger
 from ktransformers.server.tenants.limits import Limiter
 from ktransformers.server.text.tokenizer import TooLongError
+
+# A shell that runs us in the background has Ctrl-C ignored, and some tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 END = 256
 VOCAB = 300
