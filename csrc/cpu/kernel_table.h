@@ -29,10 +29,9 @@ inline constexpr int64_t kSampleRun = 64;
 // computed by different threads.
 inline constexpr int64_t kSpanTokens = 512;
 
-// The KV of one layer and one kv head in one block, 2 * head_dim * kBlockTokens bfloat16, in the pairs that a dot
-// product takes:
-//   keys   [head_dim / 2][kBlockTokens][2]   (transposed: 16 scores are one vector)
-//   values [kBlockTokens / 2][head_dim][2]   (two positions side by side)
+// The KV of one layer and one kv head in one block, 2 * head_dim * kBlockTokens float16:
+//   keys   [head_dim][kBlockTokens]   (transposed: 16 scores are one vector)
+//   values [kBlockTokens][head_dim]
 struct AttentionTask {
   const float* q;          // row r, head g of the group at q + r * q_stride + g * head_dim
   float* out;              // same layout as q with out_stride
@@ -42,7 +41,7 @@ struct AttentionTask {
   int64_t group;           // query heads that share this kv head
   int64_t head_dim;        // multiple of 16, <= 512
   const uint16_t* kv;      // pool base of this layer and kv head: block b at kv + b * block_stride
-  int64_t block_stride;    // in bfloat16 elements
+  int64_t block_stride;    // in float16 elements
   const int32_t* blocks;   // block table of the sequence
   float scale, softcap;    // softcap 0: none
   int64_t window;          // 0: none; else position p sees (p - window, p]

@@ -1,5 +1,6 @@
-// Paged causal attention over the vector vocabulary: online softmax, one pass over the keys and values, products of
-// bfloat16 pairs summed in float32.
+// Paged causal attention over the vector vocabulary: online softmax, one pass over the float16 keys and values,
+// multiplied and summed in float32. (Products of bfloat16 pairs are 1.7 times as fast, and cost more fidelity than may
+// be lost: tests/bench/README.md.)
 //
 // The positions are folded in tiles that begin at multiples of kTile, and tiles in spans that begin at multiples of
 // kSpanTokens, whatever the row and the chunk. For one query the sequence of operations thus depends on its position
@@ -21,18 +22,17 @@ constexpr int kTileBlocks = 4;
 constexpr int kTile = kTileBlocks * kBlock;
 static_assert(kSpanTokens % kTile == 0);
 constexpr int kQueries = 6;
-// Vectors per query kept in registers: 6 x 4 accumulators of 32 registers, less where keys and values must be split
-// into their even and odd elements, or 6 x 1 pairs of 16.
-constexpr int kWide = kHasDotBf16 ? 4 : kTileRowsFloat >= 12 ? 2 : 1;
+// Vectors per query kept in registers: 6 x 4 accumulators of 32 registers, or 6 x 1 pairs of 16.
+constexpr int kWide = kTileRowsFloat >= 12 ? 4 : 1;
 constexpr float kMinusInfinity = -__builtin_inff();
 
 // Up to kQueries queries in front of one tile. Positions are relative to the tile's first.
 struct Front {
-  const Pair* q[kQueries];
+  const float* q[kQueries];
   float* out[kQueries];
   int begin[kQueries], end[kQueries];  // positions that each sees
   int low, high;                       // ... that any sees
-  int all_low, all_high;               // ... that all see, in whole pairs; empty when all_low >= all_high
+  int all_low, all_high;               // ... that all see; empty when all_low >= all_high
 };
 
 // `ahead` is what to prefetch while the tile is read: the blocks of the next one, or its own when there is no need.
@@ -56,39 +56,30 @@ size_t attention_state_floats(const AttentionTask& t) {
 
 // The working memory of a task.
 struct Scratch {
-  Pair* q;         // [queries][head_dim / 2]
-  Pair* weights;   // [kQueries][kTile / 2]
-  float* scores;   // [kQueries][kTile]
+  float* q;        // [queries][head_dim]
+  float* weights;  // [kQueries][kTile], scores before
   float* part;     // a state
   float* total;    // a state
-  static size_t floats_of_pairs(int64_t pairs) { return static_cast<size_t>(pairs) * sizeof(Pair) / sizeof(float); }
   static size_t floats(const AttentionTask& t) {
-    return floats_of_pairs(t.rows * t.group * t.head_dim / 2 + kQueries * kTile / 2) + kQueries * kTile +
-           2 * attention_state_floats(t);
+    return static_cast<size_t>(t.rows * t.group * t.head_dim + kQueries * kTile) + 2 * attention_state_floats(t);
   }
   Scratch(const AttentionTask& t, float* at) {
-    q = reinterpret_cast<Pair*>(at);
-    weights = q + t.rows * t.group * t.head_dim / 2;
-    scores = reinterpret_cast<float*>(weights + kQueries * kTile / 2);
-    part = scores + kQueries * kTile;
+    q = at;
+    weights = q + t.rows * t.group * t.head_dim;
+    part = weights + kQueries * kTile;
     total = part + attention_state_floats(t);
   }
 };
 
 size_t attention_scratch_floats(const AttentionTask& t) { return Scratch::floats(t); }
 
-// Element by element: the pair of a value may belong to a row that another thread writes now.
 void store_kv(const float* k, const float* v, int64_t head_dim, int64_t offset_in_block, uint16_t* block) {
-  uint16_t* values = block + head_dim * kBlock + offset_in_block / 2 * 2 * head_dim + offset_in_block % 2;
+  uint16_t half[kLanes];
+  uint16_t* values = block + head_dim * kBlock + offset_in_block * head_dim;
   for (int64_t d = 0; d < head_dim; d += kLanes) {
-    int32_t key[kLanes], value[kLanes];
-    store_ints(key, round_to_bf16(load(k + d)));
-    store_ints(value, round_to_bf16(load(v + d)));
-    for (int i = 0; i < kLanes; i += 2) {
-      const uint32_t pair = static_cast<uint32_t>(key[i]) >> 16 | static_cast<uint32_t>(key[i + 1]);
-      __builtin_memcpy(block + (d + i) * kBlock + 2 * offset_in_block, &pair, sizeof pair);
-    }
-    for (int i = 0; i < kLanes; ++i) values[2 * (d + i)] = static_cast<uint16_t>(static_cast<uint32_t>(value[i]) >> 16);
+    store_f16(half, load(k + d));
+    for (int i = 0; i < kLanes; ++i) block[(d + i) * kBlock + offset_in_block] = half[i];
+    store_f16(values + d, load(v + d));
   }
 }
 
@@ -100,17 +91,17 @@ inline void dot_keys(const Front& f, const Tile& tile, int first, int64_t head_d
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) s[m][b] = set1(0.0f);
-  for (int64_t pair = 0; pair < head_dim / 2; ++pair) {
-    Ints k[B];
+  for (int64_t d = 0; d < head_dim; ++d) {
+    Floats k[B];
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) {
-      k[b] = load_ints(tile.block[first + b] + pair * 2 * kBlock);
-      __builtin_prefetch(tile.ahead[first + b] + pair * 2 * kBlock);
+      k[b] = load_f16(tile.block[first + b] + d * kBlock);
+      if (d % 2 == 0) __builtin_prefetch(tile.ahead[first + b] + d * kBlock);  // two make a cache line
     }
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-      for (int b = 0; b < B; ++b) s[m][b] = dot_pair(s[m][b], k[b], f.q[m][pair]);
+      for (int b = 0; b < B; ++b) s[m][b] = fma(k[b], set1(f.q[m][d]), s[m][b]);
   }
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m)
@@ -118,31 +109,27 @@ inline void dot_keys(const Front& f, const Tile& tile, int first, int64_t head_d
     for (int b = 0; b < B; ++b) store(scores + m * kTile + b * kBlock, s[m][b]);
 }
 
-// 16 elements, from d, of the values at positions 2 pair and 2 pair + 1 of the tile.
-inline Ints values_of_pair(const Tile& tile, int pair, int64_t head_dim, int64_t d) {
-  const int block = pair / (kBlock / 2);
-  const int64_t at = (kBlock + pair % (kBlock / 2) * 2) * head_dim + 2 * d;
-  __builtin_prefetch(tile.ahead[block] + at);
-  return load_ints(tile.block[block] + at);
-}
-
-// out_m[d, d + D vectors) += the weighted values of pairs [begin, end), in ascending order.
+// out_m[d, d + D vectors) += the weighted values of positions [begin, end), in ascending order.
 template <int M, int D>
-inline void add_values(float* const* out, const Pair* weights, const Tile& tile, int64_t head_dim, int64_t d, int begin,
-                       int end) {
+inline void add_values(float* const* out, const float* weights, const Tile& tile, int64_t head_dim, int64_t d,
+                       int begin, int end) {
   Floats acc[M][D];
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int i = 0; i < D; ++i) acc[m][i] = load(out[m] + d + i * kLanes);
-  for (int pair = begin; pair < end; ++pair) {
-    Ints v[D];
+  for (int position = begin; position < end; ++position) {
+    const int64_t at = (kBlock + position % kBlock) * head_dim + d;
+    const uint16_t* values = tile.block[position / kBlock] + at;
+    __builtin_prefetch(tile.ahead[position / kBlock] + at);
+    if (D > 2) __builtin_prefetch(tile.ahead[position / kBlock] + at + 2 * kLanes);
+    Floats v[D];
 #pragma GCC unroll 4
-    for (int i = 0; i < D; ++i) v[i] = values_of_pair(tile, pair, head_dim, d + i * kLanes);
+    for (int i = 0; i < D; ++i) v[i] = load_f16(values + i * kLanes);
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-      for (int i = 0; i < D; ++i) acc[m][i] = dot_pair(acc[m][i], v[i], weights[m * kTile / 2 + pair]);
+      for (int i = 0; i < D; ++i) acc[m][i] = fma(v[i], set1(weights[m * kTile + position]), acc[m][i]);
   }
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m)
@@ -150,32 +137,15 @@ inline void add_values(float* const* out, const Pair* weights, const Tile& tile,
     for (int i = 0; i < D; ++i) store(out[m] + d + i * kLanes, acc[m][i]);
 }
 
-// Positions [begin, end), an even number and whole pairs; head_dim in slices of kWide vectors and then of one.
+// Positions [begin, end); head_dim in slices of kWide vectors and then of one.
 template <int M>
-inline void add_all_values(float* const* out, const Pair* weights, const Tile& tile, int64_t head_dim, int begin,
+inline void add_all_values(float* const* out, const float* weights, const Tile& tile, int64_t head_dim, int begin,
                            int end) {
   if (begin >= end) return;
   int64_t d = 0;
   for (; d + kWide * kLanes <= head_dim; d += kWide * kLanes)
-    add_values<M, kWide>(out, weights, tile, head_dim, d, begin / 2, end / 2);
-  for (; d < head_dim; d += kLanes) add_values<M, 1>(out, weights, tile, head_dim, d, begin / 2, end / 2);
-}
-
-// One position of which the other half of the pair is not seen. Its weight is 0, and 0 takes its value's place.
-inline void add_half(float* out, const Pair* weights, const Tile& tile, int64_t head_dim, int position) {
-  const Ints seen = set1_int(position % 2 == 0 ? 0xFFFF : -65536);
-  for (int64_t d = 0; d < head_dim; d += kLanes) {
-    const Ints v = values_of_pair(tile, position / 2, head_dim, d) & seen;
-    store(out + d, dot_pair(load(out + d), v, weights[position / 2]));
-  }
-}
-
-// Positions [begin, end) for one query.
-inline void add_some_values(float* out, const Pair* weights, const Tile& tile, int64_t head_dim, int begin, int end) {
-  if (begin >= end) return;
-  if (begin % 2 != 0) add_half(out, weights, tile, head_dim, begin++);
-  add_all_values<1>(&out, weights, tile, head_dim, begin, end / 2 * 2);
-  if (end % 2 != 0 && begin < end) add_half(out, weights, tile, head_dim, end - 1);
+    add_values<M, kWide>(out, weights, tile, head_dim, d, begin, end);
+  for (; d < head_dim; d += kLanes) add_values<M, 1>(out, weights, tile, head_dim, d, begin, end);
 }
 
 // Scores of the blocks [first, last) of the tile that any of the queries sees.
@@ -207,10 +177,10 @@ inline float finish_scores(const AttentionTask& t, int begin, int end, int first
   return hmax(maximum);
 }
 
-// Turns scores into weights, and rescales what was summed before when the maximum has moved.
+// Turns scores into weights, in place, and rescales what was summed before when the maximum has moved.
 template <int M>
 inline void fold_scores(const AttentionTask& t, const Front& f, int first, int last, float* maximum, float* sum,
-                        float* scores, Pair* weights) {
+                        float* scores) {
   float shift[kQueries], delta[kLanes] = {};
   for (int m = 0; m < M; ++m) {
     const float tile_max = finish_scores(t, f.begin[m], f.end[m], first, last, scores + m * kTile);
@@ -226,7 +196,7 @@ inline void fold_scores(const AttentionTask& t, const Front& f, int first, int l
     Floats total = load(sum + m * kLanes) * set1(factor[m]);
     for (int b = first; b < last; ++b) {
       const Floats p = exp2_of_negative(load(scores + m * kTile + b * kBlock) - set1(shift[m]));
-      store_pairs(weights + m * kTile / 2 + b * kPairsOfVector, p);
+      store(scores + m * kTile + b * kBlock, p);
       total = total + p;
     }
     store(sum + m * kLanes, total);
@@ -239,20 +209,21 @@ inline void fold_scores(const AttentionTask& t, const Front& f, int first, int l
 template <int M>
 void fold_tile(const AttentionTask& t, const Front& f, const Tile& tile, float* maximum, float* sum, const Scratch& s) {
   const int first = f.low / kBlock, last = (f.high + kBlock - 1) / kBlock;
-  score<M>(t, f, tile, first, last, s.scores);
-  fold_scores<M>(t, f, first, last, maximum, sum, s.scores, s.weights);
+  score<M>(t, f, tile, first, last, s.weights);
+  fold_scores<M>(t, f, first, last, maximum, sum, s.weights);
   const int begin = f.all_low, end = f.all_low < f.all_high ? f.all_high : f.all_low;
+  // Each query in ascending order: what it sees before the common part, that, and what it sees after.
   for (int m = 0; m < M; ++m)
-    add_some_values(f.out[m], s.weights + m * kTile / 2, tile, t.head_dim, f.begin[m],
-                    f.end[m] < begin ? f.end[m] : begin);
+    add_all_values<1>(f.out + m, s.weights + m * kTile, tile, t.head_dim, f.begin[m],
+                      f.end[m] < begin ? f.end[m] : begin);
   add_all_values<M>(f.out, s.weights, tile, t.head_dim, begin, end);
   for (int m = 0; m < M; ++m)
-    add_some_values(f.out[m], s.weights + m * kTile / 2, tile, t.head_dim, f.begin[m] > end ? f.begin[m] : end,
-                    f.end[m]);
+    add_all_values<1>(f.out + m, s.weights + m * kTile, tile, t.head_dim, f.begin[m] > end ? f.begin[m] : end,
+                      f.end[m]);
 }
 
 // Points the queries [first, first + count) at the tile that begins at `start`. False when none of them sees it.
-inline bool make_front(const AttentionTask& t, int64_t first, int count, int64_t start, const Pair* q, float* out,
+inline bool make_front(const AttentionTask& t, int64_t first, int count, int64_t start, const float* q, float* out,
                        Front& f) {
   f.low = f.all_high = kTile;
   f.high = f.all_low = 0;
@@ -261,7 +232,7 @@ inline bool make_front(const AttentionTask& t, int64_t first, int count, int64_t
     const int64_t position = t.first_position + row;
     const int64_t begin = (t.window > 0 ? position - t.window + 1 : 0) - start;
     const int64_t end = position + 1 - start;
-    f.q[m] = q + (first + m) * t.head_dim / 2;
+    f.q[m] = q + (first + m) * t.head_dim;
     f.out[m] = out + (first + m) * t.head_dim;
     f.begin[m] = static_cast<int>(begin < 0 ? 0 : begin > kTile ? kTile : begin);
     f.end[m] = static_cast<int>(end < f.begin[m] ? f.begin[m] : end > kTile ? kTile : end);
@@ -276,8 +247,6 @@ inline bool make_front(const AttentionTask& t, int64_t first, int count, int64_t
       ++row;
     }
   }
-  f.all_low = (f.all_low + 1) / 2 * 2;
-  f.all_high = f.all_high / 2 * 2;
   return f.low < f.high;
 }
 
@@ -286,12 +255,11 @@ constexpr FoldTile kFoldTile[kQueries + 1] = {nullptr,      fold_tile<1>, fold_t
                                               fold_tile<4>, fold_tile<5>, fold_tile<6>};
 
 // The queries, scaled so that scores are logarithms to base 2 (or, with a softcap, what its tanh takes).
-inline void prepare_queries(const AttentionTask& t, Pair* q) {
+inline void prepare_queries(const AttentionTask& t, float* q) {
   const Floats scale = set1(t.softcap > 0.0f ? t.scale / t.softcap : t.scale * kLog2E);
   for (int64_t i = 0; i < t.rows * t.group; ++i) {
     const float* x = t.q + i / t.group * t.q_stride + i % t.group * t.head_dim;
-    for (int64_t d = 0; d < t.head_dim; d += kLanes)
-      store_pairs(q + (i * t.head_dim + d) / 2, as_floats(round_to_bf16(load(x + d) * scale)));
+    for (int64_t d = 0; d < t.head_dim; d += kLanes) store(q + i * t.head_dim + d, load(x + d) * scale);
   }
 }
 

@@ -3,7 +3,6 @@
 // In this order: each uses what is above it.
 #include "formats/formats.h"
 #include "kernels/math.inl"
-#include "kernels/bf16.inl"
 #include "kernels/elementwise.inl"
 #include "kernels/pack.inl"
 #include "kernels/quantize.inl"

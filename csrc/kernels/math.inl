@@ -26,7 +26,7 @@ inline Floats exp(Floats x) {
   return (p * as_floats(shift_left<23>(half + bias))) * as_floats(shift_left<23>(n - half + bias));
 }
 
-// 2^x for x <= 0, to 3e-6: for what is rounded to bfloat16. Exactly 1 at 0; 0 below -126; NaN for NaN only. x is
+// 2^x for x <= 0, to 3e-6: enough for the weights of attention. Exactly 1 at 0; 0 below -126; NaN for NaN only. x is
 // rounded downwards, so that no result is denormal.
 inline Floats exp2_of_negative(Floats x) {
   x = max(set1(-126.75f), x);

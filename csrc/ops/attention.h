@@ -10,7 +10,7 @@
 
 namespace kt {
 
-// The KV of all blocks, bfloat16. A block is contiguous: [layers][kv_heads] of what kernel_table.h describes.
+// The KV of all blocks, float16. A block is contiguous: [layers][kv_heads] of what kernel_table.h describes.
 class KvPool {
  public:
   KvPool() = default;
@@ -20,7 +20,7 @@ class KvPool {
   KvPool(const CacheShape& shape, int64_t blocks);
 
   int64_t block_bytes() const { return block_stride_ * static_cast<int64_t>(sizeof(uint16_t)); }
-  int64_t block_stride() const { return block_stride_; }  // in bfloat16 elements
+  int64_t block_stride() const { return block_stride_; }  // in float16 elements
 
   // Block 0 of one layer and kv head; block b is block_stride() * b further.
   uint16_t* base(int64_t layer, int64_t kv_head) const {

@@ -92,7 +92,7 @@ class TorchExecutor:
     ) -> None:
         """Dequantise all weights to `device`; `progress` is told bytes of the file done and in total.
 
-        Keys and values are rounded to `kv_dtype` in the pool and read from there (bfloat16 is what the native
+        Keys and values are rounded to `kv_dtype` in the pool and read from there (float16 is what the native
         executor does).
         """
         if threads is not None:

@@ -1,4 +1,4 @@
-"""The native executor against float32 on real text: what int8 activations and bfloat16 attention cost."""
+"""The native executor against float32 on real text: what int8 activations and float16 KV cost."""
 
 import math
 from pathlib import Path

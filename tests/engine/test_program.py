@@ -143,7 +143,7 @@ def test_llama_against_float64(small: ModuleType, llama: Llama, isa: str, thread
     )
     np.testing.assert_allclose(
         got, llama.logits(text(70)), rtol=3e-3, atol=3e-3
-    )  # attention in bfloat16
+    )  # keys and values in float16
 
 
 def test_bits_do_not_depend_on_chunks_or_neighbours(small: ModuleType, ex: NativeExecutor) -> None:
