@@ -26,16 +26,18 @@ inline Floats exp(Floats x) {
   return (p * as_floats(shift_left<23>(half + bias))) * as_floats(shift_left<23>(n - half + bias));
 }
 
-// 2^x for x <= 0, to 3e-6: enough for the weights of attention. Exactly 1 at 0; 0 below -126; NaN for NaN only. x is
-// rounded downwards, so that no result is denormal.
+// 2^x for x <= 0, to about 1 ulp. Exactly 1 at 0; 0 below -126; NaN for NaN only. x is rounded downwards, so that no
+// result is denormal.
 inline Floats exp2_of_negative(Floats x) {
   x = max(set1(-126.75f), x);
   const Ints n = round_to_ints(x - set1(0.5f));
   const Floats r = x - to_floats(n);
-  Floats p = set1(0.013426686f);
-  p = fma(p, r, set1(0.052242473f));
-  p = fma(p, r, set1(0.24128021f));
-  p = fma(p, r, set1(0.69304484f));
+  Floats p = set1(2.16138083e-4f);
+  p = fma(p, r, set1(1.24673767e-3f));
+  p = fma(p, r, set1(9.67553258e-3f));
+  p = fma(p, r, set1(0.0554852188f));
+  p = fma(p, r, set1(0.240229324f));
+  p = fma(p, r, set1(0.693147063f));
   p = fma(p, r, set1(1.0f));
   return p * as_floats(shift_left<23>(n + set1_int(127)));
 }
