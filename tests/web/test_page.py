@@ -209,6 +209,8 @@ def test_settings_reach_the_server_and_stay(page: Page, server: MockServer) -> N
     page.get_by_label("Temperature").fill("")
     page.get_by_label("Longest answer").fill("64")
     page.keyboard.press("Escape")
+    # Closing saves, in an event of its own that a reload at the same instant would overtake.
+    page.wait_for_function("() => JSON.stringify(localStorage).includes('Be brief.')")
     page.reload()
     expect(page.get_by_label("Model")).to_have_value("other")
     ask(page, "#think")
