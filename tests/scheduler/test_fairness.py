@@ -129,7 +129,7 @@ def check_preemption_bound(monkeypatch):
 
 
 def test_f2_service_gap_with_preemption(monkeypatch):
-    """Weak: every seed tried so far had a pinned request, which the bound exempts, so this shows little yet."""
+    """Weak: every seed tried so far had a pinned request, which the bound exempts: it shows little yet."""
     check_preemption_bound(monkeypatch)
 
 
