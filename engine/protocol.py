@@ -4,7 +4,11 @@ The engine knows slots, token ids and block ids: never requests, never tenants. 
 Every message is a frozen, tagged msgspec struct; frame 0 of each multipart message is the sender's epoch.
 """
 
+from typing import Literal
+
 import msgspec
+
+Tier = Literal["device", "host", "disk"]
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
@@ -77,11 +81,48 @@ class Step(msgspec.Struct, frozen=True, tag=True, array_like=True):
     go_on: list[Go]
 
 
+class BlockName(msgspec.Struct, frozen=True, array_like=True):
+    """What a block holds. The engine stores and compares it, and understands nothing of it."""
+
+    key: bytes
+    """[32] of the chain of digests up to the end of this block."""
+    parent: bytes
+    """[32] the key of the block before, or the root."""
+    owner: bytes
+    """[16] a digest of who may have it; blocks of one owner are counted together."""
+    content: bytes
+    """The token ids as u32le."""
+
+
+class Move(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """Copy one block between tiers, beside the steps; answered by one Moved.
+
+    Until then the source keeps its bytes (its block is given to nobody else) and no step reads the target. A
+    `source` or `target` on disk has no block number: its `name` says which it is.
+    """
+
+    id: int
+    """Unique among moves that have not been answered."""
+    source: Tier
+    source_block: int = -1
+    target: Tier
+    target_block: int = -1
+    name: BlockName | None = None
+    """Set when one side is the disk: stored with the bytes, and compared with what is found there."""
+
+
+class Moves(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Copies to be started, in this order of importance, and names to be forgotten on disk."""
+
+    moves: list[Move]
+    forget: list[bytes]
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Finish the step in hand and exit."""
 
 
-ToEngine = Hello | Step | Shutdown
+ToEngine = Hello | Step | Moves | Shutdown
 
 
 # ---- engine -> scheduler
@@ -111,6 +152,47 @@ class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Steps done since start."""
     fingerprint: bytes
     """Digest of everything that changes KV bytes: weights, configuration, KV layout."""
+    host_blocks: int = 0
+    """Blocks of the host tier."""
+    disk_bytes: int = 0
+    """What the disk tier may hold; 0: there is none (or it has been given up)."""
+
+
+class StoredBlock(msgspec.Struct, frozen=True, array_like=True):
+    """A block that the disk has (see BlockName), as it was found or stored."""
+
+    key: bytes
+    parent: bytes
+    owner: bytes
+    bytes: int
+    """On disk, with its head and padding."""
+    hits: int
+    last_use: float
+    """Seconds since the epoch."""
+
+
+class Stored(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """What the disk holds, in pieces after Ready: the last piece has `complete`."""
+
+    blocks: list[StoredBlock]
+    complete: bool
+
+
+class Moved(msgspec.Struct, frozen=True, array_like=True):
+    """A move has ended. When it is not `ok` the target holds nothing: a miss, never an error."""
+
+    id: int
+    ok: bool
+    bytes: int
+    seconds: float
+    """Of the copy itself, without the wait before it."""
+
+
+class MovesDone(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Moves that have ended, and names that the disk has lost or given up since (space, errors)."""
+
+    moves: list[Moved]
+    lost: list[bytes]
 
 
 class SlotToken(msgspec.Struct, frozen=True, array_like=True):
@@ -143,4 +225,4 @@ class Fault(msgspec.Struct, frozen=True, tag=True, array_like=True):
     message: str
 
 
-FromEngine = Loading | Ready | StepDone | Fault
+FromEngine = Loading | Ready | StepDone | Stored | MovesDone | Fault
