@@ -83,9 +83,11 @@ class BlockStore(Protocol):
     """Bytes of blocks of one model, by name.
 
     Threads: every method may be called from any thread at any time. put and get_into do their I/O and
-    checksums outside the store's locks and without the interpreter's, so that a few threads overlap; all other
-    methods take microseconds, but for flush and close, which write. Nothing raises for what the medium does: errors
-    are misses, refused puts and a state. ValueError is for callers that break the contract (a wrong size).
+    checksums outside the store's locks and without the interpreter's, so that a few threads overlap; all
+    other methods take microseconds, but for flush and close, which write.
+
+    Nothing raises for what the medium does: errors are misses, refused puts and a state. ValueError is for
+    callers that break the contract (a wrong size).
     """
 
     block_bytes: int
@@ -95,10 +97,11 @@ class BlockStore(Protocol):
         """Every block that could be read now, parents before children where both were put in that order."""
 
     def put(self, name: Name, buffer: Buffer) -> int:
-        """Keep a copy of `buffer` (block_bytes, contiguous, not changed meanwhile). Returns the bytes it takes.
+        """Keep a copy of `buffer` (block_bytes, contiguous, not changed meanwhile).
 
-        0: it was not stored. It can be read by others once this has returned, not before. A block that is
-        there already is not written again. `buffer` is not referred to after the return.
+        Returns the bytes that it takes there; 0: it was not stored. It can be read by others once this has
+        returned, not before. A block that is there already is not written again. `buffer` is not referred to
+        after the return.
         """
 
     def get_into(self, name: Name, buffer: bytearray | memoryview) -> bool:
@@ -116,7 +119,7 @@ class BlockStore(Protocol):
         """
 
     def lost(self) -> list[bytes]:
-        """Keys of blocks that the store has given up by itself since the last call: reclaimed, damaged, or all.
+        """Keys of blocks that the store has given up by itself since the last call (space, damage, errors).
 
         Each is absent when this returns, unless it is being put at that moment: a put takes its key off the
         list. So whoever reports puts and losses together lets the losses count last.
