@@ -19,7 +19,7 @@ from ktransformers.engine.program import (
     ValueId,
     WeightId,
 )
-from ktransformers.engine.weights.gguf import FORMATS
+from ktransformers.engine.weights.formats import FORMATS
 
 
 @dataclass(frozen=True)

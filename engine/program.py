@@ -6,6 +6,7 @@ their file, `[rows, cols]` with one output in each row. Ops run in order; a late
 one wrote. An architecture adds no code to executors as long as its mathematics is here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,16 +17,47 @@ ValueId = int
 WeightId = int
 
 
+U8 = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Bytes of a weight that lie in several places, or that are put together when they are asked for: what a
+    checkpoint in the format of Hugging Face has of experts and of quantised weights."""
+
+    nbytes: int
+    """Of all pieces."""
+    read: tuple[Callable[[], U8], ...]
+    """Each gives the same number of rows; they follow each other. May be called from any thread."""
+
+
 @dataclass(frozen=True)
 class Tensor:
-    """A weight as its file has it. `format` is the GGUF type number; `data` the raw bytes of `rows` x
-    `cols` elements."""
+    """A weight as its file has it: `rows` x `cols` elements in a `format` (weights.formats).
+
+    Weights of `experts` experts lie end to end: those of expert e begin at row e * (rows // experts).
+    """
 
     name: str
     format: int
     rows: int
     cols: int
-    data: npt.NDArray[np.uint8]
+    data: U8 | Pieces
+    experts: int = 1
+
+    def read(self) -> U8:
+        """The raw bytes [nbytes] of the whole: a view of the file where it has them so."""
+        if not isinstance(self.data, Pieces):
+            return self.data.reshape(-1)
+        pieces = [read() for read in self.data.read]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def expert(self, expert: int) -> U8:
+        """The raw bytes of one expert."""
+        if isinstance(self.data, Pieces) and len(self.data.read) == self.experts:
+            return self.data.read[expert]()
+        one: U8 = self.read().reshape(self.experts, -1)[expert]
+        return one
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ EXCEPTIONS = {
     "server.commands.bench": ("engine.bench", "engine.limits", "engine.machine"),
     "server.bench.report": ("engine.bench.bounds", "engine.limits"),
     "server.commands.simulate": ("scheduler.simulator", "scheduler.workload"),
-    "server.text.model": ("engine.weights.gguf",),  # one parser of hostile files, not two
+    "server.text.model": ("engine.weights",),  # one parser of hostile files, not two
 }
 
 # Third-party package -> where it may be imported.

@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from ktransformers.engine.weights.gguf import FORMATS
+from ktransformers.engine.weights.formats import FORMATS
 
 U8 = npt.NDArray[np.uint8]
 _ALIGNMENT: Final = 32

@@ -106,7 +106,7 @@ def pack_weights(
         if progress is not None:
             progress(done, total)
         try:
-            packed.append(_kernels.pack(pool, isa, t.format, t.rows, t.cols, t.data.reshape(-1)))
+            packed.append(_kernels.pack(pool, isa, t.format, t.rows, t.cols, t.read()))
         except ValueError as error:
             raise ValueError(f"tensor '{t.name}': {error}") from error
         done += t.data.nbytes

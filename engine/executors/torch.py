@@ -34,7 +34,7 @@ from ktransformers.engine.program import (
 def dequantise(tensor: Tensor) -> F32:
     """The weight in float32 [rows, cols], by the format's own package."""
     kind = gguf.GGMLQuantizationType(tensor.format)
-    out = gguf.quants.dequantize(tensor.data.reshape(tensor.rows, -1), kind)
+    out = gguf.quants.dequantize(tensor.read().reshape(tensor.rows, -1), kind)
     # A copy where it is still the file's own memory: torch wants to be able to write.
     return np.array(out, np.float32, copy=not out.flags.writeable).reshape(tensor.rows, tensor.cols)
 

@@ -26,7 +26,8 @@ from ktransformers.engine.program import (
     WeightId,
 )
 from ktransformers.engine.weights import names
-from ktransformers.engine.weights.gguf import FORMATS, GgufFile, TensorInfo
+from ktransformers.engine.weights.formats import FORMATS
+from ktransformers.engine.weights.gguf import GgufFile, TensorInfo
 
 COMPUTED_FORMATS: Final = frozenset({0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, 30})
 """GGUF types that a matrix may have: F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL and IQ4_XS."""

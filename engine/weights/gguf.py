@@ -13,10 +13,12 @@ import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+
+from ktransformers.engine.weights.formats import GGUF_FORMATS
 
 MAX_KEYS: Final = 65_536
 MAX_TENSORS: Final = 65_536
@@ -35,51 +37,6 @@ Value = bool | int | float | str | list[str] | npt.NDArray[np.generic]
 
 class GgufError(ValueError):
     """The file is not a GGUF file that can be trusted. One line: file, field, what is wrong."""
-
-
-class Format(NamedTuple):
-    """How a GGUF tensor type stores elements: `block` consecutive elements of a row take `nbytes` bytes."""
-
-    name: str
-    block: int
-    nbytes: int
-
-
-FORMATS: Final[dict[int, Format]] = {
-    0: Format("F32", 1, 4),
-    1: Format("F16", 1, 2),
-    2: Format("Q4_0", 32, 18),
-    3: Format("Q4_1", 32, 20),
-    6: Format("Q5_0", 32, 22),
-    7: Format("Q5_1", 32, 24),
-    8: Format("Q8_0", 32, 34),
-    9: Format("Q8_1", 32, 40),
-    10: Format("Q2_K", 256, 84),
-    11: Format("Q3_K", 256, 110),
-    12: Format("Q4_K", 256, 144),
-    13: Format("Q5_K", 256, 176),
-    14: Format("Q6_K", 256, 210),
-    15: Format("Q8_K", 256, 292),
-    16: Format("IQ2_XXS", 256, 66),
-    17: Format("IQ2_XS", 256, 74),
-    18: Format("IQ3_XXS", 256, 98),
-    19: Format("IQ1_S", 256, 50),
-    20: Format("IQ4_NL", 32, 18),
-    21: Format("IQ3_S", 256, 110),
-    22: Format("IQ2_S", 256, 82),
-    23: Format("IQ4_XS", 256, 136),
-    24: Format("I8", 1, 1),
-    25: Format("I16", 1, 2),
-    26: Format("I32", 1, 4),
-    27: Format("I64", 1, 8),
-    28: Format("F64", 1, 8),
-    29: Format("IQ1_M", 256, 56),
-    30: Format("BF16", 1, 2),
-    34: Format("TQ1_0", 256, 54),
-    35: Format("TQ2_0", 256, 66),
-    39: Format("MXFP4", 32, 17),
-}
-"""Every tensor type whose size is known, by its number. Executors compute with fewer."""
 
 
 @dataclass(frozen=True)
@@ -302,7 +259,7 @@ def _tensor(h: _Header, i: int, shard: int) -> TensorInfo:
     if min(dims) == 0 or elements > MAX_ELEMENTS:
         raise h.error(field, f"dimensions {dims} are not positive with a product of at most 2^40")
     kind = h.u32(field)
-    fmt = FORMATS.get(kind)
+    fmt = GGUF_FORMATS.get(kind)
     if fmt is None:
         raise h.error(field, f"unknown tensor type {kind}")
     if dims[0] % fmt.block:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ktransformers.engine.weights.gguf import FORMATS, GgufFile
+from ktransformers.engine.weights.formats import FORMATS
+from ktransformers.engine.weights.gguf import GgufFile
 from ktransformers.engine.weights.gguf import read as read_gguf
 from ktransformers.server.text import messages as chat
 from ktransformers.server.text.templates import FALLBACKS, ChatTemplate, TemplateError

@@ -9,7 +9,8 @@ import gguf
 import numpy as np
 import pytest
 
-from ktransformers.engine.weights.gguf import FORMATS, GgufError, read
+from ktransformers.engine.weights.formats import FORMATS
+from ktransformers.engine.weights.gguf import GgufError, read
 
 
 def default_model() -> Path:

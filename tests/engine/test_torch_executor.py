@@ -26,7 +26,7 @@ from ktransformers.engine.program import (
     Rope,
     Tensor,
 )
-from ktransformers.engine.weights.gguf import FORMATS
+from ktransformers.engine.weights.formats import FORMATS
 
 VOCAB, WIDTH, BLOCK = 24, 16, 4
 

@@ -1,0 +1,61 @@
+"""How weights are stored: every format that a tensor may have, by its number.
+
+Numbers below 1000 are GGUF's tensor types, those from 1000 on are ours, for checkpoints in Hugging Face's
+layout: their elements, scales and zero points lie in tensors of their own and are put together to blocks
+(weights.quantised), so that here, too, a row is a run of blocks.
+"""
+
+from typing import Final, NamedTuple
+
+
+class Format(NamedTuple):
+    """How elements are stored: `block` consecutive elements of a row take `nbytes` bytes."""
+
+    name: str
+    block: int
+    nbytes: int
+
+
+F32: Final = 0
+F16: Final = 1
+BF16: Final = 30
+MXFP4: Final = 39
+
+GGUF_FORMATS: Final[dict[int, Format]] = {
+    0: Format("F32", 1, 4),
+    1: Format("F16", 1, 2),
+    2: Format("Q4_0", 32, 18),
+    3: Format("Q4_1", 32, 20),
+    6: Format("Q5_0", 32, 22),
+    7: Format("Q5_1", 32, 24),
+    8: Format("Q8_0", 32, 34),
+    9: Format("Q8_1", 32, 40),
+    10: Format("Q2_K", 256, 84),
+    11: Format("Q3_K", 256, 110),
+    12: Format("Q4_K", 256, 144),
+    13: Format("Q5_K", 256, 176),
+    14: Format("Q6_K", 256, 210),
+    15: Format("Q8_K", 256, 292),
+    16: Format("IQ2_XXS", 256, 66),
+    17: Format("IQ2_XS", 256, 74),
+    18: Format("IQ3_XXS", 256, 98),
+    19: Format("IQ1_S", 256, 50),
+    20: Format("IQ4_NL", 32, 18),
+    21: Format("IQ3_S", 256, 110),
+    22: Format("IQ2_S", 256, 82),
+    23: Format("IQ4_XS", 256, 136),
+    24: Format("I8", 1, 1),
+    25: Format("I16", 1, 2),
+    26: Format("I32", 1, 4),
+    27: Format("I64", 1, 8),
+    28: Format("F64", 1, 8),
+    29: Format("IQ1_M", 256, 56),
+    30: Format("BF16", 1, 2),
+    34: Format("TQ1_0", 256, 54),
+    35: Format("TQ2_0", 256, 66),
+    39: Format("MXFP4", 32, 17),
+}
+"""Every tensor type of GGUF whose size is known."""
+
+FORMATS: Final[dict[int, Format]] = {**GGUF_FORMATS}
+"""Every format. Executors compute with fewer."""
