@@ -87,21 +87,25 @@ op::Act act_of(Fields& f) {
   const auto act = f.get<std::string>("act");
   if (act == "silu") return op::Act::kSilu;
   if (act == "gelu_tanh") return op::Act::kGeluTanh;
+  if (act == "sigmoid") return op::Act::kSigmoid;
   throw std::invalid_argument(f.where() + ": act: '" + act + "' is not known");
 }
 
 // Braces evaluate from left to right, so fields are read in order.
 Op op_of(const std::string& kind, Fields& f) {
   const auto id = [&f](const char* field) { return f.get<int64_t>(field); };
+  const auto optional = [&f](const char* field) { return f.get<std::optional<int64_t>>(field).value_or(op::kNone); };
   const auto number = [&f](const char* field) { return f.get<float>(field); };
   if (kind == "Embed") return op::Embed{id("table"), id("out"), number("scale")};
   if (kind == "RmsNorm") return op::RmsNorm{id("x"), id("weight"), id("out"), id("group"), number("eps")};
   if (kind == "Linear") return linear_of(f);
   if (kind == "Rope")
-    return op::Rope{id("x"), id("heads"), id("head_dim"), id("inv_freq"), f.get<bool>("interleaved"), number("scale")};
+    return op::Rope{id("x"),           id("heads"), id("head_dim"), id("inv_freq"), f.get<bool>("interleaved"),
+                    number("scale"), id("offset")};
   if (kind == "Attention")
-    return op::Attention{id("q"),        id("k"),        id("v"),         id("out"),    id("layer"),      id("heads"),
-                         id("kv_heads"), id("head_dim"), number("scale"), id("window"), number("softcap")};
+    return op::Attention{id("q"),           id("k"),           id("v"),        id("out"),       id("layer"),
+                         id("heads"),       id("kv_heads"),    id("head_dim"), number("scale"), id("window"),
+                         number("softcap"), optional("sinks"), id("chunk")};
   if (kind == "Gated") return op::Gated{id("gate"), id("up"), id("out"), act_of(f)};
   if (kind == "Add") return op::Add{id("a"), id("b"), id("out")};
   if (kind == "GatherRows") return op::GatherRows{id("x"), id("out")};

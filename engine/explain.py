@@ -8,14 +8,19 @@ from ktransformers.engine.program import (
     Add,
     Attention,
     Embed,
+    Experts,
     Gated,
     GatherRows,
+    HeadLinear,
     Linear,
     Logits,
+    MlaAttention,
     Op,
+    PositionScale,
     Program,
     RmsNorm,
     Rope,
+    Route,
     ValueId,
     WeightId,
 )
@@ -33,7 +38,7 @@ class Row:
     """Names of its weights with their shapes, or its sizes."""
     format: str
     weight_bytes: int
-    """That the op reads once in a step, however many tokens it computes."""
+    """That the op reads once in a step; of experts, those that are expected to be chosen by any token."""
     kv_bytes: int
     """Keys and values that the op reads in a step: the tokens of a sequence share them."""
     flops: int
@@ -56,8 +61,8 @@ def explain(program: Program, limits: Limits, *, tokens: int = 1, context: int =
         drawn = drawn or isinstance(op, GatherRows)
         computed = 1 if drawn else tokens
         weights = _weights(op)
-        weight_bytes = sum(_read_bytes(program, op, w) for w in weights)
-        kv_bytes = _kv_bytes(op, context, tokens)
+        weight_bytes = sum(_read_bytes(program, op, w, computed) for w in weights)
+        kv_bytes = _kv_bytes(program, op, context, tokens)
         # A token in the middle of the step sees half of the step's other tokens.
         flops = _flops(program, op, context + (tokens + 1) // 2)
         dot = _dot(program, op, limits.isa)
@@ -84,47 +89,68 @@ def _weights(op: Op) -> list[WeightId]:
     match op:
         case Embed():
             return [op.table]
-        case RmsNorm() | Logits():
+        case RmsNorm() | Logits() | HeadLinear():
             return [op.weight]
         case Linear():
             return [w for p in op.parts for w in (p.weight, p.bias) if w is not None]
         case Rope():
             return [op.inv_freq]
-        case Attention() | Gated() | Add() | GatherRows():
+        case Attention():
+            return [] if op.sinks is None else [op.sinks]
+        case Route():
+            return [] if op.bias is None else [op.bias]
+        case Experts():
+            biases = (op.gate_bias, op.up_bias, op.down_bias)
+            return [op.gate, op.up, op.down, *(w for w in biases if w is not None)]
+        case MlaAttention() | PositionScale() | Gated() | Add() | GatherRows():
             return []
 
 
 def _dot(program: Program, op: Op, isa: str) -> Dot:
     """What a product's weights ask for; the parts of a Linear share their input, so the first speaks."""
-    if isinstance(op, Linear | Logits):
+    if isinstance(op, Linear | HeadLinear | Experts | Logits):
         return _kernels.activation(isa, program.weights[_weights(op)[0]].format)
     return "f32"
 
 
-def _read_bytes(program: Program, op: Op, weight: WeightId) -> int:
-    """Bytes of a weight that a step reads: a token takes one row of the embedding, else all of it is read."""
+def _read_bytes(program: Program, op: Op, weight: WeightId, computed: int) -> int:
+    """Bytes of a weight that a step reads: a token takes one row of the embedding and its experts, else all
+    of it is read."""
     w = program.weights[weight]
-    return w.data.nbytes // w.rows if isinstance(op, Embed) else w.data.nbytes
+    if isinstance(op, Embed):
+        return w.data.nbytes // w.rows
+    if isinstance(op, Experts):
+        return round(w.data.nbytes * chosen_share(op, computed))
+    return w.data.nbytes
+
+
+def chosen_share(op: Experts, tokens: int) -> float:
+    """Of the experts, the share that `tokens` tokens are expected to choose, were all equally likely."""
+    return 1.0 - (1.0 - op.top / op.experts) ** tokens
 
 
 def _layer(program: Program, op: Op, previous: int | None) -> int | None:
     """From the name of a weight, blk.N.*; ops without one belong to the layer that they stand in."""
-    if isinstance(op, Attention):
+    if isinstance(op, Attention | MlaAttention):
         return op.layer
     if isinstance(op, Embed | Logits):
         return None
-    if isinstance(op, RmsNorm | Linear):
+    if isinstance(op, RmsNorm | Linear | HeadLinear | Experts):
         parts = program.weights[_weights(op)[0]].name.split(".")
         return int(parts[1]) if parts[0] == "blk" else None
     return previous
 
 
-def _kv_bytes(op: Op, context: int, tokens: int) -> int:
+def _kv_bytes(program: Program, op: Op, context: int, tokens: int) -> int:
     """Float16 keys and values, each read once for the query heads that share them."""
+    if isinstance(op, MlaAttention):
+        return 2 * (program.widths[op.latent] + program.widths[op.rope]) * (context + tokens)
     if not isinstance(op, Attention):
         return 0
-    seen = tokens + (min(context, op.window - 1) if op.window else context)
-    return 2 * 2 * op.kv_heads * op.head_dim * seen
+    before = min(context, op.window - 1) if op.window else context
+    if op.chunk:
+        before = min(before, context % op.chunk)
+    return 2 * 2 * op.kv_heads * op.head_dim * (tokens + before)
 
 
 def _flops(program: Program, op: Op, seen: int) -> int:
@@ -139,14 +165,25 @@ def _flops(program: Program, op: Op, seen: int) -> int:
         case Logits():
             return 2 * program.weights[op.weight].rows * program.weights[op.weight].cols
         case Attention():
-            positions = min(seen, op.window) if op.window else seen
+            positions = min(seen, op.window or seen, op.chunk or seen)
             return 4 * op.heads * op.head_dim * positions
+        case MlaAttention():
+            return 2 * op.heads * (2 * width(op.latent) + width(op.rope)) * seen
+        case HeadLinear():
+            return 2 * program.weights[op.weight].rows * program.weights[op.weight].cols
+        case Route():
+            return 5 * op.experts
+        case Experts():
+            parts = (program.weights[w] for w in (op.gate, op.up, op.down))
+            return op.top * sum(2 * w.rows * w.cols // op.experts for w in parts)
         case RmsNorm():
             return 4 * width(op.x)
         case Rope():
             return 6 * op.heads * program.weights[op.inv_freq].cols
+        case PositionScale():
+            return width(op.x)
         case Gated():
-            return 5 * width(op.gate)
+            return 5 * width(op.up)
         case Add():
             return width(op.a)
         case Embed():
@@ -159,10 +196,16 @@ def _detail(program: Program, op: Op) -> str:
     """What tells this op from others of its kind."""
     if isinstance(op, Attention):
         window = f", window {op.window}" if op.window else ""
-        return f"{op.heads} heads, {op.kv_heads} kv heads of {op.head_dim}{window}"
+        chunk = f", chunks of {op.chunk}" if op.chunk else ""
+        return f"{op.heads} heads, {op.kv_heads} kv heads of {op.head_dim}{window}{chunk}"
+    if isinstance(op, MlaAttention):
+        return f"{op.heads} heads, latent {program.widths[op.latent]} + {program.widths[op.rope]}"
     if isinstance(op, Gated):
         return op.act
-    names = []
+    if isinstance(op, Route):
+        groups = f", {op.top_groups} of {op.groups} groups" if op.groups > 1 else ""
+        return f"{op.top} of {op.experts}, {op.score}{groups}"
+    names = [f"{op.top} of {op.experts} experts"] if isinstance(op, Experts) else []
     for weight in _weights(op):
         w = program.weights[weight]
         name = w.name.split(".", 2)[2] if w.name.startswith("blk.") else w.name

@@ -175,9 +175,8 @@ def _fixed_needs(config: EngineConfig, program: Program, facts: Facts) -> tuple[
 
 def block_bytes(config: EngineConfig, program: Program) -> int:
     """Bytes of one KV block: float16 in the native executor, float32 in torch's."""
-    c = program.cache
     element = 4 if config.executor == "torch" else 2
-    return c.layers * 2 * c.kv_heads * c.head_dim * config.cache.block_tokens * element
+    return program.cache.elements * config.cache.block_tokens * element
 
 
 def device_memory(config: EngineConfig) -> int:

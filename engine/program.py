@@ -102,8 +102,8 @@ class Linear:
 
 @dataclass(frozen=True)
 class Rope:
-    """In place: rotate the first `2 * len(inv_freq)` elements of each head by position * inv_freq, times
-    `scale`.
+    """In place: rotate `2 * len(inv_freq)` elements of each head, from element `offset` on, by position *
+    inv_freq, times `scale`.
 
     Pairs are (i, i + n) with n = len(inv_freq) ("neox"), or (2i, 2i + 1) when `interleaved`. inv_freq is
     F32 [1, n], any context extension already in it.
@@ -115,6 +115,32 @@ class Rope:
     inv_freq: WeightId
     interleaved: bool
     scale: float
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class PositionScale:
+    """In place: x[t] *= 1 + scale * log(1 + floor((position + 1) / span)), the attention temperature of
+    Llama 4's queries without rope."""
+
+    x: ValueId
+    span: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class HeadLinear:
+    """A product for each head: out head h = weight of head h @ the first `cols` elements of x's head h.
+
+    weight is [heads * rows, cols] (a tensor of `heads` experts); out has width heads * rows; x's heads are
+    widths[x] // heads >= cols elements apart. Multi-head latent attention folds its up-projections of keys
+    and values into queries and outputs by this (DeepSeek-AI 2024, https://arxiv.org/abs/2405.04434, 2.1.2).
+    """
+
+    x: ValueId
+    weight: WeightId
+    out: ValueId
+    heads: int
 
 
 @dataclass(frozen=True)
@@ -123,8 +149,9 @@ class Attention:
     far.
 
     q head h reads kv head h // (heads // kv_heads). Scores are `scale * q.k`, then softcap * tanh(s /
-    softcap) when softcap > 0; with window > 0 position p sees (p - window, p]. Folded in tiles aligned to
-    absolute positions.
+    softcap) when softcap > 0; with window > 0 position p sees (p - window, p], with chunk > 0 it sees
+    [p - p % chunk, p]. `sinks` is F32 [1, heads]: one more score of each head in the softmax's sum, without
+    a value. Folded in tiles aligned to absolute positions.
     """
 
     q: ValueId
@@ -138,16 +165,95 @@ class Attention:
     scale: float
     window: int
     softcap: float
+    sinks: WeightId | None = None
+    chunk: int = 0
+
+
+@dataclass(frozen=True)
+class MlaAttention:
+    """Attention of all heads over one latent row for each position, written to the cache of `layer` first.
+
+    The row is latent (L = widths[latent] elements, normed), then rope (R = widths[rope], rotated). The query
+    of head h is q_latent's head h (L elements), then the last R elements of q's head h. Scores are `scale *
+    query.row`; the output of a head [L] is the weighted sum of the rows' latent parts. Folded as Attention.
+    """
+
+    q_latent: ValueId
+    q: ValueId
+    latent: ValueId
+    rope: ValueId
+    out: ValueId
+    layer: int
+    heads: int
+    scale: float
 
 
 @dataclass(frozen=True)
 class Gated:
-    """out = act(gate) * up (out may be gate)"""
+    """out = act(gate) * up (out may be gate). "sigmoid" is the gate of a gated output: its gate may be one
+    element for the whole row of up (then out is not gate)."""
 
     gate: ValueId
     up: ValueId
     out: ValueId
-    act: Literal["silu", "gelu_tanh"]
+    act: Literal["silu", "gelu_tanh", "sigmoid"]
+
+
+@dataclass(frozen=True)
+class Route:
+    """Choose `top` of `experts` experts for each row, from the router's logits [experts].
+
+    1. p = softmax(logits), sigmoid(logits), or the logits themselves for "softmax_top".
+    2. c = p + bias (F32 [1, experts], of DeepSeek-V3's balancing) or p: what is chosen by.
+    3. With groups > 1, experts are `groups` groups of neighbours; the score of a group is the largest c in it
+       ("max") or the sum of its two largest ("top2"). Only experts of the best `top_groups` groups remain.
+    4. The `top` largest c are chosen, largest first. Of equals (groups, too) the lower number comes first;
+       NaN counts as -infinity, so that the choice is `top` different experts whatever the logits.
+    5. The weight of a chosen expert is its p (without bias); for "softmax_top" the softmax of p over the
+       chosen. Then, if `normalise`, divided by (their sum + 1e-20). Then times `scale`.
+
+    out has width 2 * top: the experts' numbers (as float32, exact), then their weights.
+    """
+
+    logits: ValueId
+    bias: WeightId | None
+    out: ValueId
+    experts: int
+    top: int
+    score: Literal["softmax", "sigmoid", "softmax_top"]
+    groups: int
+    top_groups: int
+    group_score: Literal["max", "top2"]
+    normalise: bool
+    scale: float
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The chosen experts' gated MLPs: out = sum over i in the route's order of w[i] * mlp of expert e[i] (x).
+
+    mlp(x) = down @ a(gate @ x + gate_bias, up @ x + up_bias) + down_bias, where a(g, u) is act(g) * u, and
+    for "swiglu_oai" g' * sigmoid(alpha * g') * (u' + 1) with g' = min(g, limit) and u' = u clamped to
+    [-limit, limit]. If `weigh_input`, x is multiplied by the weight instead of the result. `route` is the
+    out of a Route. gate and up are tensors of `experts` experts of F x widths[x], down of widths[out] x F;
+    biases are F32 [experts, rows of an expert]. out is neither x nor route.
+    """
+
+    x: ValueId
+    route: ValueId
+    out: ValueId
+    gate: WeightId
+    up: WeightId
+    down: WeightId
+    gate_bias: WeightId | None
+    up_bias: WeightId | None
+    down_bias: WeightId | None
+    experts: int
+    top: int
+    act: Literal["silu", "gelu_tanh", "relu", "swiglu_oai"]
+    alpha: float
+    limit: float
+    weigh_input: bool
 
 
 @dataclass(frozen=True)
@@ -177,16 +283,41 @@ class Logits:
     softcap: float
 
 
-Op = Embed | RmsNorm | Linear | Rope | Attention | Gated | Add | GatherRows | Logits
+Op = (
+    Embed
+    | RmsNorm
+    | Linear
+    | HeadLinear
+    | Rope
+    | PositionScale
+    | Attention
+    | MlaAttention
+    | Gated
+    | Route
+    | Experts
+    | Add
+    | GatherRows
+    | Logits
+)
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """KV of one token: `layers` times keys and values of `kv_heads` x `head_dim`."""
+    """What one token leaves in the cache, for each of `layers` layers of attention.
+
+    "kv": keys and values of `kv_heads` x `head_dim`. "latent": one row of `head_dim` elements, which all
+    heads read as key and, in its first part, as value (kv_heads is 1).
+    """
 
     layers: int
     kv_heads: int
     head_dim: int
+    kind: Literal["kv", "latent"] = "kv"
+
+    @property
+    def elements(self) -> int:
+        """Of one token, all layers."""
+        return self.layers * self.kv_heads * self.head_dim * (2 if self.kind == "kv" else 1)
 
 
 @dataclass(frozen=True)

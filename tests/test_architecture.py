@@ -51,7 +51,7 @@ CONFINED = {
     "pydantic": ("server.",),
     "uvicorn": ("server.",),
     "zmq": ("engine.channel",),
-    "torch": ("engine.executors.torch",),
+    "torch": ("engine.executors.torch", "engine.executors.torch_attention", "engine.executors.torch_experts"),
     "jinja2": ("server.text.",),
     "tokenizers": ("server.text.",),
     "prometheus_client": ("server.metrics",),

@@ -133,6 +133,7 @@ class Checker {
     const int64_t pairs = weight("inv_freq", op.inv_freq).cols();
     check_shape("inv_freq", op.inv_freq, 1, pairs);
     require(2 * pairs <= op.head_dim, "inv_freq", "has more pairs than a head");
+    require(op.offset >= 0 && op.offset <= op.head_dim - 2 * pairs, "offset", "leaves the head");
     check_number("scale", op.scale, false);
   }
 
@@ -153,13 +154,20 @@ class Checker {
     check_number("scale", op.scale, false);
     require(op.window >= 0, "window", "must not be negative");
     check_softcap(op.softcap);
+    require(op.sinks == op::kNone, "sinks", "are not supported");
+    require(op.chunk == 0, "chunk", "is not supported");
     write("out", op.out, Rows::kTokens, q_width);
   }
 
   void check(const op::Gated& op) {
-    const Rows rows = enter("Gated", "gate", op.gate);
-    read("up", op.up, rows, width("gate", op.gate));
-    write("out", op.out, rows, width("gate", op.gate));
+    const Rows rows = enter("Gated", "up", op.up);
+    if (op.act == op::Act::kSigmoid && width("gate", op.gate) == 1) {
+      read("gate", op.gate, rows, 1);
+      require(op.out != op.gate, "out", "must not be a gate of one element");
+    } else {
+      read("gate", op.gate, rows, width("up", op.up));
+    }
+    write("out", op.out, rows, width("up", op.up));
   }
 
   void check(const op::Add& op) {

@@ -31,14 +31,16 @@ struct Rope {
   int64_t x, heads, head_dim, inv_freq;
   bool interleaved;
   float scale;
+  int64_t offset;
 };
 struct Attention {
   int64_t q, k, v, out, layer, heads, kv_heads, head_dim;
   float scale;
   int64_t window;
   float softcap;
+  int64_t sinks, chunk;  // sinks may be kNone
 };
-enum class Act { kSilu, kGeluTanh };
+enum class Act { kSilu, kGeluTanh, kSigmoid };
 struct Gated {
   int64_t gate, up, out;
   Act act;

@@ -32,7 +32,25 @@ RowFunction make_rms_norm(const KernelTable& table, const Model& model, const Va
   };
 }
 
+namespace {
+
+// Of few elements in a step: the same bits for every table without being in them.
+RowFunction make_sigmoid(const Values& values, const op::Gated& op) {
+  return [gate = values.data[op.gate], up = values.data[op.up], out = values.data[op.out], width = values.widths[op.up],
+          gates = values.widths[op.gate]](const Step&, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      for (int64_t i = 0; i < width; ++i) {
+        const float g = gate[r * gates + (gates == 1 ? 0 : i)];
+        out[r * width + i] = up[r * width + i] / (1.0f + std::exp(-g));
+      }
+    }
+  };
+}
+
+}  // namespace
+
 RowFunction make_gated(const KernelTable& table, const Values& values, const op::Gated& op) {
+  if (op.act == op::Act::kSigmoid) return make_sigmoid(values, op);
   return [mul = op.act == op::Act::kSilu ? table.silu_mul : table.gelu_tanh_mul, gate = values.data[op.gate],
           up = values.data[op.up], out = values.data[op.out],
           width = values.widths[op.out]](const Step&, int64_t begin, int64_t end) {
@@ -74,7 +92,7 @@ RowFunction make_rope_angles(std::vector<float> inv_freq, float scale, float* co
 
 RowFunction make_rope(const KernelTable& table, const Values& values, const op::Rope& op, int64_t pairs,
                       const float* cos_sin) {
-  return [rope = table.rope, x = values.data[op.x], width = values.widths[op.x], heads = op.heads,
+  return [rope = table.rope, x = values.data[op.x] + op.offset, width = values.widths[op.x], heads = op.heads,
           head_dim = op.head_dim, interleaved = op.interleaved, pairs,
           cos_sin](const Step&, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)

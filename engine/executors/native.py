@@ -30,6 +30,8 @@ class NativeExecutor:
         max_rows: int,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
+        if program.cache.kind != "kv":
+            raise ValueError(f"cache: kind: {program.cache.kind!r} is not supported")
         self.isa = isa or _kernels.isas()[0]
         self.blocks = blocks
         pool = _kernels.ThreadPool(threads)

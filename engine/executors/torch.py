@@ -7,6 +7,7 @@ product in another order for another number of rows.
 """
 
 from collections.abc import Callable
+from typing import Final
 
 import gguf
 import numpy as np
@@ -14,18 +15,25 @@ import torch
 import torch.nn.functional as F
 
 from ktransformers.engine.batch import F32, MAX_LOGPROBS, Batch, Drawn, SamplingBatch
+from ktransformers.engine.executors.torch_attention import Span, attention, mla_attention, softcap
+from ktransformers.engine.executors.torch_experts import experts, route
 from ktransformers.engine.program import (
     Add,
     Attention,
     Embed,
+    Experts,
     Gated,
     GatherRows,
+    HeadLinear,
     Linear,
     Logits,
+    MlaAttention,
     Op,
+    PositionScale,
     Program,
     RmsNorm,
     Rope,
+    Route,
     Tensor,
     WeightId,
 )
@@ -39,24 +47,27 @@ def dequantise(tensor: Tensor) -> F32:
     return np.array(out, np.float32, copy=not out.flags.writeable).reshape(tensor.rows, tensor.cols)
 
 
+_ACTS: Final[dict[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "silu": F.silu,
+    "gelu_tanh": lambda gate: F.gelu(gate, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
+}
+
+
 class _Step:
     """A batch on the device, with what several ops need of it."""
 
     def __init__(self, batch: Batch, block_tokens: int, device: torch.device) -> None:
         self.tokens = torch.from_numpy(batch.tokens).long().to(device)
         self.logit_rows = torch.from_numpy(batch.logit_rows).long().to(device)
-        self.ranges: list[tuple[int, int]] = []
-        """For each sequence [begin, end) in tokens."""
-        self.cells: list[torch.Tensor] = []
-        """For each sequence [positions so far] where in the pool each position's KV lies."""
+        self.spans: list[Span] = []
         self.positions = torch.empty(len(batch.tokens), dtype=torch.float64)
         for s, context in enumerate(batch.context.tolist()):
             begin, end = int(batch.starts[s]), int(batch.starts[s + 1])
-            self.ranges.append((begin, end))
             self.positions[begin:end] = torch.arange(context, context + end - begin)
             blocks = batch.blocks[batch.block_starts[s] : batch.block_starts[s + 1]].astype(np.int64)
             cells = (blocks[:, None] * block_tokens + np.arange(block_tokens)).reshape(-1)
-            self.cells.append(torch.from_numpy(cells[: context + end - begin]).to(device))
+            self.spans.append(Span(begin, end, torch.from_numpy(cells[: context + end - begin]).to(device)))
 
 
 def _check(batch: Batch, vocab: int, blocks: int, block_tokens: int) -> None:
@@ -113,7 +124,8 @@ class TorchExecutor:
         c = program.cache
         cells = blocks * block_tokens
         # Zeroed, so that nothing of another process or an earlier model can be read from it.
-        shape = (c.layers, 2, cells, c.kv_heads, c.head_dim)
+        kv, latent = (c.layers, 2, cells, c.kv_heads, c.head_dim), (c.layers, cells, c.head_dim)
+        shape = kv if c.kind == "kv" else latent
         self._kv = torch.zeros(shape, dtype=kv_dtype, device=self._device)
         self.block_bytes = self._kv.nbytes // blocks
         self._values: list[torch.Tensor] = []
@@ -182,18 +194,33 @@ class TorchExecutor:
                     v[part.out] = F.linear(v[op.x], w[part.weight], bias)
             case Rope():
                 v[op.x] = self._rope(op, step)
+            case PositionScale():
+                spans = torch.floor((step.positions + 1) / op.span)
+                v[op.x] = v[op.x] * (1 + op.scale * torch.log1p(spans)).float().to(self._device)[:, None]
+            case HeadLinear():
+                cols = w[op.weight].shape[1]
+                weight = w[op.weight].reshape(op.heads, -1, cols)
+                x = v[op.x].reshape(len(v[op.x]), op.heads, -1)[..., :cols]
+                v[op.out] = torch.einsum("thc,hrc->thr", x, weight).flatten(1)
             case Attention():
-                v[op.out] = self._attention(op, step)
+                sinks = None if op.sinks is None else w[op.sinks][0]
+                kv = self._kv[op.layer]
+                v[op.out] = attention(op, step.spans, kv, v[op.q], v[op.k], v[op.v], sinks)
+            case MlaAttention():
+                row = (v[op.latent], v[op.rope])
+                v[op.out] = mla_attention(op, step.spans, self._kv[op.layer], v[op.q_latent], v[op.q], *row)
             case Gated():
-                gate = v[op.gate]
-                act = F.silu(gate) if op.act == "silu" else F.gelu(gate, approximate="tanh")
-                v[op.out] = act * v[op.up]
+                v[op.out] = _ACTS[op.act](v[op.gate]) * v[op.up]
+            case Route():
+                v[op.out] = route(op, v[op.logits], None if op.bias is None else w[op.bias][0])
+            case Experts():
+                v[op.out] = experts(op, v[op.x], v[op.route], w)
             case Add():
                 v[op.out] = v[op.a] + v[op.b]
             case GatherRows():
                 v[op.out] = v[op.x][step.logit_rows]
             case Logits():
-                v[op.out] = _softcap(F.linear(v[op.x], w[op.weight]), op.softcap)
+                v[op.out] = softcap(F.linear(v[op.x], w[op.weight]), op.softcap)
 
     def _rope(self, op: Rope, step: _Step) -> torch.Tensor:
         if op.inv_freq not in self._angles:
@@ -204,38 +231,14 @@ class TorchExecutor:
         cos, sin = self._angles[op.inv_freq]
         n = cos.shape[-1]
         x = self._values[op.x].reshape(-1, op.heads, op.head_dim)
-        turned, rest = x[..., : 2 * n], x[..., 2 * n :]
+        before, turned, after = x.tensor_split((op.offset, op.offset + 2 * n), -1)
         if op.interleaved:
             a, b = turned[..., 0::2], turned[..., 1::2]
         else:
             a, b = turned[..., :n], turned[..., n:]
         a, b = (a * cos - b * sin) * op.scale, (a * sin + b * cos) * op.scale
         turned = torch.stack((a, b), -1).flatten(-2) if op.interleaved else torch.cat((a, b), -1)
-        return torch.cat((turned, rest), -1).flatten(1)
-
-    def _attention(self, op: Attention, step: _Step) -> torch.Tensor:
-        keys, values = self._kv[op.layer]
-        q = self._values[op.q].reshape(-1, op.kv_heads, op.heads // op.kv_heads, op.head_dim)
-        k, v = (self._values[i].reshape(-1, op.kv_heads, op.head_dim) for i in (op.k, op.v))
-        out = torch.empty_like(q)
-        for (begin, end), cells in zip(step.ranges, step.cells, strict=True):
-            context = len(cells) - (end - begin)
-            keys[cells[context:]] = k[begin:end].to(keys.dtype)
-            values[cells[context:]] = v[begin:end].to(values.dtype)
-            scores = torch.einsum("tkgd,ckd->kgtc", q[begin:end], keys[cells].float()) * op.scale
-            scores = _softcap(scores, op.softcap)
-            seen = torch.arange(len(cells), device=self._device)
-            now = seen[context:, None]
-            hidden = seen > now
-            if op.window:
-                hidden |= seen <= now - op.window
-            weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-            out[begin:end] = torch.einsum("kgtc,ckd->tkgd", weights, values[cells].float())
-        return out.flatten(1)
-
-
-def _softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
-    return torch.tanh(x / cap) * cap if cap > 0 else x
+        return torch.cat((before, turned, after), -1).flatten(1)
 
 
 def _logits_of(program: Program) -> int:

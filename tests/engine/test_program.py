@@ -244,7 +244,7 @@ BAD_PROGRAMS: list[tuple[int, dict[str, Any], str]] = [
     (5, {"softcap": -1.0}, r"op 5 \(Attention\): softcap"),
     (7, {"b": G}, r"op 7 \(Add\): b"),
     (7, {"out": Q}, r"op 7 \(Add\): out"),
-    (10, {"up": X}, r"op 10 \(Gated\): up"),
+    (10, {"up": X}, r"op 10 \(Gated\): gate"),
     (10, {"act": "relu"}, r"op 10 \(Gated\): act"),
     (17, {"layer": 0}, r"op 17 \(Attention\): layer"),
     (25, {"out": X}, r"op 25 \(GatherRows\): out"),
