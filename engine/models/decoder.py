@@ -26,8 +26,8 @@ from ktransformers.engine.program import (
     WeightId,
 )
 from ktransformers.engine.weights import names
+from ktransformers.engine.weights.checkpoint import Checkpoint, StoredTensor
 from ktransformers.engine.weights.formats import FORMATS
-from ktransformers.engine.weights.gguf import GgufFile, TensorInfo
 
 COMPUTED_FORMATS: Final = frozenset({0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, 30})
 """GGUF types that a matrix may have: F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL and IQ4_XS."""
@@ -41,14 +41,14 @@ _BF16: Final = 30
 class _Tensors:
     """Takes tensors out of a file, each with the shape that the spec says, and knows which were left."""
 
-    file: GgufFile
+    file: Checkpoint
     weights: list[Tensor] = field(default_factory=list)
     ids: dict[str, WeightId] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
         return name in self.file.tensors
 
-    def info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+    def info(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
         info = self.file.tensors.get(name)
         if info is None:
             raise ModelError(f"tensor '{name}' is missing")
@@ -78,7 +78,7 @@ class _Tensors:
 
     def floats(self, name: str, n: int) -> npt.NDArray[np.float32]:
         info = self.info(name, (n,))
-        raw = self.file.tensor_bytes(name)
+        raw = Tensor(name, info.format, 1, n, self.file.tensor_bytes(name)).read()
         if info.format == _F32:
             return np.frombuffer(raw.tobytes(), "<f4")
         if info.format == _F16:
@@ -109,7 +109,7 @@ class _Values:
 
 
 class _Compiler:
-    def __init__(self, spec: ModelSpec, file: GgufFile) -> None:
+    def __init__(self, spec: ModelSpec, file: Checkpoint) -> None:
         self.spec = spec
         self.tensors = _Tensors(file)
         self.widths: list[int] = []
@@ -216,11 +216,11 @@ class _Compiler:
         info = self.tensors.file.tensors.get(names.EMBED)
         if info is None:
             raise ModelError(f"tensor '{names.EMBED}' is missing")
-        tokens = self.tensors.file.metadata.get("tokenizer.ggml.tokens")
-        if not isinstance(tokens, list):
-            raise ModelError("key 'tokenizer.ggml.tokens' is missing or not a list of strings")
-        if info.shape[0] != len(tokens):
-            raise ModelError(f"tensor '{names.EMBED}' has {info.shape[0]} rows for {len(tokens)} tokens")
+        tokens = self.tensors.file.tokens
+        if not tokens:
+            raise ModelError("the file has no vocabulary (key 'tokenizer.ggml.tokens')")
+        if info.shape[0] != tokens:
+            raise ModelError(f"tensor '{names.EMBED}' has {info.shape[0]} rows for {tokens} tokens")
         return info.shape[0]
 
     def run(self) -> Program:
@@ -252,7 +252,7 @@ class _Compiler:
             raise ModelError(f"{len(unused)} tensors are unknown in a {self.spec.architecture} model: {some}")
 
 
-def compile_program(spec: ModelSpec, file: GgufFile) -> Program:
+def compile_program(spec: ModelSpec, file: Checkpoint) -> Program:
     """The program of a model over views of the mapped file; only norms and biases are copied.
 
     ModelError for a tensor that is missing, left over, of another shape, or in an unsupported format.

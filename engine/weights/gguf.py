@@ -65,6 +65,12 @@ class GgufFile:
     header_bytes: tuple[int, ...]
     """For each file, where tensor data begins: everything before describes the model."""
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the vocabulary; 0 when the file has none."""
+        tokens = self.metadata.get("tokenizer.ggml.tokens")
+        return len(tokens) if isinstance(tokens, list) else 0
+
     def tensor_bytes(self, name: str) -> npt.NDArray[np.uint8]:
         """The raw bytes [nbytes] of a tensor: a read-only view of the map. KeyError for an unknown name."""
         info = self.tensors[name]
