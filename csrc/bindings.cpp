@@ -1,9 +1,11 @@
 // The Python module: converts arguments and releases the GIL; no logic. engine/_kernels.pyi is its documentation.
+#include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -88,7 +90,24 @@ op::Act act_of(Fields& f) {
   if (act == "silu") return op::Act::kSilu;
   if (act == "gelu_tanh") return op::Act::kGeluTanh;
   if (act == "sigmoid") return op::Act::kSigmoid;
+  if (act == "relu") return op::Act::kRelu;
+  if (act == "swiglu_oai") return op::Act::kSwigluOai;
   throw std::invalid_argument(f.where() + ": act: '" + act + "' is not known");
+}
+
+op::Score score_of(Fields& f) {
+  const auto score = f.get<std::string>("score");
+  if (score == "softmax") return op::Score::kSoftmax;
+  if (score == "sigmoid") return op::Score::kSigmoid;
+  if (score == "softmax_top") return op::Score::kSoftmaxTop;
+  throw std::invalid_argument(f.where() + ": score: '" + score + "' is not known");
+}
+
+op::GroupScore group_score_of(Fields& f) {
+  const auto score = f.get<std::string>("group_score");
+  if (score == "max") return op::GroupScore::kMax;
+  if (score == "top2") return op::GroupScore::kTop2;
+  throw std::invalid_argument(f.where() + ": group_score: '" + score + "' is not known");
 }
 
 // Braces evaluate from left to right, so fields are read in order.
@@ -107,6 +126,14 @@ Op op_of(const std::string& kind, Fields& f) {
                          id("heads"),       id("kv_heads"),    id("head_dim"), number("scale"), id("window"),
                          number("softcap"), optional("sinks"), id("chunk")};
   if (kind == "Gated") return op::Gated{id("gate"), id("up"), id("out"), act_of(f)};
+  if (kind == "Route")
+    return op::Route{id("logits"), optional("bias"),  id("out"),         id("experts"),           id("top"),      score_of(f),
+                     id("groups"), id("top_groups"), group_score_of(f), f.get<bool>("normalise"), number("scale")};
+  if (kind == "Experts")
+    return op::Experts{id("x"),         id("route"),           id("out"),           id("gate"),
+                       id("up"),        id("down"),            optional("gate_bias"), optional("up_bias"),
+                       optional("down_bias"), id("experts"),   id("top"),           act_of(f),
+                       number("alpha"), number("limit"),       f.get<bool>("weigh_input")};
   if (kind == "Add") return op::Add{id("a"), id("b"), id("out")};
   if (kind == "GatherRows") return op::GatherRows{id("x"), id("out")};
   if (kind == "Logits") return op::Logits{id("x"), id("weight"), id("out"), number("softcap")};
@@ -136,7 +163,21 @@ std::shared_ptr<Weight> pack(ThreadPool& pool, const std::string& isa, int32_t f
   const KernelTable& table = table_of(isa);
   const std::span<const uint8_t> bytes = view(data);
   const py::gil_scoped_release release;
-  return std::make_shared<Weight>(pool, table, static_cast<Format>(format), rows, cols, bytes.data(), bytes.size());
+  auto weight = std::make_shared<Weight>(table, static_cast<Format>(format), rows, cols, 1);
+  weight->pack(pool, 0, bytes.data(), bytes.size());
+  return weight;
+}
+
+std::shared_ptr<Weight> pack_experts(ThreadPool& pool, const std::string& isa, int32_t format, int64_t rows, int64_t cols,
+                                     int64_t experts, const std::function<Array<uint8_t>(int64_t)>& read) {
+  auto weight = std::make_shared<Weight>(table_of(isa), static_cast<Format>(format), rows, cols, experts);
+  for (int64_t e = 0; e < experts; ++e) {
+    const Array<uint8_t> data = read(e);
+    const std::span<const uint8_t> bytes = view(data);
+    const py::gil_scoped_release release;
+    weight->pack(pool, e, bytes.data(), bytes.size());
+  }
+  return weight;
 }
 
 Array<float> weight_row(const Weight& weight, int64_t i) {
@@ -147,6 +188,7 @@ Array<float> weight_row(const Weight& weight, int64_t i) {
 }
 
 Array<float> gemm(ThreadPool& pool, const std::shared_ptr<Weight>& weight, const Array<float>& x) {
+  if (weight->experts() != 1) throw std::invalid_argument("weight: has several experts");
   if (x.ndim() != 2 || x.shape(1) != weight->cols()) throw std::invalid_argument("x: must be [n, cols]");
   Array<float> y({x.shape(0), static_cast<py::ssize_t>(weight->rows())});
   const float* in = x.data();
@@ -312,11 +354,14 @@ PYBIND11_MODULE(_kernels, m) {
       .def_property_readonly("format", [](const Weight& w) { return static_cast<int32_t>(w.format()); })
       .def_property_readonly("rows", &Weight::rows)
       .def_property_readonly("cols", &Weight::cols)
+      .def_property_readonly("experts", &Weight::experts)
       .def_property_readonly("nbytes", &Weight::bytes)
       .def("row", &weight_row, py::arg("i"));
 
   m.def("pack", &pack, py::arg("pool"), py::arg("isa"), py::arg("format"), py::arg("rows"), py::arg("cols"),
         py::arg("data").noconvert());
+  m.def("pack_experts", &pack_experts, py::arg("pool"), py::arg("isa"), py::arg("format"), py::arg("rows"),
+        py::arg("cols"), py::arg("experts"), py::arg("read"));
   m.def("gemm", &gemm, py::arg("pool"), py::arg("weight"), py::arg("x").noconvert());
 
   m.def("elementwise", &elementwise, py::arg("isa"), py::arg("op"), py::arg("a").noconvert(), py::arg("b").noconvert());

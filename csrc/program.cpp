@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "ops/route.h"
 #include "ops/rows.h"
 
 namespace kt {
@@ -73,6 +74,14 @@ void Program::build_products() {
     if (product != nullptr)
       activation_bytes = std::max(activation_bytes, product->activation_bytes() * max_rows(rows_.of_op[i]));
     products_.push_back(std::move(product));
+    std::unique_ptr<Experts> experts;
+    if (const auto* op = std::get_if<op::Experts>(&model_.ops[i])) {
+      const Rows rows = rows_.of_op[i];
+      experts = std::make_unique<Experts>(table_, model_, values_, rows, *op);
+      experts->reserve(experts_memory_, max_rows(rows), pool_->threads());
+      activation_bytes = std::max(activation_bytes, experts->activation_bytes() * max_rows(rows));
+    }
+    experts_.push_back(std::move(experts));
   }
   activation_memory_ = Mapping(activation_bytes);
   std::memset(activation_memory_.data(), 0, activation_bytes);
@@ -138,6 +147,17 @@ void Program::add(size_t i, const op::Attention& op) {
 }
 void Program::add(size_t i, const op::Gated& op) {
   add_row_op(i, rows_.of_op[i], 3 * values_.widths[op.out], make_gated(table_, values_, op));
+}
+void Program::add(size_t i, const op::Route& op) {
+  constexpr int64_t kFloatsOfExpert = 16;  // an exponential and a comparison cost more than a float
+  add_row_op(i, rows_.of_op[i], kFloatsOfExpert * op.experts, make_route(table_, model_, values_, op));
+}
+void Program::add(size_t i, const op::Experts& op) {
+  const Experts& experts = *experts_[i];
+  const Rows rows = rows_.of_op[i];
+  add_row_op(i, rows, values_.widths[op.x], experts.make_present(activation_memory_.data(), max_rows(rows)));
+  stages_.push_back(
+      WholeOp{i, experts.make_compute(*pool_, activation_memory_.data(), max_rows(rows), experts_memory_)});
 }
 void Program::add(size_t i, const op::Add& op) {
   add_row_op(i, rows_.of_op[i], values_.widths[op.out], make_add(table_, values_, op));

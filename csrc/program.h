@@ -10,6 +10,7 @@
 #include "cpu/thread_pool.h"
 #include "ops/attention.h"
 #include "ops/batch.h"
+#include "ops/experts.h"
 #include "ops/linear.h"
 #include "ops/ops.h"
 #include "ops/sampler.h"
@@ -74,6 +75,8 @@ class Program {
   void add(size_t i, const op::Rope& op);
   void add(size_t i, const op::Attention& op);
   void add(size_t i, const op::Gated& op);
+  void add(size_t i, const op::Route& op);
+  void add(size_t i, const op::Experts& op);
   void add(size_t i, const op::Add& op);
   void add(size_t i, const op::GatherRows& op);
   void add(size_t i, const op::Logits& op);
@@ -104,6 +107,8 @@ class Program {
   std::vector<RopeAngles> angles_;
   AttentionMemory attention_memory_;
   std::vector<std::unique_ptr<Product>> products_;  // of each op; null where it is none
+  std::vector<std::unique_ptr<Experts>> experts_;  // likewise
+  ExpertsMemory experts_memory_;
   std::vector<Stage> stages_;
   Sampler sampler_;
 

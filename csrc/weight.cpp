@@ -1,5 +1,6 @@
 #include "weight.h"
 
+#include <algorithm>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -75,22 +76,28 @@ size_t source_bytes(Format format, int64_t rows, int64_t cols) {
   return static_cast<size_t>(rows) * (cols / block.elements) * block.bytes;
 }
 
-Weight::Weight(ThreadPool& pool, const KernelTable& table, Format format, int64_t rows, int64_t cols,
-               const uint8_t* src, size_t size)
-    : table_(&table), format_(format), rows_(rows), cols_(cols) {
-  if (const size_t expected = source_bytes(format, rows, cols); size != expected)
-    throw std::invalid_argument("data: " + std::to_string(size) + " bytes, expected " + std::to_string(expected));
-  bytes_ = table.packed_bytes(format, rows, cols);
+Weight::Weight(const KernelTable& table, Format format, int64_t rows, int64_t cols, int64_t experts)
+    : table_(&table), format_(format), rows_(rows), cols_(cols), experts_(experts) {
+  source_bytes(format, rows, cols);
+  if (experts <= 0 || rows % experts != 0)
+    throw std::invalid_argument("experts: " + std::to_string(experts) + " do not divide " + std::to_string(rows) + " rows");
+  bytes_ = table.packed_bytes(format, expert_rows(), cols) * experts;
   if (bytes_ == 0)
     throw std::invalid_argument("format: type " + std::to_string(static_cast<int32_t>(format)) + " with " +
                                 std::to_string(cols) + " columns is not supported by " + table.name);
   Place where = place(bytes_);
   memory_ = std::move(where.memory);
   packed_ = where.data;
+}
+
+void Weight::pack(ThreadPool& pool, int64_t expert, const uint8_t* src, size_t size) {
+  if (const size_t expected = source_bytes(format_, expert_rows(), cols_); size != expected)
+    throw std::invalid_argument("data: " + std::to_string(size) + " bytes, expected " + std::to_string(expected));
+  uint8_t* to = packed_ + expert * expert_bytes();
   const ThreadPool::Session session(pool);
   const int64_t chunks = std::min<int64_t>(panels(), int64_t{pool.threads()} * 8);
   pool.parallel_for(chunks, [&](int64_t chunk, int) {
-    table.pack(format, src, rows, cols, panels() * chunk / chunks, panels() * (chunk + 1) / chunks, packed_);
+    table_->pack(format_, src, expert_rows(), cols_, panels() * chunk / chunks, panels() * (chunk + 1) / chunks, to);
   });
 }
 

@@ -14,29 +14,39 @@ namespace kt {
 // cols not a multiple of the format's block.
 size_t source_bytes(Format format, int64_t rows, int64_t cols);
 
-// `rows` outputs of `cols` inputs, tied to the table that packed them.
+// `rows` outputs of `cols` inputs, tied to the table that packed them. The rows may be those of several experts one after
+// another, as many of each; then each expert has panels of its own, and no panel holds rows of two.
 class Weight {
  public:
-  // Repacks `size` bytes at `src`, in parallel over panels. std::invalid_argument when the size does not fit or the table
-  // does not take the format.
-  Weight(ThreadPool& pool, const KernelTable& table, Format format, int64_t rows, int64_t cols, const uint8_t* src,
-         size_t size);
+  // Room for panels of zeros; to be filled by pack, expert by expert. std::invalid_argument for sizes out of range, or a
+  // format that the table does not take.
+  Weight(const KernelTable& table, Format format, int64_t rows, int64_t cols, int64_t experts);
+
+  // Repacks the `size` bytes of one expert at `src`, in parallel over panels. std::invalid_argument when the size does not
+  // fit.
+  void pack(ThreadPool& pool, int64_t expert, const uint8_t* src, size_t size);
 
   const KernelTable& table() const { return *table_; }
   Format format() const { return format_; }
-  int64_t rows() const { return rows_; }
+  int64_t rows() const { return rows_; }  // of all experts
   int64_t cols() const { return cols_; }
-  int64_t panels() const { return (rows_ + kPanelRows - 1) / kPanelRows; }
-  const uint8_t* packed() const { return packed_; }
+  int64_t experts() const { return experts_; }
+  int64_t expert_rows() const { return rows_ / experts_; }
+  int64_t panels() const { return (expert_rows() + kPanelRows - 1) / kPanelRows; }  // of one expert
+  const uint8_t* packed(int64_t expert = 0) const { return packed_ + expert * expert_bytes(); }
+  size_t expert_bytes() const { return bytes_ / experts_; }
+  size_t panel_bytes() const { return expert_bytes() / panels(); }
   size_t bytes() const { return bytes_; }
 
   // Dequantised row of cols() floats; 0 <= i < rows().
-  void row(int64_t i, float* out) const { table_->unpack_row(format_, packed_, rows_, cols_, i, out); }
+  void row(int64_t i, float* out) const {
+    table_->unpack_row(format_, packed(i / expert_rows()), expert_rows(), cols_, i % expert_rows(), out);
+  }
 
  private:
   const KernelTable* table_;
   Format format_;
-  int64_t rows_, cols_;
+  int64_t rows_, cols_, experts_;
   size_t bytes_ = 0;
   std::shared_ptr<Mapping> memory_;  // often shared with other weights
   uint8_t* packed_ = nullptr;

@@ -5,6 +5,7 @@ Arrays are not copied: nobody may write to them until the call returns.
 Errors: ValueError for a shape, format or buffer that does not fit, with its name; MemoryError.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -40,12 +41,19 @@ class Weight:
     @property
     def cols(self) -> int: ...
     @property
+    def experts(self) -> int: ...
+    @property
     def nbytes(self) -> int: ...
     def row(self, i: int) -> F32:
         """Dequantised row [cols]."""
 
 def pack(pool: ThreadPool, isa: str, format: int, rows: int, cols: int, data: U8) -> Weight:  # noqa: A002
     """Repack `rows` x `cols` elements in a GGUF format; `data` may be freed afterwards."""
+
+def pack_experts(
+    pool: ThreadPool, isa: str, format: int, rows: int, cols: int, experts: int, read: Callable[[int], U8]  # noqa: A002
+) -> Weight:
+    """The same for the rows of several experts, one after another; `read` gives the bytes of one expert."""
 
 def gemm(pool: ThreadPool, weight: Weight, x: F32) -> F32:
     """x [n, cols] -> [n, rows]: quantises x as the weight's format asks, then the product. For tests."""

@@ -60,6 +60,8 @@ struct KernelTable {
   // fixed and the same for any number of rows: work is split by output, never by k.
   Activation (*activation)(Format);
   size_t (*activation_bytes)(Activation, int64_t cols);  // of one row
+  size_t (*activation_offset)(Activation, int64_t col);  // of column col, a multiple of 32, in a row
+  // Part of a row may be presented by itself: the same, from the offset of its first column.
   void (*quantize)(Activation, const float* x, int64_t ldx, int64_t rows, int64_t cols, uint8_t* act);
   void (*gemm)(Format, const uint8_t* packed, int64_t out_rows, int64_t cols, const uint8_t* act, int64_t rows,
                int64_t begin, int64_t end, const float* bias, float* y, int64_t ldy);
@@ -69,8 +71,13 @@ struct KernelTable {
   void (*rope)(float* x, int64_t heads, int64_t head_dim, const float* cos_sin, int64_t pairs, bool interleaved);
   void (*silu_mul)(const float* gate, const float* up, int64_t n, float* y);
   void (*gelu_tanh_mul)(const float* gate, const float* up, int64_t n, float* y);
+  void (*relu_mul)(const float* gate, const float* up, int64_t n, float* y);
+  // g sigmoid(alpha g) (u + 1) with g = min(gate, limit), u = up within [-limit, limit]
+  void (*swiglu_oai)(const float* gate, const float* up, int64_t n, float alpha, float limit, float* y);
   void (*add)(const float* a, const float* b, int64_t n, float* y);
   void (*softcap)(float* x, int64_t n, float cap);
+  // y = weights[0] rows[0] + weights[1] rows[1] + ..., in this order, at least one
+  void (*weighted_sum)(const float* const* rows, const float* weights, int64_t count, int64_t n, float* y);
 
   // ---- attention
   void (*store_kv)(const float* k, const float* v, int64_t head_dim, int64_t offset_in_block, uint16_t* block);

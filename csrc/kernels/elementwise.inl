@@ -25,9 +25,30 @@ void gelu_tanh_mul(const float* gate, const float* up, int64_t n, float* y) {
   map(gate, up, n, y, [](Floats g, Floats u) { return gelu_tanh(g) * u; });
 }
 
+void relu_mul(const float* gate, const float* up, int64_t n, float* y) {
+  map(gate, up, n, y, [](Floats g, Floats u) { return max(set1(0.0f), g) * u; });
+}
+
+void swiglu_oai(const float* g, const float* u, int64_t n, float alpha, float limit, float* y) {
+  map(g, u, n, y, [alpha, limit](Floats g, Floats u) {
+    g = finite_below(min(set1(limit), g));
+    u = max(set1(-limit), min(set1(limit), u));
+    return gate(g, set1(alpha) * g) * (u + set1(1.0f));
+  });
+}
+
 // cap * tanh(x / cap)
 void softcap(float* x, int64_t n, float cap) {
   map(x, x, n, x, [cap](Floats v, Floats) { return set1(cap) * tanh(v / set1(cap)); });
+}
+
+void weighted_sum(const float* const* rows, const float* weights, int64_t count, int64_t n, float* y) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int lanes = static_cast<int>(n - i < kLanes ? n - i : kLanes);
+    Floats sum = load_n(rows[0] + i, lanes) * set1(weights[0]);
+    for (int64_t k = 1; k < count; ++k) sum = fma(load_n(rows[k] + i, lanes), set1(weights[k]), sum);
+    store_n(y + i, sum, lanes);
+  }
 }
 
 // Four sums hide the latency of the fused multiply-add; their order is part of the result.

@@ -36,6 +36,15 @@ size_t activation_bytes(Activation kind, int64_t cols) {
   return static_cast<size_t>(ceil_div(bytes, 64) | 1) * 64;
 }
 
+size_t activation_offset(Activation kind, int64_t col) {
+  switch (kind) {
+    case Activation::kF32: return static_cast<size_t>(col) * 4;
+    case Activation::kBF16: return static_cast<size_t>(col) * 2;
+    case Activation::kInt8: return static_cast<size_t>(col / kGroup) * sizeof(ActivationGroup);
+  }
+  return 0;
+}
+
 inline Ints magnitude(Floats x) { return as_ints(x) & set1_int(INT32_MAX); }
 
 // Symmetric: the largest magnitude becomes 127; nearest, ties to even. A group with an infinity or a NaN gets a NaN

@@ -9,10 +9,11 @@ namespace {
 
 constexpr int64_t kMaxWidth = int64_t{1} << 31;
 constexpr int64_t kMaxHeadDim = 512;
+constexpr int64_t kMaxExperts = 65536;
 
 class Checker {
  public:
-  explicit Checker(const Model& model) : model_(model), values_(model.widths.size(), Rows::kUnset) {
+  explicit Checker(const Model& model) : model_(model), values_(model.widths.size(), Rows::kUnset), routes_(model.widths.size()) {
     result_.token_rows.resize(model.widths.size(), false);
   }
 
@@ -69,6 +70,7 @@ class Checker {
   void write(const std::string& field, int64_t value, Rows rows, int64_t expected) {
     check_width(field, value, expected);
     values_[value] = rows;
+    routes_[value] = {};
     if (rows == Rows::kTokens) result_.token_rows[value] = true;
   }
   const Weight& weight(const std::string& field, int64_t id) const {
@@ -76,8 +78,11 @@ class Checker {
       fail(field, "weight " + std::to_string(id) + " of " + std::to_string(model_.weights.size()));
     return *model_.weights[id];
   }
-  void check_shape(const std::string& field, int64_t id, int64_t rows, int64_t cols) const {
+  void check_shape(const std::string& field, int64_t id, int64_t rows, int64_t cols, int64_t experts = 1) const {
     const Weight& w = weight(field, id);
+    if (w.experts() != experts)
+      fail(field, "weight " + std::to_string(id) + " has " + std::to_string(w.experts()) + " experts, expected " +
+                      std::to_string(experts));
     if (w.rows() != rows || w.cols() != cols)
       fail(field, "weight " + std::to_string(id) + " is " + std::to_string(w.rows()) + " x " + std::to_string(w.cols()) +
                       ", expected " + std::to_string(rows) + " x " + std::to_string(cols));
@@ -161,6 +166,7 @@ class Checker {
 
   void check(const op::Gated& op) {
     const Rows rows = enter("Gated", "up", op.up);
+    require(op.act != op::Act::kRelu && op.act != op::Act::kSwigluOai, "act", "is one of experts only");
     if (op.act == op::Act::kSigmoid && width("gate", op.gate) == 1) {
       read("gate", op.gate, rows, 1);
       require(op.out != op.gate, "out", "must not be a gate of one element");
@@ -168,6 +174,43 @@ class Checker {
       read("gate", op.gate, rows, width("up", op.up));
     }
     write("out", op.out, rows, width("up", op.up));
+  }
+
+  void check(const op::Route& op) {
+    const Rows rows = enter("Route", "logits", op.logits);
+    require(op.experts > 0 && op.experts <= kMaxExperts, "experts", "must be in 1 .. 65536");
+    require(op.top > 0 && op.top <= op.experts, "top", "must be in 1 .. experts");
+    read("logits", op.logits, rows, op.experts);
+    if (op.bias != op::kNone) check_shape("bias", op.bias, 1, op.experts);
+    require(op.groups > 0 && op.experts % op.groups == 0, "groups", "must divide the experts");
+    require(op.top_groups > 0 && op.top_groups <= op.groups, "top_groups", "must be in 1 .. groups");
+    require(op.top <= op.experts / op.groups * op.top_groups, "top_groups", "have fewer experts than are chosen");
+    require(op.groups == 1 || op.group_score == op::GroupScore::kMax || op.experts >= 2 * op.groups, "group_score",
+            "needs two experts in a group");
+    check_number("scale", op.scale, false);
+    require(op.out != op.logits, "out", "must not be logits");
+    write("out", op.out, rows, 2 * op.top);
+    routes_[op.out] = {op.experts, op.top};
+  }
+
+  void check(const op::Experts& op) {
+    const Rows rows = enter("Experts", "x", op.x);
+    read("route", op.route, rows, 2 * op.top);
+    require(routes_[op.route].experts == op.experts && routes_[op.route].top == op.top, "route",
+            "is not a choice of as many of these experts");
+    const int64_t in = width("x", op.x), out = width("out", op.out);
+    const int64_t hidden = weight("gate", op.gate).expert_rows();
+    check_shape("gate", op.gate, op.experts * hidden, in, op.experts);
+    check_shape("up", op.up, op.experts * hidden, in, op.experts);
+    check_shape("down", op.down, op.experts * out, hidden, op.experts);
+    if (op.gate_bias != op::kNone) check_shape("gate_bias", op.gate_bias, op.experts, hidden);
+    if (op.up_bias != op::kNone) check_shape("up_bias", op.up_bias, op.experts, hidden);
+    if (op.down_bias != op::kNone) check_shape("down_bias", op.down_bias, op.experts, out);
+    require(op.act != op::Act::kSigmoid, "act", "is none of experts");
+    check_number("alpha", op.alpha, false);
+    check_number("limit", op.limit, false);
+    require(op.out != op.x && op.out != op.route, "out", "must be neither x nor route");
+    write("out", op.out, rows, out);
   }
 
   void check(const op::Add& op) {
@@ -186,6 +229,7 @@ class Checker {
   void check(const op::Logits& op) {
     start("Logits", Rows::kLogits);
     const Weight& w = weight("weight", op.weight);
+    check_shape("weight", op.weight, w.rows(), w.cols());
     read("x", op.x, Rows::kLogits, w.cols());
     require(w.rows() == result_.vocab, "weight", "has not the rows of the embedding");
     check_softcap(op.softcap);
@@ -205,8 +249,13 @@ class Checker {
     return __builtin_mul_overflow(a, b, &product) ? -1 : product;
   }
 
+  struct Choice {
+    int64_t experts = 0, top = 0;
+  };
+
   const Model& model_;
   std::vector<Rows> values_;
+  std::vector<Choice> routes_;  // of each value that a Route wrote last: its numbers are indices
   std::vector<bool> layer_used_;
   ModelRows result_;
   size_t index_ = 0;

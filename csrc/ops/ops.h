@@ -40,10 +40,26 @@ struct Attention {
   float softcap;
   int64_t sinks, chunk;  // sinks may be kNone
 };
-enum class Act { kSilu, kGeluTanh, kSigmoid };
+enum class Act { kSilu, kGeluTanh, kSigmoid, kRelu, kSwigluOai };
 struct Gated {
   int64_t gate, up, out;
   Act act;
+};
+enum class Score { kSoftmax, kSigmoid, kSoftmaxTop };
+enum class GroupScore { kMax, kTop2 };
+struct Route {
+  int64_t logits, bias, out, experts, top;  // bias may be kNone
+  Score score;
+  int64_t groups, top_groups;
+  GroupScore group_score;
+  bool normalise;
+  float scale;
+};
+struct Experts {
+  int64_t x, route, out, gate, up, down, gate_bias, up_bias, down_bias, experts, top;  // biases may be kNone
+  Act act;
+  float alpha, limit;
+  bool weigh_input;
 };
 struct Add {
   int64_t a, b, out;
@@ -58,8 +74,8 @@ struct Logits {
 
 }  // namespace op
 
-using Op = std::variant<op::Embed, op::RmsNorm, op::Linear, op::Rope, op::Attention, op::Gated, op::Add,
-                        op::GatherRows, op::Logits>;
+using Op = std::variant<op::Embed, op::RmsNorm, op::Linear, op::Rope, op::Attention, op::Gated, op::Route,
+                        op::Experts, op::Add, op::GatherRows, op::Logits>;
 
 struct CacheShape {
   int64_t layers, kv_heads, head_dim;

@@ -108,7 +108,11 @@ def pack_weights(
         if progress is not None:
             progress(done, total)
         try:
-            packed.append(_kernels.pack(pool, isa, t.format, t.rows, t.cols, t.read()))
+            if t.experts == 1:
+                weight = _kernels.pack(pool, isa, t.format, t.rows, t.cols, t.read())
+            else:
+                weight = _kernels.pack_experts(pool, isa, t.format, t.rows, t.cols, t.experts, t.expert)
+            packed.append(weight)
         except ValueError as error:
             raise ValueError(f"tensor '{t.name}': {error}") from error
         done += t.data.nbytes

@@ -1,0 +1,270 @@
+#include "ops/experts.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "ops/rows.h"
+
+namespace kt {
+namespace {
+
+// Gathered rows of a task, and the columns of all choices that down computes at once, should stay in the second-level
+// cache.
+constexpr int64_t kGatherBytes = int64_t{384} << 10;
+constexpr int64_t kSumBytes = int64_t{2} << 20;
+constexpr int64_t kRowStep = 48;  // a multiple of every table's tile of rows
+// Columns of gate and up between product and activation: these floats stay in the first-level cache.
+constexpr int64_t kGatedFloats = int64_t{4} << 10;
+// A group of a quantised row is 32 elements: two panels.
+constexpr int64_t kPanelStep = 2;
+constexpr int64_t kChunksPerThread = 8;
+// A panel is read for its first row at the cost of computing this many more.
+constexpr int64_t kRowsWorthReading = 4;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+size_t align(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+void grow(Mapping& memory, size_t bytes) {
+  if (memory.size() < bytes) memory = Mapping(bytes);
+}
+
+}  // namespace
+
+Experts::Experts(const KernelTable& table, const Model& model, const Values& values, Rows rows, const op::Experts& op)
+    : table_(table),
+      rows_(rows),
+      x_(values.data[op.x]),
+      route_(values.data[op.route]),
+      out_(values.data[op.out]),
+      cols_(values.widths[op.x]),
+      experts_(op.experts),
+      top_(op.top),
+      weigh_input_(op.weigh_input),
+      act_(op.act),
+      alpha_(op.alpha),
+      limit_(op.limit),
+      gate_(matrix(model, op.gate, op.gate_bias)),
+      up_(matrix(model, op.up, op.up_bias)),
+      down_(matrix(model, op.down, op.down_bias)),
+      hidden_(table.activation(down_.weight->format())),
+      hidden_bytes_(table.activation_bytes(hidden_, down_.weight->cols())) {
+  present_for(gate_);
+  present_for(up_);
+}
+
+Experts::Matrix Experts::matrix(const Model& model, int64_t weight, int64_t bias) const {
+  Matrix m{model.weights[weight].get(), {}};
+  if (bias != op::kNone) {
+    const Weight& b = *model.weights[bias];
+    m.bias.resize(b.rows() * b.cols());
+    for (int64_t e = 0; e < b.rows(); ++e) b.row(e, m.bias.data() + e * b.cols());
+  }
+  return m;
+}
+
+void Experts::present_for(Matrix& matrix) {
+  const Activation activation = table_.activation(matrix.weight->format());
+  while (matrix.input < inputs_.size() && inputs_[matrix.input].activation != activation) ++matrix.input;
+  if (matrix.input < inputs_.size()) return;
+  const size_t row_bytes = table_.activation_bytes(activation, cols_);
+  inputs_.push_back({activation, row_bytes, activation_bytes_});
+  activation_bytes_ += row_bytes;
+}
+
+// ---- memory
+
+int64_t Experts::rows_of_task() const {
+  const int64_t fitting = kGatherBytes / static_cast<int64_t>(activation_bytes_) / kRowStep;
+  return std::max(fitting, int64_t{1}) * kRowStep;
+}
+
+size_t Experts::gathered_bytes() const { return align(activation_bytes_ * rows_of_task()); }
+
+// Gate and up of a task, one after the other.
+int64_t Experts::gated_floats() const { return 2 * std::max(kGatedFloats, rows_of_task() * kPanelStep * kPanelRows); }
+
+// A task has its gathered rows, gated_floats(), and one row of the input times its weight; a piece of down its sums.
+size_t Experts::scratch_bytes(int64_t max_rows) const {
+  const int64_t sums = std::max(kSumBytes, max_rows * top_ * kPanelStep * kPanelRows * int64_t{sizeof(float)});
+  return std::max(gathered_bytes() + (gated_floats() + cols_) * sizeof(float), static_cast<size_t>(sums));
+}
+
+void Experts::reserve(ExpertsMemory& memory, int64_t max_rows, int threads) const {
+  const int64_t choices = max_rows * top_;
+  grow(memory.hidden, hidden_bytes_ * choices);
+  memory.scratch.resize(threads);
+  for (Mapping& scratch : memory.scratch) grow(scratch, scratch_bytes(max_rows));
+  memory.starts.resize(std::max(memory.starts.size(), static_cast<size_t>(experts_ + 1)));
+  memory.row.resize(std::max(memory.row.size(), static_cast<size_t>(choices)));
+  memory.place.resize(std::max(memory.place.size(), static_cast<size_t>(choices)));
+}
+
+// ---- a step
+
+RowFunction Experts::make_present(uint8_t* activations, int64_t max_rows) const {
+  return [this, activations, max_rows](const Step&, int64_t begin, int64_t end) {
+    if (weigh_input_) return;  // each choice has an input of its own
+    for (const Input& input : inputs_)
+      table_.quantize(input.activation, x_ + begin * cols_, cols_, end - begin, cols_,
+                      activations + input.offset * max_rows + begin * input.row_bytes);
+  };
+}
+
+WholeFunction Experts::make_compute(ThreadPool& pool, const uint8_t* activations, int64_t max_rows,
+                                    ExpertsMemory& memory) const {
+  return [this, &pool, activations, max_rows, &memory](const Step& step) {
+    const int64_t rows = step.rows(rows_);
+    if (rows == 0) return;
+    group(rows, memory);
+    plan(pool.threads(), memory);
+    pool.parallel_for(static_cast<int64_t>(memory.tasks.size()), [&](int64_t i, int thread) {
+      uint8_t* scratch = memory.scratch[thread].data();
+      const ExpertTask& task = memory.tasks[i];
+      gate_and_up(task, gather(task, activations, max_rows, memory, scratch),
+                  reinterpret_cast<float*>(scratch + gathered_bytes()), memory);
+    });
+    const int64_t panels = down_.weight->panels(), chunk = down_panels(rows, pool.threads());
+    pool.parallel_for(ceil_div(panels, chunk), [&](int64_t i, int thread) {
+      down_and_sum(i * chunk, std::min((i + 1) * chunk, panels), rows, memory, memory.scratch[thread].as<float>());
+    });
+  };
+}
+
+// Sorts the choices by expert; those of one expert stay in the order of the rows.
+void Experts::group(int64_t rows, ExpertsMemory& memory) const {
+  std::vector<int64_t>& starts = memory.starts;
+  std::fill(starts.begin(), starts.begin() + experts_ + 1, 0);
+  const auto chosen = [&](int64_t row, int64_t k) { return static_cast<int64_t>(route_[row * 2 * top_ + k]); };
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < top_; ++k) ++starts[chosen(r, k)];
+  int64_t end = 0;
+  for (int64_t e = 0; e <= experts_; ++e) {
+    end += starts[e];
+    starts[e] = end;  // where the next expert begins, until each choice below has taken its place
+  }
+  for (int64_t r = rows - 1; r >= 0; --r)
+    for (int64_t k = top_ - 1; k >= 0; --k) {
+      const int64_t place = --starts[chosen(r, k)];
+      memory.row[place] = static_cast<int32_t>(r);
+      memory.place[r * top_ + k] = static_cast<int32_t>(place);
+    }
+}
+
+// The pieces of gate and up: of equal work, the experts with the most rows first.
+void Experts::plan(int threads, ExpertsMemory& memory) const {
+  const int64_t panels = gate_.weight->panels(), most_rows = rows_of_task();
+  memory.tasks.clear();
+  int64_t work = 0;
+  for (int64_t e = 0; e < experts_; ++e) {
+    const int64_t end = memory.starts[e + 1];
+    for (int64_t first = memory.starts[e]; first < end; first += most_rows) {
+      const int64_t rows = std::min(most_rows, end - first);
+      memory.tasks.push_back({e, first, rows, 0, panels});
+      work += panels * (rows + kRowsWorthReading);
+    }
+  }
+  const int64_t share = work / (threads * kChunksPerThread);
+  const size_t whole = memory.tasks.size();
+  for (size_t i = 0; i < whole; ++i) {
+    const ExpertTask task = memory.tasks[i];
+    const int64_t fair = share / (task.rows + kRowsWorthReading) / kPanelStep * kPanelStep;
+    const int64_t chunk = std::clamp(fair, kPanelStep, std::max(panels, kPanelStep));
+    memory.tasks[i].end = std::min(chunk, panels);
+    for (int64_t begin = chunk; begin < panels; begin += chunk)
+      memory.tasks.push_back({task.expert, task.first, task.rows, begin, std::min(begin + chunk, panels)});
+  }
+  std::stable_sort(memory.tasks.begin(), memory.tasks.end(), [](const ExpertTask& a, const ExpertTask& b) {
+    return a.rows * (a.end - a.begin) > b.rows * (b.end - b.begin);
+  });
+}
+
+Experts::Inputs Experts::gather(const ExpertTask& task, const uint8_t* activations, int64_t max_rows,
+                                const ExpertsMemory& memory, uint8_t* scratch) const {
+  Inputs inputs{};
+  const int32_t* rows = memory.row.data() + task.first;
+  for (size_t i = 0; i < inputs_.size(); ++i) {
+    const Input& input = inputs_[i];
+    const uint8_t* all = activations + input.offset * max_rows;
+    uint8_t* gathered = scratch + input.offset * rows_of_task();
+    inputs.of[i] = gathered;
+    if (weigh_input_) {
+      float* weighed = reinterpret_cast<float*>(scratch + gathered_bytes()) + gated_floats();
+      for (int64_t r = 0; r < task.rows; ++r) {
+        const float* x = x_ + rows[r] * cols_;
+        const float* chosen = route_ + rows[r] * 2 * top_;
+        const float weight = chosen[top_ + (std::find(chosen, chosen + top_, static_cast<float>(task.expert)) - chosen)];
+        for (int64_t c = 0; c < cols_; ++c) weighed[c] = weight * x[c];
+        table_.quantize(input.activation, weighed, cols_, 1, cols_, gathered + r * input.row_bytes);
+      }
+    } else if (task.rows == 1) {
+      inputs.of[i] = all + rows[0] * input.row_bytes;
+    } else {
+      for (int64_t r = 0; r < task.rows; ++r)
+        std::memcpy(gathered + r * input.row_bytes, all + rows[r] * input.row_bytes, input.row_bytes);
+    }
+  }
+  return inputs;
+}
+
+void Experts::gate_and_up(const ExpertTask& task, const Inputs& inputs, float* scratch, ExpertsMemory& memory) const {
+  const int64_t outputs = gate_.weight->expert_rows();
+  const int64_t fitting = kGatedFloats / (task.rows * kPanelRows) / kPanelStep * kPanelStep;
+  const int64_t step = std::max(fitting, kPanelStep), width = step * kPanelRows;
+  float *gate = scratch, *up = scratch + task.rows * width;
+  for (int64_t panel = task.begin; panel < task.end; panel += step) {
+    const int64_t end = std::min(panel + step, task.end);
+    multiply(gate_, task.expert, inputs.of[gate_.input], task.rows, panel, end, gate, width);
+    multiply(up_, task.expert, inputs.of[up_.input], task.rows, panel, end, up, width);
+    const int64_t first = panel * kPanelRows, n = std::min(end * kPanelRows, outputs) - first;
+    uint8_t* hidden = memory.hidden.data() + task.first * hidden_bytes_ + table_.activation_offset(hidden_, first);
+    for (int64_t r = 0; r < task.rows; ++r) {
+      activate(gate + r * width, up + r * width, n, gate + r * width);
+      table_.quantize(hidden_, gate + r * width, width, 1, n, hidden + r * hidden_bytes_);
+    }
+  }
+}
+
+void Experts::activate(const float* gate, const float* up, int64_t n, float* y) const {
+  switch (act_) {
+    case op::Act::kGeluTanh: return table_.gelu_tanh_mul(gate, up, n, y);
+    case op::Act::kRelu: return table_.relu_mul(gate, up, n, y);
+    case op::Act::kSwigluOai: return table_.swiglu_oai(gate, up, n, alpha_, limit_, y);
+    default: return table_.silu_mul(gate, up, n, y);  // the others were refused
+  }
+}
+
+int64_t Experts::down_panels(int64_t rows, int threads) const {
+  const int64_t fitting = kSumBytes / (rows * top_ * kPanelRows * int64_t{sizeof(float)});
+  const int64_t balanced = ceil_div(down_.weight->panels(), threads * kChunksPerThread);
+  return std::max(std::min(fitting, balanced), kPanelStep);
+}
+
+void Experts::down_and_sum(int64_t begin, int64_t end, int64_t rows, const ExpertsMemory& memory, float* scratch) const {
+  const int64_t width = (end - begin) * kPanelRows, outputs = down_.weight->expert_rows();
+  for (int64_t e = 0; e < experts_; ++e) {
+    const int64_t first = memory.starts[e], chosen = memory.starts[e + 1] - first;
+    if (chosen > 0)
+      multiply(down_, e, memory.hidden.data() + first * hidden_bytes_, chosen, begin, end, scratch + first * width, width);
+  }
+  const int64_t column = begin * kPanelRows, n = std::min(end * kPanelRows, outputs) - column;
+  std::vector<const float*> given(top_);
+  const std::vector<float> ones(top_, 1.0f);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t k = 0; k < top_; ++k) given[k] = scratch + memory.place[r * top_ + k] * width;
+    const float* weights = weigh_input_ ? ones.data() : route_ + r * 2 * top_ + top_;
+    table_.weighted_sum(given.data(), weights, top_, n, out_ + r * outputs + column);
+  }
+}
+
+// y[r][o - 16 begin] for panels [begin, end) of one expert.
+void Experts::multiply(const Matrix& m, int64_t expert, const uint8_t* act, int64_t rows, int64_t begin, int64_t end,
+                       float* y, int64_t ldy) const {
+  const Weight& w = *m.weight;
+  const int64_t first = begin * kPanelRows;
+  const float* bias = m.bias.empty() ? nullptr : m.bias.data() + expert * w.expert_rows() + first;
+  table_.gemm(w.format(), w.packed(expert) + begin * w.panel_bytes(), w.expert_rows() - first, w.cols(), act, rows, 0,
+              end - begin, bias, y, ldy);
+}
+
+}  // namespace kt

@@ -1,0 +1,93 @@
+// The routed experts of a layer: each expert's gated MLP over the rows that chose it.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "cpu/memory.h"
+#include "ops/step.h"
+
+namespace kt {
+
+// A piece of gate and up: panels [begin, end) of one expert for its rows [first, first + rows), counted among all choices
+// sorted by expert.
+struct ExpertTask {
+  int64_t expert, first, rows, begin, end;
+};
+
+// What the experts of all layers use in turn, made for the largest of them.
+struct ExpertsMemory {
+  Mapping hidden;                // the presented input of down, one row for each choice, sorted by expert
+  std::vector<Mapping> scratch;  // of each thread
+  std::vector<int64_t> starts;   // [experts + 1] where each expert's choices begin
+  std::vector<int32_t> row;      // [choices] whose choice it is
+  std::vector<int32_t> place;    // [rows][top] where each row's choices went
+  std::vector<ExpertTask> tasks;
+};
+
+// Two fork-joins: gate, up and the activation over pieces of (expert, outputs, rows); then down and the weighted sum over
+// pieces of the output's columns, each with all experts, so that what an expert gives is added up while it is in the cache.
+// A row's sums are in the order of its own choices, and its products do not depend on other rows: law 1.
+class Experts {
+ public:
+  Experts(const KernelTable& table, const Model& model, const Values& values, Rows rows, const op::Experts& op);
+
+  // Bytes of presented input that one row needs.
+  size_t activation_bytes() const { return activation_bytes_; }
+
+  // Grows `memory` to what `max_rows` rows on `threads` threads need.
+  void reserve(ExpertsMemory& memory, int64_t max_rows, int threads) const;
+
+  // Presents rows of the input in `activations`, which has max_rows * activation_bytes().
+  RowFunction make_present(uint8_t* activations, int64_t max_rows) const;
+
+  WholeFunction make_compute(ThreadPool& pool, const uint8_t* activations, int64_t max_rows, ExpertsMemory& memory) const;
+
+ private:
+  // One of the three weights of every expert.
+  struct Matrix {
+    const Weight* weight;
+    std::vector<float> bias;  // [experts][rows]; empty: none
+    size_t input = 0;         // index in inputs_
+  };
+  struct Input {
+    Activation activation;
+    size_t row_bytes;
+    size_t offset;  // of its first row, in units of max_rows bytes
+  };
+  struct Inputs {
+    const uint8_t* of[2];  // rows as inputs_[i] has them
+  };
+
+  Matrix matrix(const Model& model, int64_t weight, int64_t bias) const;
+  void present_for(Matrix& matrix);
+  int64_t rows_of_task() const;
+  size_t gathered_bytes() const;
+  int64_t gated_floats() const;
+  size_t scratch_bytes(int64_t max_rows) const;
+  void group(int64_t rows, ExpertsMemory& memory) const;
+  void plan(int threads, ExpertsMemory& memory) const;
+  Inputs gather(const ExpertTask& task, const uint8_t* activations, int64_t max_rows, const ExpertsMemory& memory,
+                uint8_t* scratch) const;
+  void gate_and_up(const ExpertTask& task, const Inputs& inputs, float* scratch, ExpertsMemory& memory) const;
+  void activate(const float* gate, const float* up, int64_t n, float* y) const;
+  int64_t down_panels(int64_t rows, int threads) const;
+  void down_and_sum(int64_t begin, int64_t end, int64_t rows, const ExpertsMemory& memory, float* scratch) const;
+  void multiply(const Matrix& m, int64_t expert, const uint8_t* act, int64_t rows, int64_t begin, int64_t end, float* y,
+                int64_t ldy) const;
+
+  const KernelTable& table_;
+  const Rows rows_;
+  const float *x_, *route_;
+  float* out_;
+  const int64_t cols_, experts_, top_;
+  const bool weigh_input_;
+  const op::Act act_;
+  const float alpha_, limit_;
+  Matrix gate_, up_, down_;
+  std::vector<Input> inputs_;
+  size_t activation_bytes_ = 0;
+  Activation hidden_;        // how down's input is presented
+  size_t hidden_bytes_ = 0;  // of one row of it
+};
+
+}  // namespace kt
