@@ -334,6 +334,23 @@ F32 logits(Program& program, const I32& tokens, const I32& starts, const I32& co
   return out;
 }
 
+// Blocks are copied beside steps, in other threads: who may touch which block when is the caller's to know.
+void read_block(const Program& program, int64_t block, Array<uint8_t> into) {
+  const std::span<const uint8_t> from = program.block(block);
+  const std::span<uint8_t> to = writable(into);
+  if (to.size() != from.size()) throw std::invalid_argument("into: must have block_bytes bytes");
+  const py::gil_scoped_release release;
+  std::ranges::copy(from, to.begin());
+}
+
+void write_block(Program& program, int64_t block, const Array<uint8_t>& data) {
+  const std::span<uint8_t> to = program.block(block);
+  const std::span<const uint8_t> from = view(data);
+  if (to.size() != from.size()) throw std::invalid_argument("data: must have block_bytes bytes");
+  const py::gil_scoped_release release;
+  std::ranges::copy(from, to.begin());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_kernels, m) {
@@ -381,6 +398,8 @@ PYBIND11_MODULE(_kernels, m) {
            py::arg("weights"), py::arg("layers"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("blocks"),
            py::arg("max_tokens"), py::arg("max_rows"))
       .def_property_readonly("block_bytes", &Program::block_bytes)
+      .def("read_block", &read_block, py::arg("block"), a("into"))
+      .def("write_block", &write_block, py::arg("block"), a("data"))
       .def("step", &step, a("tokens"), a("starts"), a("context"), a("block_starts"), a("blocks"), a("logit_rows"),
            a("temperature"), a("top_k"), a("top_p"), a("min_p"), a("repetition"), a("presence"), a("frequency"),
            a("seed"), a("position"), a("logprobs"), a("history_starts"), a("history"), a("history_output"),

@@ -33,6 +33,7 @@ class Program {
   Program& operator=(const Program&) = delete;
 
   int64_t block_bytes() const { return kv_.block_bytes(); }
+  std::span<uint8_t> block(int64_t block) const { return kv_.block(block); }
   int64_t vocab() const { return rows_.vocab; }
 
   // One step: computes all tokens, writes their KV, draws one token for each logit row. std::invalid_argument for an input

@@ -23,6 +23,7 @@ from ktransformers.engine.load import build_executor, open_model, plan
 from ktransformers.engine.logs import start_logging
 from ktransformers.engine.runner import Limits
 from ktransformers.engine.service import Engine, Load, Service
+from ktransformers.kvcache.stores.memory import HostBlocks
 
 log = logging.getLogger("ktransformers.engine")
 
@@ -94,7 +95,8 @@ def load(config: EngineConfig, report: Callable[[int, int], None]) -> Engine:
         max_batch_tokens=config.max_batch_tokens,
         vocab=program.vocab,
     )
-    return Engine(executor, limits, planned.block_bytes, facts.fingerprint)
+    host = HostBlocks(planned.host_blocks, executor.block_bytes) if planned.host_blocks else None
+    return Engine(executor, limits, facts.fingerprint, host)
 
 
 class _Display:

@@ -111,6 +111,10 @@ class Program:
     ) -> None: ...
     @property
     def block_bytes(self) -> int: ...
+    def read_block(self, block: int, into: U8) -> None:
+        """Copy the KV of one block to `into` [block_bytes]; may run beside a step that does not write it."""
+    def write_block(self, block: int, data: U8) -> None:
+        """Replace the KV of one block by `data` [block_bytes]; may run beside a step that does not use it."""
     def step(
         self,
         tokens: I32, starts: I32, context: I32, block_starts: I32, blocks: I32, logit_rows: I32,

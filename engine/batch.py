@@ -9,6 +9,7 @@ import numpy.typing as npt
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
+U8 = npt.NDArray[np.uint8]
 
 MAX_LOGPROBS = 20
 
@@ -78,6 +79,10 @@ class Executor(Protocol):
     isa: str
     blocks: int
     block_tokens: int
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of the KV of one block, all layers."""
+        ...
 
     def step(self, batch: Batch, sampling: SamplingBatch) -> Drawn:
         """Compute all tokens of the batch, write their KV, draw one token for each logit row."""
@@ -85,6 +90,20 @@ class Executor(Protocol):
 
     def logits(self, batch: Batch) -> F32:
         """The same step, but give the logits [R, vocab] instead of drawing (tests, scoring)."""
+        ...
+
+    def read_block(self, block: int, into: U8) -> None:
+        """Copy the KV of one block to `into` [block_bytes]. ValueError when there is no such block.
+
+        Called by other threads beside a step, which does not write that block; the GIL is released.
+        """
+        ...
+
+    def write_block(self, block: int, data: U8) -> None:
+        """Replace the KV of one block by `data` [block_bytes], read from an executor of the same fingerprint.
+
+        As read_block; no step that runs beside it uses that block.
+        """
         ...
 
     def close(self) -> None:

@@ -148,13 +148,17 @@ class Server(_Socket[M]):
         Errors: ValueError for a path that is too long, PermissionError for the folder, OSError from bind.
         """
         super().__init__(zmq.ROUTER, decode_type)
+        self._alarm = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._alarm, zmq.POLLIN)
         try:
             _check_path(path)
             self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
             self._socket.bind(f"ipc://{path}")
             os.chmod(path, 0o600)
         except BaseException:
-            self._socket.close()
+            self._shut(None)
             raise
 
     def send(self, peer: bytes, message: msgspec.Struct) -> None:
@@ -176,11 +180,21 @@ class Server(_Socket[M]):
             await self._wait()
 
     def poll(self, timeout: float | None) -> tuple[bytes, M] | None:
-        """`recv` without an event loop: None after `timeout` seconds (0: at once; None: waits for ever)."""
+        """`recv` without an event loop: None after `timeout` seconds (0: at once; None: never), or `wake`."""
         if (received := self._take()) is None and timeout != 0:
-            self._socket.poll(None if timeout is None else int(timeout * 1000))
+            events = self._poller.poll(None if timeout is None else int(timeout * 1000))
+            if any(who == self._alarm for who, _ in events):
+                os.eventfd_read(self._alarm)
             received = self._take()
         return received
+
+    def wake(self) -> None:
+        """End the `poll` that waits, or the next that would. For any thread."""
+        os.eventfd_write(self._alarm, 1)
+
+    def _shut(self, linger: int | None) -> None:
+        super()._shut(linger)
+        os.close(self._alarm)
 
     def _take(self) -> tuple[bytes, M] | None:
         while (frames := self._take_frames()) is not None:

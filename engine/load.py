@@ -22,6 +22,8 @@ HEADROOM: Final = 0.25
 """Share of the available memory that is left alone."""
 POOL_SHARE: Final = 0.4
 """Largest share of the available memory that a KV pool takes by itself."""
+HOST_SHARE: Final = 0.25
+"""Share of the machine's available memory that the host tier of a device with its own takes by itself."""
 SMALLEST_CONTEXT: Final = 1024
 """Tokens that must fit in a pool sized by itself (or the model's context, if that is shorter)."""
 _SAMPLES: Final = 64
@@ -48,6 +50,8 @@ class Plan:
     threads: int
     blocks: int
     block_bytes: int
+    host_blocks: int
+    """Of the host tier; 0: there is none."""
     max_len: int
     """Longest sequence in tokens."""
     needs: tuple[tuple[str, int], ...]
@@ -69,7 +73,8 @@ class CannotFit(ModelError):
         table = "\n".join(f"  {what:<28}{n / 2**20:>12,.1f} MiB" for what, n in rows)
         super().__init__(
             f"the model does not fit in memory:\n{table}\n"
-            "free memory, or lower cache.device_bytes, context, max_batch_tokens or max_sequences"
+            "free memory, or lower cache.device_bytes, cache.host_bytes, context, max_batch_tokens or "
+            "max_sequences"
         )
 
 
@@ -134,7 +139,10 @@ def plan(config: EngineConfig, program: Program, facts: Facts, available: int | 
         raise ModelError(f"context: {wanted} is longer than the {trained} tokens this model was trained for")
     size = config.cache.block_tokens
     block = block_bytes(config, program)
+    host_blocks = _host_bytes(config) // block
     needs = _fixed_needs(config, program, facts)
+    if host_blocks and not _has_own_memory(config):
+        needs = (*needs, (f"KV cache of the host, {host_blocks} blocks", host_blocks * block))
     fixed = sum(n for _, n in needs)
     # A context that was asked for must fit whole.
     least = -(-(wanted if config.context is not None else min(wanted, SMALLEST_CONTEXT)) // size)
@@ -155,6 +163,7 @@ def plan(config: EngineConfig, program: Program, facts: Facts, available: int | 
         threads=config.threads or machine.cpus(),
         blocks=blocks,
         block_bytes=block,
+        host_blocks=host_blocks,
         max_len=min(wanted, blocks * size),
         needs=needs,
         available=available,
@@ -189,6 +198,25 @@ def device_memory(config: EngineConfig) -> int:
         if free is not None:
             return free
     return machine.available_memory()
+
+
+def _has_own_memory(config: EngineConfig) -> bool:
+    """Whether the device has memory of its own, beside the machine's."""
+    return config.executor == "torch" and config.device != "cpu"
+
+
+def _host_bytes(config: EngineConfig) -> int:
+    """Bytes of the host tier. CannotFit for a size that the machine's memory has no room for."""
+    wanted = config.cache.host_bytes
+    if not _has_own_memory(config):
+        # Beside a pool in the same memory it would keep nothing that a larger pool would not keep for less.
+        return wanted or 0
+    available = machine.available_memory()
+    if wanted is None:
+        return int(available * HOST_SHARE)
+    if wanted > available * (1 - HEADROOM):
+        raise CannotFit((("KV cache of the host", wanted),), available)
+    return wanted
 
 
 def _need_torch() -> None:

@@ -8,6 +8,7 @@ of it is done.
 
 import logging
 import time
+from collections.abc import Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,8 +40,10 @@ class StepError(ValueError):
 class Runner:
     """All sequences in their slots, and the executor that computes them."""
 
-    def __init__(self, executor: Executor, limits: Limits) -> None:
+    def __init__(self, executor: Executor, limits: Limits, arriving: Set[int] = frozenset()) -> None:
+        """`arriving` are blocks that no sequence may have now: what they will hold is still being written."""
         self.steps = 0
+        self._arriving = arriving
         self._executor = executor
         self._limits = limits
         slots, table = limits.max_sequences, -(-limits.max_len // limits.block_tokens)
@@ -163,6 +166,8 @@ class Runner:
             raise ValueError(f"{end} blocks are more than the longest sequence needs")
         if min(blocks) < 0 or max(blocks) >= self._limits.blocks:
             raise ValueError(f"blocks are 0 to {self._limits.blocks - 1}")
+        if self._arriving and not self._arriving.isdisjoint(blocks):
+            raise ValueError("a block is still being copied from another tier")
         self._blocks[slot, begin:end] = blocks
         self._n_blocks[slot] = end
 

@@ -1,25 +1,45 @@
 """The engine's side of its socket: one scheduler, its steps one after the other, in one thread.
 
 The socket is read between two steps only. ZeroMQ's own thread takes in what arrives meanwhile, so that the
-next step, which the scheduler has sent ahead, starts a few microseconds after the answer to this one. There
-is no other Python thread that could hold the GIL just then.
+next step, which the scheduler has sent ahead, starts a few microseconds after the answer to this one. The
+only other Python threads are the mover's, which hold the GIL for some microseconds a block; what they have
+done is reported after the answer to a step, or when they wake a socket that waits.
 """
 
 import gc
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ktransformers.engine.batch import Executor
 from ktransformers.engine.channel import Full, PeerGone, Server
-from ktransformers.engine.protocol import Fault, FromEngine, Hello, Loading, Ready, Shutdown, Step, ToEngine
+from ktransformers.engine.moves import BlockMoves
+from ktransformers.engine.protocol import (
+    Fault,
+    FromEngine,
+    Hello,
+    Loading,
+    Moves,
+    Ready,
+    Shutdown,
+    Step,
+    Stored,
+    StoredBlock,
+    ToEngine,
+)
 from ktransformers.engine.runner import Limits, Runner
+from ktransformers.kvcache.stores.memory import HostBlocks
+from ktransformers.kvcache.stores.store import BlockStore
 
 log = logging.getLogger(__name__)
 
 _LOAD_POLL_SECONDS = 0.05
+_STORED_BLOCKS = 4096
+"""Blocks of one Stored."""
+_COPY_END_SECONDS = 0.5
+_DISK_CLOSE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -28,8 +48,9 @@ class Engine:
 
     executor: Executor
     limits: Limits
-    block_bytes: int
     fingerprint: bytes
+    host: HostBlocks | None = None
+    disk: BlockStore | None = None
 
 
 Load = Callable[[Callable[[int, int], None]], Engine]
@@ -56,7 +77,11 @@ class Service:
         try:
             engine = self._load(load)
             if engine is not None:
-                self._serve(engine)
+                moves = BlockMoves(engine.executor, engine.host, engine.disk, self._server.wake)
+                try:
+                    self._serve(engine, moves)
+                finally:
+                    _end(moves, engine.disk)
                 engine.executor.close()
         finally:
             self._server.close()
@@ -86,8 +111,9 @@ class Service:
             peer, message = received
             if isinstance(message, Shutdown):
                 return None
-            if isinstance(message, Step):
-                self._send(peer, Fault(message.n, "loading", "the model is being loaded"))
+            if isinstance(message, Step | Moves):
+                number = message.n if isinstance(message, Step) else -1
+                self._send(peer, Fault(number, "loading", "the model is being loaded"))
             else:
                 self._waiting = peer
                 self._send(peer, state)
@@ -95,40 +121,52 @@ class Service:
             raise failure[0]
         return engine[0]
 
-    def _serve(self, engine: Engine) -> None:
-        runner = Runner(engine.executor, engine.limits)
+    def _serve(self, engine: Engine, moves: BlockMoves) -> None:
+        runner = Runner(engine.executor, engine.limits, moves.arriving)
         # What was made while loading stays for good: no collection in mid-step need look at it again.
         gc.collect()
         gc.freeze()
         if self._waiting:
             # As if it asked again now: its next Hello may be a second away.
-            self._takes_over(self._waiting, Hello(), runner)
-            self._send(self._waiting, _ready(engine, runner.steps))
+            self._hello(self._waiting, engine, runner, moves)
         while True:
             received = self._server.poll(None)
-            if received is None:
-                continue
-            peer, message = received
-            if peer != self._scheduler and not self._takes_over(peer, message, runner):
-                number = message.n if isinstance(message, Step) else -1
-                self._send(peer, Fault(number, "not_yours", "say Hello first; or another scheduler has come"))
-            elif isinstance(message, Step):
-                self._send(peer, runner.step(message))
-            elif isinstance(message, Hello):
-                self._send(peer, _ready(engine, runner.steps))
-            else:
+            if received is not None and not self._answer(*received, engine, runner, moves):
                 return
+            if self._scheduler and (news := moves.news()) is not None:
+                self._send(self._scheduler, news)
 
-    def _takes_over(self, peer: bytes, message: ToEngine, runner: Runner) -> bool:
-        """A scheduler that was not here before says Hello: the slots of the last one are no use to anyone."""
-        if not isinstance(message, Hello) or peer in self._replaced:
+    def _answer(
+        self, peer: bytes, message: ToEngine, engine: Engine, runner: Runner, moves: BlockMoves
+    ) -> bool:
+        """False: it was Shutdown."""
+        if isinstance(message, Hello) and peer not in self._replaced:
+            self._hello(peer, engine, runner, moves)
+        elif peer != self._scheduler:
+            number = message.n if isinstance(message, Step) else -1
+            self._send(peer, Fault(number, "not_yours", "say Hello first; or another scheduler has come"))
+        elif isinstance(message, Step):
+            self._send(peer, runner.step(message))
+        elif isinstance(message, Moves):
+            moves.start(message)
+        else:
             return False
-        if self._scheduler:
-            self._replaced.add(self._scheduler)
-            log.info("another scheduler: all slots are empty")
-        self._scheduler = peer
-        runner.reset()
         return True
+
+    def _hello(self, peer: bytes, engine: Engine, runner: Runner, moves: BlockMoves) -> None:
+        """Answer Ready. For a scheduler that was not here before slots and blocks are emptied first."""
+        is_new = peer != self._scheduler
+        if is_new:
+            if self._scheduler:
+                self._replaced.add(self._scheduler)
+                log.info("another scheduler: all slots are empty")
+            self._scheduler = peer
+            moves.abandon()
+            runner.reset()
+        self._send(peer, _ready(engine, runner.steps))
+        if is_new and engine.disk is not None:
+            for piece in _stored(engine.disk):
+                self._send(peer, piece)
 
     def _send(self, peer: bytes, answer: FromEngine) -> None:
         try:
@@ -143,7 +181,7 @@ def _ready(engine: Engine, steps: int) -> Ready:
         pid=os.getpid(),
         blocks=limits.blocks,
         block_tokens=limits.block_tokens,
-        block_bytes=engine.block_bytes,
+        block_bytes=engine.executor.block_bytes,
         max_len=limits.max_len,
         max_sequences=limits.max_sequences,
         max_batch_tokens=limits.max_batch_tokens,
@@ -151,4 +189,33 @@ def _ready(engine: Engine, steps: int) -> Ready:
         isa=engine.executor.isa,
         steps=steps,
         fingerprint=engine.fingerprint,
+        host_blocks=engine.host.blocks if engine.host is not None else 0,
+        disk_bytes=_disk_bytes(engine.disk),
     )
+
+
+def _disk_bytes(disk: BlockStore | None) -> int:
+    if disk is None:
+        return 0
+    stats = disk.stats()
+    return stats.cap if stats.state != "off" else 0
+
+
+def _stored(disk: BlockStore) -> Iterator[Stored]:
+    """What the disk has, in messages of a bounded size; the last one may be empty."""
+    entries = disk.entries()
+    for begin in range(0, len(entries) + 1, _STORED_BLOCKS):
+        piece = entries[begin : begin + _STORED_BLOCKS]
+        blocks = [StoredBlock(e.key, e.parent, e.owner, e.size, e.hits, e.last_use) for e in piece]
+        yield Stored(blocks, complete=begin + _STORED_BLOCKS > len(entries))
+
+
+def _end(moves: BlockMoves, disk: BlockStore | None) -> None:
+    """Let the disk seal and commit; a disk that does not answer is left to its fate, which it survives."""
+    moves.close(_COPY_END_SECONDS)
+    if disk is not None:
+        thread = threading.Thread(target=disk.close, name="close the disk tier", daemon=True)
+        thread.start()
+        thread.join(_DISK_CLOSE_SECONDS)
+        if thread.is_alive():
+            log.warning("the disk tier is not closed after %.0f s", _DISK_CLOSE_SECONDS)

@@ -16,4 +16,7 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     block_tokens: Annotated[int, Meta(ge=1, le=1024)] = 16
     device_bytes: Annotated[int, Meta(ge=1, le=1 << 60)] | None = None
     """Bytes of the device pool; None takes a share of the memory that is free once the weights are loaded."""
+    host_bytes: Annotated[int, Meta(ge=0, le=1 << 60)] | None = None
+    """Bytes of the host pool, which keeps what the device pool has no room for; 0 is none. None is none where
+    the device pool lies in the same memory, and a share of what is free where the device has its own."""
     prefix_reuse: bool = True

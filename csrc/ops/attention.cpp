@@ -7,13 +7,18 @@
 namespace kt {
 
 KvPool::KvPool(const CacheShape& shape, int64_t blocks)
-    : kv_heads_(shape.kv_heads), head_stride_(2 * shape.head_dim * kBlockTokens) {
+    : blocks_(blocks), kv_heads_(shape.kv_heads), head_stride_(2 * shape.head_dim * kBlockTokens) {
   int64_t bytes = 0;
   if (blocks <= 0) throw std::invalid_argument("blocks: must be positive");
   if (__builtin_mul_overflow(shape.layers * shape.kv_heads, head_stride_, &block_stride_) ||
       __builtin_mul_overflow(block_stride_ * 2, blocks, &bytes))
     throw std::invalid_argument("blocks: the cache does not fit the address space");
   memory_ = Mapping(static_cast<size_t>(bytes));
+}
+
+std::span<uint8_t> KvPool::block(int64_t block) const {
+  if (block < 0 || block >= blocks_) throw std::invalid_argument("block: there is no such block");
+  return {memory_.data() + block * block_bytes(), static_cast<size_t>(block_bytes())};
 }
 
 RowFunction make_store_kv(const KernelTable& table, const Values& values, const KvPool& kv, const op::Attention& op) {

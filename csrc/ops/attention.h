@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "cpu/memory.h"
@@ -22,6 +23,9 @@ class KvPool {
   int64_t block_bytes() const { return block_stride_ * static_cast<int64_t>(sizeof(uint16_t)); }
   int64_t block_stride() const { return block_stride_; }  // in float16 elements
 
+  // One whole block, to be copied. std::invalid_argument when there is no such block.
+  std::span<uint8_t> block(int64_t block) const;
+
   // Block 0 of one layer and kv head; block b is block_stride() * b further.
   uint16_t* base(int64_t layer, int64_t kv_head) const {
     return memory_.as<uint16_t>() + (layer * kv_heads_ + kv_head) * head_stride_;
@@ -29,7 +33,7 @@ class KvPool {
 
  private:
   Mapping memory_;
-  int64_t kv_heads_ = 0, head_stride_ = 0, block_stride_ = 0;
+  int64_t blocks_ = 0, kv_heads_ = 0, head_stride_ = 0, block_stride_ = 0;
 };
 
 // Writes k and v of the rows to the cache.

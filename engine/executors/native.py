@@ -6,7 +6,7 @@ from dataclasses import fields
 import numpy as np
 
 from ktransformers.engine import _kernels
-from ktransformers.engine.batch import F32, MAX_LOGPROBS, Batch, Drawn, SamplingBatch
+from ktransformers.engine.batch import F32, MAX_LOGPROBS, U8, Batch, Drawn, SamplingBatch
 from ktransformers.engine.program import LinearPart, Op, Program
 
 
@@ -52,6 +52,14 @@ class NativeExecutor:
     @property
     def block_bytes(self) -> int:
         return self._native().block_bytes
+
+    def read_block(self, block: int, into: U8) -> None:
+        """See engine.batch.Executor."""
+        self._native().read_block(block, into)
+
+    def write_block(self, block: int, data: U8) -> None:
+        """See engine.batch.Executor."""
+        self._native().write_block(block, data)
 
     def step(self, batch: Batch, sampling: SamplingBatch) -> Drawn:
         """See engine.batch.Executor. ValueError, with nothing done, for arrays that do not fit."""

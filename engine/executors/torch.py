@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ktransformers.engine.batch import F32, MAX_LOGPROBS, Batch, Drawn, SamplingBatch
+from ktransformers.engine.batch import F32, MAX_LOGPROBS, U8, Batch, Drawn, SamplingBatch
 from ktransformers.engine.executors.torch_attention import Span, attention, mla_attention, softcap
 from ktransformers.engine.executors.torch_experts import experts, route
 from ktransformers.engine.program import (
@@ -126,6 +126,7 @@ class TorchExecutor:
         # Zeroed, so that nothing of another process or an earlier model can be read from it.
         kv, latent = (c.layers, 2, cells, c.kv_heads, c.head_dim), (c.layers, cells, c.head_dim)
         shape = kv if c.kind == "kv" else latent
+        self._cell_axis = 2 if c.kind == "kv" else 1
         self._kv = torch.zeros(shape, dtype=kv_dtype, device=self._device)
         self.block_bytes = self._kv.nbytes // blocks
         self._values: list[torch.Tensor] = []
@@ -159,6 +160,27 @@ class TorchExecutor:
             drawn.token, drawn.logprob, drawn.top_tokens, drawn.top_logprobs,
         )  # fmt: skip
         return drawn
+
+    def read_block(self, block: int, into: U8) -> None:
+        """See engine.batch.Executor."""
+        kv = self._block(block)
+        if into.nbytes != self.block_bytes:
+            raise ValueError(f"into: {into.nbytes} bytes; a block has {self.block_bytes}")
+        torch.from_numpy(into).view(kv.dtype).view(kv.shape).copy_(kv)
+
+    def write_block(self, block: int, data: U8) -> None:
+        """See engine.batch.Executor."""
+        kv = self._block(block)
+        if data.nbytes != self.block_bytes:
+            raise ValueError(f"data: {data.nbytes} bytes; a block has {self.block_bytes}")
+        kv.copy_(torch.from_numpy(data).view(kv.dtype).view(kv.shape))
+
+    def _block(self, block: int) -> torch.Tensor:
+        """The part of the pool that is one block: block_tokens cells of every layer."""
+        if not 0 <= block < self.blocks:
+            raise ValueError(f"block: {block} of {self.blocks}")
+        begin = block * self.block_tokens
+        return self._kv.narrow(self._cell_axis, begin, self.block_tokens)
 
     def close(self) -> None:
         """Free weights and KV."""

@@ -16,10 +16,11 @@ import msgspec
 import numpy as np
 
 from ktransformers.engine.__main__ import run
-from ktransformers.engine.batch import F32, MAX_LOGPROBS, Batch, Drawn, SamplingBatch
+from ktransformers.engine.batch import F32, MAX_LOGPROBS, U8, Batch, Drawn, SamplingBatch
 from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.runner import Limits
 from ktransformers.engine.service import Engine
+from ktransformers.kvcache.stores.memory import HostBlocks
 
 POISON = 666
 """A token whose sequence makes the executor raise."""
@@ -33,6 +34,7 @@ class FakeExecutor:
     def __init__(self, blocks: int, block_tokens: int, vocab: int = 1000, seconds: float = 0.0) -> None:
         self.blocks, self.block_tokens, self.vocab = blocks, block_tokens, vocab
         self.seconds = seconds
+        self.block_bytes = 8 * block_tokens
         self.kv = np.full((blocks, block_tokens), -1, np.int64)
         self.batches: list[tuple[Batch, SamplingBatch]] = []
 
@@ -61,6 +63,12 @@ class FakeExecutor:
 
     def logits(self, batch: Batch) -> F32:
         raise NotImplementedError
+
+    def read_block(self, block: int, into: U8) -> None:
+        into[:] = self.kv[block].view(np.uint8)
+
+    def write_block(self, block: int, data: U8) -> None:
+        self.kv[block] = data.view(np.int64)
 
     def close(self) -> None:
         pass
@@ -100,7 +108,9 @@ def load(config: EngineConfig, report: Callable[[int, int], None]) -> Engine:
         max_batch_tokens=config.max_batch_tokens,
         vocab=1000,
     )
-    return Engine(executor, limits, block_bytes=4096, fingerprint=b"fake")
+    host_blocks = (config.cache.host_bytes or 0) // executor.block_bytes
+    host = HostBlocks(host_blocks, executor.block_bytes) if host_blocks else None
+    return Engine(executor, limits, b"fake", host)
 
 
 if __name__ == "__main__":
