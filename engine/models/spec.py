@@ -68,10 +68,41 @@ class RopeSpec:
 
 
 @dataclass(frozen=True)
+class MoeSpec:
+    """Experts in place of the MLP of some layers. program.Route and program.Experts have the mathematics."""
+
+    layers: tuple[bool, ...]
+    """Which layers have experts; the others have an MLP."""
+    experts: int
+    top: int
+    ffn: int
+    """Width of one expert."""
+    score: Literal["softmax", "sigmoid", "softmax_top"] = "softmax"
+    normalise: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    group_score: Literal["max", "top2"] = "max"
+    correction: bool = False
+    """Whether there is a bias that only chooses (exp_probs_b)."""
+    act: Literal["silu", "gelu_tanh", "relu", "swiglu_oai"] = "silu"
+    alpha: float = 0.0
+    limit: float = 0.0
+    """Of swiglu_oai."""
+    biases: bool = False
+    """Whether the router and the experts have biases."""
+    weigh_input: bool = False
+    shared_ffn: int = 0
+    """Width of the MLP that every token goes through beside its experts; 0: none."""
+    shared_gate: bool = False
+    """Whether that MLP's result is multiplied by the sigmoid of one output of a linear of its own."""
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A decoder-only transformer of the llama family.
 
-    Every layer is attention then a gated MLP, each behind an RMS norm and added to the residual.
+    Every layer is attention then a gated MLP or experts, each behind an RMS norm and added to the residual.
     """
 
     architecture: str
@@ -98,10 +129,15 @@ class ModelSpec:
     logit_softcap: float = 0.0
     qkv_bias: bool = False
     """Whether q, k and v must have biases. Any linear may have one."""
-    qk_norm: bool = False
-    """Each head of q and k is normalised before rope."""
+    qk_norm: Literal["none", "head", "row"] = "none"
+    """q and k are normalised before rope, each head by itself or all heads of a row together."""
     post_norms: bool = False
     """The outputs of attention and MLP are normalised before they are added."""
+    moe: MoeSpec | None = None
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts in place of the MLP."""
+        return self.moe is not None and self.moe.layers[layer]
 
     def rope_of(self, layer: int) -> RopeSpec:
         """The rope of a layer."""

@@ -23,6 +23,19 @@ FFN_UP: Final = "ffn_up"
 FFN_DOWN: Final = "ffn_down"
 FFN_POST_NORM: Final = "post_ffw_norm"
 
+FFN_GATE_INP: Final = "ffn_gate_inp"
+"""The router."""
+EXP_PROBS_B: Final = "exp_probs_b"
+"""A bias of the router's probabilities that only chooses."""
+FFN_GATE_EXPS: Final = "ffn_gate_exps"
+FFN_UP_EXPS: Final = "ffn_up_exps"
+FFN_DOWN_EXPS: Final = "ffn_down_exps"
+FFN_GATE_SHEXP: Final = "ffn_gate_shexp"
+FFN_UP_SHEXP: Final = "ffn_up_shexp"
+FFN_DOWN_SHEXP: Final = "ffn_down_shexp"
+FFN_GATE_INP_SHEXP: Final = "ffn_gate_inp_shexp"
+"""F32 [width]: the gate of the shared expert."""
+
 
 def weight(layer: int, name: str) -> str:
     """Name of a layer's weight."""

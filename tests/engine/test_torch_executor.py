@@ -13,7 +13,7 @@ from ktransformers.engine.batch import Batch, SamplingBatch
 from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.executors.torch import TorchExecutor, dequantise
 from ktransformers.engine.load import open_model
-from ktransformers.engine.models.decoder import COMPUTED_FORMATS
+from ktransformers.engine.models.tensors import COMPUTED_FORMATS
 from ktransformers.engine.program import (
     Attention,
     CacheShape,
