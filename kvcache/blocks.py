@@ -1,10 +1,44 @@
-"""What a sequence holds of the pool."""
+"""Places that hold KV, and what a sequence holds of the device pool."""
 
 from dataclasses import dataclass, field
+from enum import Enum, IntEnum
 
 from ktransformers.kvcache.hashing import Chain
 
 BlockId = int
+
+
+class Tier(IntEnum):
+    """Where a copy of a block lies, the fastest first. The names, in lower case, are the engine's."""
+
+    DEVICE = 0
+    HOST = 1
+    DISK = 2
+
+
+class State(Enum):
+    """Of one copy of a block's bytes; one that is ABSENT has no record.
+
+    ABSENT -> WRITING -> COMMITTED -> DELETING -> ABSENT, and from WRITING back to ABSENT when the move fails.
+    """
+
+    WRITING = "writing"
+    """A move writes it, and holds it until it is done. Nobody finds it."""
+    COMMITTED = "committed"
+    """Its bytes are valid: the only state that a match sees."""
+    DELETING = "deleting"
+    """Given up while somebody still holds it. Nobody finds it; the last to let go frees it."""
+
+
+@dataclass(eq=False)
+class Owner:
+    """Whose blocks are counted together: a tenant. `quota` is guaranteed in each tier, in bytes; where it is
+    0, a share by weight of what is not guaranteed to others."""
+
+    id: bytes
+    """[16], a digest: all that the engine and the disk learn of a tenant."""
+    weight: float = 1.0
+    quota: tuple[int, int, int] = (0, 0, 0)
 
 
 @dataclass(eq=False)
@@ -18,6 +52,9 @@ class BlockTable:
     """
 
     chain: Chain
+    owner: Owner
+    public: Chain | None = None
+    """The same tokens' names in the scope that everybody reads."""
     blocks: list[BlockId] = field(default_factory=list)
     hits: int = 0
     committed: int = 0

@@ -1,82 +1,139 @@
-"""Which block holds which content, and which of those nobody is using may go first."""
+"""Which content is known, and where its copies lie: one index for all tiers.
 
-from collections import OrderedDict
-from dataclasses import dataclass
+Entries form a tree, each hanging on the block before it. An entry stays as long as it has a copy or others
+hang on it, so that each tier knows which of its copies are leaves.
+"""
 
-from ktransformers.kvcache.blocks import BlockId
+from dataclasses import dataclass, field
+
+from ktransformers.kvcache.blocks import BlockId, Owner, State, Tier
 from ktransformers.kvcache.hashing import Chain
 
+TIERS = len(Tier)
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+
+@dataclass(eq=False, slots=True)
+class Copy:
+    """One place where the bytes of an entry are, or are about to be."""
+
+    entry: "Entry"
+    tier: Tier
+    block: BlockId
+    """-1 on disk, where the name says which it is."""
+    state: State
+    bytes: int
+    moves: int = 0
+    """Moves that read or write it."""
+    origin: Tier = Tier.DEVICE
+    """Of a copy on the device, until it is first used: where it came from."""
+    value: float = 0.0
+    rested: int = 0
+    """See eviction.py."""
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """One block's name, what it says, and its copies by tier."""
+
     key: bytes
-    parent: bytes
-    content: bytes
+    parent: bytes | None
+    """None: only what hangs on it is known."""
+    content: bytes | None
+    """Token ids; None: known by the disk alone, which compares them when it is loaded."""
+    owner: Owner
+    up: "Entry | None" = None
+    depth: int = 0
+    """Blocks before it, as far as is known."""
+    uses: int = 0
+    """Sequences that computed it or found it."""
+    children: int = 0
+    copies: list[Copy | None] = field(default_factory=lambda: [None] * TIERS)
+    below: list[int] = field(default_factory=lambda: [0] * TIERS)
+    """Children with a copy in each tier."""
+
+    def committed(self, tier: Tier) -> Copy | None:
+        """The copy in this tier, if its bytes are valid."""
+        copy = self.copies[tier]
+        return copy if copy is not None and copy.state is State.COMMITTED else None
 
 
 class PrefixIndex:
-    """Name -> block, for blocks whose bytes are valid; an LRU of those that no sequence holds (`idle`)."""
+    """Name -> entry."""
 
     def __init__(self) -> None:
-        self._block_of: dict[bytes, BlockId] = {}
-        self._entry_of: dict[BlockId, _Entry] = {}
-        self._idle: OrderedDict[BlockId, None] = OrderedDict()
+        self._entries: dict[bytes, Entry] = {}
 
-    @property
-    def idle(self) -> int:
-        """Blocks that can be evicted."""
-        return len(self._idle)
+    def __len__(self) -> int:
+        return len(self._entries)
 
-    def __contains__(self, block: BlockId) -> bool:
-        return block in self._entry_of
+    def get(self, key: bytes) -> Entry | None:
+        """By name alone: for what is not a match."""
+        return self._entries.get(key)
 
-    def longest(self, chain: Chain, blocks: int) -> list[BlockId]:
-        """The blocks of the longest known beginning of the chain's first `blocks` blocks.
+    def match(self, chain: Chain, i: int) -> Entry | None:
+        """The entry of block i of the chain.
 
         Parent and content are compared as well as the name: not even a collision of SHA-256 gives wrong KV.
+        Where the content is not known yet, the engine compares it when it loads the block.
         """
-        found = []
-        for i in range(blocks):
-            block = self._block_of.get(chain.keys[i])
-            if block is None:
-                break
-            entry = self._entry_of[block]
-            if entry.content != chain.contents[i] or entry.parent != chain.parent(i):
-                break
-            found.append(block)
-        return found
+        entry = self._entries.get(chain.keys[i])
+        if entry is None or entry.parent != chain.parent(i):
+            return None
+        if entry.content is not None and entry.content != chain.contents[i]:
+            return None
+        return entry
 
-    def add(self, block: BlockId, chain: Chain, i: int) -> bool:
-        """`block` holds block i of the chain from now on; False when another block already does."""
-        key = chain.keys[i]
-        if key in self._block_of:
-            return False
-        self._block_of[key] = block
-        self._entry_of[block] = _Entry(key, chain.parent(i), chain.contents[i])
-        return True
+    def enter(self, chain: Chain, i: int, owner: Owner) -> Entry | None:
+        """The entry of block i of the chain, made if need be; None if another content has its name."""
+        entry = self.known(chain.keys[i], chain.parent(i), owner)
+        entry.depth = i
+        if entry.content is None:
+            entry.content = chain.contents[i]
+        matches = entry.content == chain.contents[i] and entry.parent == chain.parent(i)
+        return entry if matches else None
 
-    def rest(self, block: BlockId) -> None:
-        """No sequence holds `block` any more: it becomes the last to be evicted."""
-        self._idle[block] = None
+    def known(self, key: bytes, parent: bytes, owner: Owner) -> Entry:
+        """The entry of that name, made if need be."""
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entries[key] = Entry(key, None, None, owner)
+        if entry.parent is None:
+            up = self._entries.get(parent)
+            if up is None:
+                up = self._entries[parent] = Entry(parent, None, None, owner)
+            up.children += 1
+            entry.parent, entry.up, entry.owner, entry.depth = parent, up, owner, up.depth + 1
+        return entry
 
-    def wake(self, block: BlockId) -> None:
-        """A sequence holds `block` (again)."""
-        self._idle.pop(block, None)
+    def place(self, copy: Copy) -> None:
+        """The entry has this copy from now on."""
+        entry = copy.entry
+        entry.copies[copy.tier] = copy
+        if entry.up is not None:
+            entry.up.below[copy.tier] += 1
 
-    def is_idle(self, block: BlockId) -> bool:
-        """Known, and held by no sequence."""
-        return block in self._idle
+    def remove(self, copy: Copy) -> Copy | None:
+        """The entry no longer has it. Returns the parent's copy in that tier, if that is a leaf by this."""
+        entry, tier, up = copy.entry, copy.tier, copy.entry.up
+        entry.copies[tier] = None
+        leaf = None
+        if up is not None:
+            up.below[tier] -= 1
+            leaf = up.copies[tier] if up.below[tier] == 0 else None
+        self.prune(entry)
+        return leaf
 
-    def evict(self) -> BlockId:
-        """Forget the block that has been idle longest. Errors: KeyError when none is idle."""
-        block, _ = self._idle.popitem(last=False)
-        self.forget(block)
-        return block
+    def prune(self, entry: Entry) -> None:
+        """Forget the entry, and those it hangs on, as far as nothing is left of them."""
+        at: Entry | None = entry
+        while at is not None and not at.children and not any(at.copies):
+            if self._entries.get(at.key) is not at:
+                return
+            del self._entries[at.key]
+            at = at.up
+            if at is not None:
+                at.children -= 1
 
-    def forget(self, block: BlockId) -> None:
-        """`block` no longer holds what it was known for."""
-        del self._block_of[self._entry_of.pop(block).key]
-
-    def idle_blocks(self) -> list[BlockId]:
-        """A copy, for checks; next to be evicted first."""
-        return list(self._idle)
+    def entries(self) -> list[Entry]:
+        """A copy, for checks."""
+        return list(self._entries.values())

@@ -1,73 +1,184 @@
-"""The KV cache as the scheduler sees it: block ids, never bytes.
+"""The KV cache as the scheduler sees it: block ids and names, never bytes.
 
-Every block is in one of three states, and total = used + cached + free at all times (`check`):
-    used     held by one or more sequences (visible in the index or not)
-    cached   held by none, visible in the index, evicted in LRU order when blocks run out
+Every block of the device is in one of three states, and total = used + cached + free at all times (`check`):
+    used     held by one or more sequences or moves (visible in the index or not)
+    cached   held by none, visible in the index, evicted when blocks run out (eviction.py says which)
     free     holds nothing
-A block becomes visible only by `commit`, which is for tokens whose step is done: never while it may still be
-written, and never after it was given to somebody else.
+A block becomes visible only by `commit`, which is for tokens whose step is done, or when the engine says that
+it has been loaded: never while it may still be written, and never after it was given to somebody else.
+
+Below the device there may be a host pool and a disk; the same holds for their copies (`tiers.py`).
 """
 
-from ktransformers.kvcache.blocks import BlockId, BlockTable
+import hashlib
+from collections.abc import Callable, Iterable
+
+from ktransformers.kvcache.blocks import BlockId, BlockTable, Owner, State, Tier
 from ktransformers.kvcache.hashing import Chain, root_key
-from ktransformers.kvcache.index import PrefixIndex
-from ktransformers.kvcache.pool import BlockPool
+from ktransformers.kvcache.index import Copy, Entry
+from ktransformers.kvcache.loads import Loads
+from ktransformers.kvcache.moves import Moves, Transfer
+from ktransformers.kvcache.tiers import Tiers
+
+PUBLIC_SCOPE = b"public"
+"""Everybody finds what was computed in this scope. No tenant's: those are digests of 32 bytes."""
+_MOST_OWNERS = 16_384
+
+
+def owner_id(tenant: str) -> bytes:
+    """[16] what the engine and the disk call a tenant."""
+    return hashlib.sha256(b"kvowner" + tenant.encode()).digest()[:16]
 
 
 class KVCache:
-    """One engine's device pool and its prefix index. Lives as long as that engine: a new one starts empty."""
+    """One engine's blocks and where else copies of them are. Lives as long as that engine: a new one starts
+    empty, but for what the disk says it has (`stored`)."""
 
-    def __init__(self, blocks: int, block_tokens: int, fingerprint: bytes, reuse: bool = True) -> None:
-        """`fingerprint` names everything that changes KV bytes; without `reuse` nothing is ever found."""
+    def __init__(
+        self,
+        blocks: int,
+        block_tokens: int,
+        fingerprint: bytes,
+        reuse: bool = True,
+        *,
+        block_bytes: int = 1,
+        host_blocks: int = 0,
+        disk_bytes: int = 0,
+        recompute: Callable[[int, int], float | None] = lambda start, n: None,
+    ) -> None:
+        """`fingerprint` names everything that changes KV bytes; without `reuse` nothing is ever found.
+
+        `recompute(start, n)`: seconds to compute n tokens after `start` others; None while unknown.
+        """
         self.block_tokens = block_tokens
+        self.has_public = False
+        """Whether anything was computed in the public scope."""
         self._fingerprint = fingerprint
         self._reuse = reuse
-        self._pool = BlockPool(blocks)
-        self._index = PrefixIndex()
+        slower = (host_blocks, disk_bytes) if reuse else (0, 0)
+        self.tiers = Tiers(blocks, *slower, block_bytes)
+        self._pool, self._index = self.tiers.device, self.tiers.index
+        self._idle = self.tiers.shelves[Tier.DEVICE]
+        self.moves = Moves(self.tiers)
+        self.loads = Loads(self.tiers, self.moves, recompute)
+        self.tiered = any(slower)
+        self.hit_tokens = dict.fromkeys(Tier, 0)
+        """Prompt tokens found, by where their KV was before."""
+        self._owners: dict[bytes, Owner] = {}
+        self._now = 0.0
 
     @property
     def total(self) -> int:
-        """Blocks of the pool."""
+        """Blocks of the device pool."""
         return self._pool.total
 
     @property
     def used(self) -> int:
-        """Blocks held by a sequence."""
+        """Blocks held by a sequence or a move."""
         return self._pool.used
 
     @property
     def cached(self) -> int:
         """Blocks kept for their content only."""
-        return self._index.idle
+        return len(self._idle)
 
     @property
     def available(self) -> int:
         """Blocks that can be had at once: free ones and cached ones."""
-        return self._pool.free + self._index.idle
+        return self._pool.free + len(self._idle)
 
-    def open(self, scope: bytes) -> BlockTable:
-        """The empty table of a new sequence, which shares only with sequences of the same scope."""
-        return BlockTable(Chain(root_key(self._fingerprint, scope), self.block_tokens))
+    # ---- whose
+
+    def owner(self, tenant: str, weight: float = 1.0, quota: tuple[int, int, int] = (0, 0, 0)) -> Owner:
+        """The tenant with that name; it is entitled to this from now on."""
+        owner = self._owner(owner_id(tenant))
+        if (owner.weight, owner.quota) != (weight, quota):
+            for shelf in self.tiers.shelves:
+                shelf.change(owner, weight, quota)
+            owner.weight, owner.quota = weight, quota
+            for shelf in self.tiers.shelves:
+                shelf.changed(owner)
+        return owner
+
+    def _owner(self, name: bytes) -> Owner:
+        owner = self._owners.get(name)
+        if owner is None:
+            if len(self._owners) >= _MOST_OWNERS:
+                here = {o.id for shelf in self.tiers.shelves for o, _ in shelf.owners()}
+                self._owners = {name: o for name, o in self._owners.items() if name in here}
+            owner = self._owners[name] = Owner(name)
+        return owner
+
+    # ---- sequences
+
+    def open(self, scope: bytes, owner: Owner | None = None) -> BlockTable:
+        """The empty table of a new sequence, which shares only with sequences of the same scope, and reads
+        what is public."""
+
+        def chain(of: bytes) -> Chain:
+            return Chain(root_key(self._fingerprint, of), self.block_tokens)
+
+        if scope == PUBLIC_SCOPE:
+            self.has_public = True
+        public = chain(PUBLIC_SCOPE) if self.has_public and scope != PUBLIC_SCOPE else None
+        return BlockTable(chain(scope), owner or self.owner(""), public)
 
     def match(self, table: BlockTable, tokens: list[int]) -> list[BlockId]:
         """Blocks that hold a beginning of `tokens`. Leaves a token at least to compute, for its logits."""
+        found = []
+        for entry, _ in self._path(table, tokens):
+            copy = entry.committed(Tier.DEVICE)
+            if copy is None:
+                break
+            found.append(copy.block)
+        return found
+
+    def _path(self, table: BlockTable, tokens: list[int]) -> Iterable[tuple[Entry, bytes]]:
+        """The known beginning of `tokens`, whichever tier it is in: entry and content of each block."""
         if not self._reuse:
-            return []
+            return
         blocks = (len(tokens) - 1) // self.block_tokens
-        table.chain.extend(tokens, blocks)
-        return self._index.longest(table.chain, blocks)
+        chain, public, index = table.chain, table.public, self._index
+        chain.extend(tokens, blocks)
+        for i in range(blocks):
+            entry = None
+            if public is not None:
+                public.extend(tokens, i + 1)
+                entry = index.match(public, i)
+                if entry is None:
+                    public = None
+            if entry is None:
+                entry = index.match(chain, i)
+            if entry is None:
+                return
+            yield entry, chain.contents[i]
 
     def idle(self, blocks: list[BlockId]) -> int:
-        """How many of these matched blocks no sequence holds: attaching takes that many from `available`."""
-        return sum(map(self._index.is_idle, blocks))
+        """How many of these matched blocks nobody holds: attaching takes that many from `available`."""
+        copies = map(self.tiers.copy_in, blocks)
+        return sum(copy is not None and copy in self._idle for copy in copies)
 
-    def attach(self, table: BlockTable, blocks: list[BlockId]) -> None:
-        """The sequence of this empty table begins with `blocks`, just matched."""
+    def attach(self, table: BlockTable, blocks: list[BlockId], again: bool = False) -> None:
+        """The sequence of this empty table begins with `blocks`, just matched. `again`: after a preemption."""
+        self.loads.drop(table)
         for block in blocks:
-            self._index.wake(block)
-            self._pool.hold(block)
+            self.tiers.wake(block)
+            copy = self.tiers.copy_in(block)
+            if copy is not None and not again:
+                self._found(copy)
         table.blocks = list(blocks)
         table.hits = table.committed = len(blocks)
+
+    def _found(self, copy: Copy) -> None:
+        """A sequence begins with it."""
+        self.hit_tokens[copy.origin] += self.block_tokens
+        copy.origin = Tier.DEVICE
+        self._used(copy.entry)
+
+    def _used(self, entry: Entry) -> None:
+        entry.uses += 1
+        if entry.uses > 1:
+            self.moves.wanted(entry, Tier.DISK)
 
     def missing(self, table: BlockTable, tokens: int) -> int:
         """Blocks that the table lacks to hold `tokens` tokens."""
@@ -81,14 +192,15 @@ class KVCache:
         count = self.missing(table, tokens)
         if count > self.available:
             raise ValueError(f"{count} blocks wanted, {self.available} available")
-        new = [self._take() for _ in range(count)]
+        new = [self._take(table.owner) for _ in range(count)]
         table.blocks += new
         return new
 
-    def _take(self) -> BlockId:
-        if not self._pool.free:
-            self._pool.give_back(self._index.evict())
-        return self._pool.take()
+    def _take(self, owner: Owner) -> BlockId:
+        block = self.tiers.take(Tier.DEVICE, owner, must=True)
+        if block is None:
+            raise ValueError("a block that was available is not there")
+        return block
 
     def commit(self, table: BlockTable, tokens: list[int], computed: int) -> None:
         """The steps that wrote the first `computed` of `tokens` are done: make their full blocks visible."""
@@ -97,42 +209,110 @@ class KVCache:
             return
         table.chain.extend(tokens, full)
         for i in range(table.committed, full):
+            entry = self._index.enter(table.chain, i, table.owner)
             # If another sequence computed the same meanwhile, its block is the known one, ours stays private.
-            self._index.add(table.blocks[i], table.chain, i)
+            if entry is not None and entry.copies[Tier.DEVICE] is None:
+                self.tiers.place(entry, Tier.DEVICE, table.blocks[i], State.COMMITTED)
+                self._used(entry)
         table.committed = full
 
-    def release(self, table: BlockTable) -> None:
-        """The sequence leaves. What is visible stays until evicted, the end of the sequence first."""
+    def release(self, table: BlockTable, prompt: int = 0) -> None:
+        """The sequence leaves. What is visible stays until evicted, the end of the sequence first.
+
+        `prompt`: how many tokens its prompt had, if it has come to its end: it may be a conversation's.
+        """
+        if self.tiered:
+            self._send_down(table, prompt)
+        self.loads.drop(table)
         for block in reversed(table.blocks):
-            if self._pool.drop(block):
-                if block in self._index:
-                    self._index.rest(block)
-                else:
-                    self._pool.give_back(block)
+            self.tiers.let_go(block)
         table.blocks = []
         table.hits = table.committed = 0
+
+    def _send_down(self, table: BlockTable, prompt: int) -> None:
+        for block in table.blocks[: table.committed]:
+            # Not yet idle, but about to be, unless others hold it: then their leaving is soon enough.
+            copy = self.tiers.copy_in(block)
+            if copy is not None and self._pool.refs[block] == 1 + copy.moves:
+                self.moves.wanted(copy.entry, Tier.HOST)
+        last = min(prompt // self.block_tokens, table.committed)
+        if table.hits and last:
+            self.moves.rests(table.chain.keys[last - 1], self._now)
 
     def discard(self, table: BlockTable) -> None:
         """The sequence leaves and its KV is not to be trusted: nobody finds any of its blocks again."""
         for block in table.blocks:
-            if block in self._index:
-                self._index.forget(block)
+            copy = self.tiers.copy_in(block)
+            if copy is not None:
+                self._distrust(copy.entry)
         self.release(table)
 
+    def _distrust(self, entry: Entry) -> None:
+        if entry.copies[Tier.DISK] is not None:
+            self.tiers.forgotten.append(entry.key)
+        for copy in list(entry.copies):
+            if copy is not None:
+                self.tiers.give_up(copy)
+
+    # ---- tiers
+
+    def prefetch(self, table: BlockTable, tokens: list[int], urgent: bool = False) -> None:
+        """Start loading what a waiting sequence will find in slower tiers; see `loads.py`."""
+        if self.tiered:
+            self.loads.prefetch(table, list(self._path(table, tokens)), self.block_tokens, urgent)
+
+    def waits(self, table: BlockTable, tokens: list[int], now: float, latency: float) -> bool:
+        """Whether a sequence whose turn it is had better wait for what is being loaded."""
+        if not self.tiered:
+            return False
+        self.prefetch(table, tokens, urgent=True)
+        return self.loads.waits(table, now, latency)
+
+    def send(self, now: float) -> tuple[list[Transfer], list[bytes]]:
+        """Moves to be started now, and names that the disk is to forget."""
+        if not self.tiered:
+            return [], []
+        self._now = now
+        self.loads.start()
+        transfers = self.moves.send(now)
+        forgotten, self.tiers.forgotten = self.tiers.forgotten, []
+        return transfers, forgotten
+
+    def step_planned(self, n: int) -> None:
+        """Step `n` is on its way to the engine."""
+        self._pool.planned = n
+
+    def step_done(self, n: int) -> None:
+        """Step `n` reads and writes no more."""
+        self._pool.done = n
+
+    def stored(self, key: bytes, parent: bytes, owner: bytes, size: int, hits: int) -> None:
+        """The disk says that it has this block; those used last are to be said last."""
+        if not self.tiers.shelves[Tier.DISK].capacity or key == parent:
+            return
+        entry = self._index.known(key, parent, self._owner(owner))
+        if entry.copies[Tier.DISK] is None:
+            entry.uses = max(entry.uses, hits + 1)
+            self.tiers.place(entry, Tier.DISK, -1, State.COMMITTED, size)
+
+    def lost(self, key: bytes) -> None:
+        """The disk has it no more."""
+        entry = self._index.get(key)
+        if entry is not None and (copy := entry.copies[Tier.DISK]) is not None:
+            self.tiers.give_up(copy)
+
+    def lose_disk(self) -> None:
+        """The disk has been given up."""
+        self.tiers.shelves[Tier.DISK].capacity = 0
+        for entry in self._index.entries():
+            if (copy := entry.copies[Tier.DISK]) is not None:
+                self.tiers.give_up(copy)
+        self.tiers.forgotten.clear()
+
     def check(self, tables: list[BlockTable]) -> None:
-        """Errors: AssertionError when the blocks are not those of `tables`, the idle and the free ones."""
+        """Errors: AssertionError when blocks are not those of `tables` and moves, the idle and the free."""
         held = [0] * self.total
         for table in tables:
             for block in table.blocks:
                 held[block] += 1
-        free, idle = self._pool.free_blocks(), self._index.idle_blocks()
-        unheld = sorted(free + idle)
-        problems = {
-            "reference counts": held != self._pool.refs,
-            "blocks in use": self.used != sum(n > 0 for n in held),
-            "free and cached blocks": unheld != [b for b in range(self.total) if held[b] == 0],
-            "cached blocks that are not known": not all(b in self._index for b in idle),
-            "free blocks that are known": any(b in self._index for b in free),
-        }
-        if wrong := [name for name, bad in problems.items() if bad]:
-            raise AssertionError(f"KV blocks are not conserved: {', '.join(wrong)}")
+        self.tiers.check(held)

@@ -1,4 +1,6 @@
-"""The blocks of one tier: which are free, and how many sequences hold each of the others."""
+"""The blocks of one tier: which are free, and how many hold each of the others."""
+
+from collections import OrderedDict
 
 from ktransformers.kvcache.blocks import BlockId
 
@@ -6,7 +8,10 @@ from ktransformers.kvcache.blocks import BlockId
 class BlockPool:
     """Ids 0 .. total - 1. All operations O(1).
 
-    A block is free, or held by `refs` sequences, or held by none and kept for its content (by the index).
+    A block is free, or held by `refs` sequences and moves, or held by none and kept for its content (by the
+    index). Of each block it is known which step was the last to be planned when it was let go (`drop`):
+    steps until then may still read or write it, so that what does not run in order with the steps (a move)
+    may write to it only when that one is done.
     """
 
     def __init__(self, total: int) -> None:
@@ -14,39 +19,57 @@ class BlockPool:
         self.refs = [0] * total
         self.used = 0
         """Blocks with refs > 0."""
-        # A stack: the block freed last is the one whose lines are still in some cache. Low ids come first.
-        self._free = list(range(total - 1, -1, -1))
+        self.planned = 0
+        """The last step that was planned."""
+        self.done = 0
+        """The last step that is done."""
+        self._dropped_at = [0] * total
+        # Taken from the end: the block freed last is the one whose lines are still in some cache. And low ids
+        # come first.
+        self._free = OrderedDict.fromkeys(range(total - 1, -1, -1))
 
     @property
     def free(self) -> int:
         """Blocks that hold nothing."""
         return len(self._free)
 
+    @property
+    def settled(self) -> bool:
+        """Whether `take_settled` has one to give."""
+        return bool(self._free) and self._dropped_at[next(iter(self._free))] <= self.done
+
     def take(self) -> BlockId:
-        """A free block, now held once. Errors: IndexError when there is none."""
-        block = self._free.pop()
+        """A free block, now held once, for the steps. Errors: KeyError when there is none."""
+        block, _ = self._free.popitem()
+        self.hold(block)
+        return block
+
+    def take_settled(self) -> BlockId:
+        """The one that has been free longest, for a move. Errors: KeyError when there is none."""
+        block, _ = self._free.popitem(last=False)
         self.hold(block)
         return block
 
     def hold(self, block: BlockId) -> None:
-        """One more sequence holds `block`, which is not free."""
+        """One more holds `block`, which is not free."""
         if self.refs[block] == 0:
             self.used += 1
         self.refs[block] += 1
 
     def drop(self, block: BlockId) -> bool:
-        """One sequence less; True when it was the last: the block is now to be kept or given back."""
+        """One less; True when it was the last: the block is now to be kept or given back."""
         if self.refs[block] <= 0:
             raise ValueError(f"block {block} is dropped more often than it was held")
         self.refs[block] -= 1
         if self.refs[block]:
             return False
         self.used -= 1
+        self._dropped_at[block] = self.planned
         return True
 
     def give_back(self, block: BlockId) -> None:
         """A block that nobody holds becomes free."""
-        self._free.append(block)
+        self._free[block] = None
 
     def free_blocks(self) -> list[BlockId]:
         """A copy, for checks."""

@@ -43,6 +43,7 @@ class Process:
         self._scheduler = Scheduler(config, self, time.monotonic())
         self._stopping = False
         self._stop = asyncio.Event()
+        self._wake: asyncio.TimerHandle | None = None
 
     async def run(self) -> int:
         """Until told to stop; the exit code."""
@@ -88,6 +89,12 @@ class Process:
 
     def _advance(self) -> None:
         self._scheduler.advance(time.monotonic())
+        if self._wake is not None:
+            self._wake.cancel()
+            self._wake = None
+        now = time.monotonic()
+        if (at := self._scheduler.wake_at(now)) is not None:
+            self._wake = asyncio.get_running_loop().call_later(at - now, self._advance)
         if self._stopping and self._scheduler.open_requests == 0:
             self._stop.set()
 

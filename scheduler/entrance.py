@@ -71,6 +71,7 @@ class Entrance:
         self._went_ahead = 0
         self._went_ahead_last: Request | None = None
         self._ahead_cost = 0
+        self._now = 0.0
         self._promised: Request | None = None
         """Somebody made room for this one."""
 
@@ -96,11 +97,14 @@ class Entrance:
     def choose(self, running: list[Request], now: float) -> Entry | None:
         """Who may be let in now, if anybody; `entered` is told when it was."""
         self._went_ahead_last = None
+        self._now = now
         account = self._queue.least()
         if account is None or account.head().in_flight:
             return None
-        first = self._entry(account.head())
-        if not self._fits(first, running) or self._reserved(account, first, running):
+        head = account.head()
+        loads = self._cache.waits(head.table, head.tokens, now, self._latency)
+        first = self._entry(head)
+        if loads or not self._fits(first, running) or self._reserved(account, first, running):
             return self._ahead_of(first, running)
         if first.request is self._promised or self._queue.rules.window == 0:
             return first
@@ -123,7 +127,7 @@ class Entrance:
             if account.key > limit or looked >= _LOOK:
                 break
             request = account.head()
-            if request is first.request or request.in_flight or request in self._unfit:
+            if request is first.request or self._not_yet(request) or request in self._unfit:
                 continue
             entry = self._entry(request)
             rank = self._rank(entry, now)
@@ -150,7 +154,7 @@ class Entrance:
             if account.key > limit or looked >= _SCAN:
                 return None
             request = account.head()
-            if request is first.request or request.in_flight or request in self._unfit:
+            if request is first.request or self._not_yet(request) or request in self._unfit:
                 continue
             entry = self._entry(request)
             cost = self._cost(entry, account)
@@ -161,6 +165,15 @@ class Entrance:
                 self._went_ahead_last, self._ahead_cost = request, cost
                 return entry
         return None
+
+    def _not_yet(self, request: Request) -> bool:
+        """Its last draw is not back yet, or what it has loaded."""
+        return bool(request.in_flight) or self._cache.loads.waits(request.table, self._now, self._latency)
+
+    @property
+    def _latency(self) -> float:
+        """Seconds until the engine sees a message: it may be in a step, and has the next one already."""
+        return 2 * self._pace.step_seconds
 
     def _cost(self, entry: Entry, account: Account) -> int:
         outputs = max(1, min(self._queue.predicted(account), entry.left))

@@ -131,6 +131,7 @@ class Planner:
         if not draft.go_on and not gone:
             return None
         self._steps += 1
+        self._cache.step_planned(self._steps)
         self._estimate.stepped()
         self._counters.recomputed_tokens += draft.recomputed
         step = Step(self._steps, gone, draft.new, draft.go_on)
@@ -147,15 +148,17 @@ class Planner:
     def end(self, request: Request, *, trusted: bool = True) -> None:
         """A request has ended. What it holds is free in the next step; its KV may be found if `trusted`."""
         if request.slot >= 0:
-            self._vacate(request, trusted)
+            self._vacate(request, trusted, request.n_prompt)
         elif not trusted:
             # Preempted with the bad draw in flight.
-            self._cache.attach(request.table, self._cache.match(request.table, request.tokens))
+            found = self._cache.match(request.table, request.tokens)
+            self._cache.attach(request.table, found, again=True)
             self._cache.discard(request.table)
 
     def gone(self, request: Request) -> None:
         """A waiting request has ended."""
         self._entrance.gone(request)
+        self._cache.loads.drop(request.table)
 
     def check(self) -> None:
         """Errors: AssertionError when blocks or slots are not conserved, or a count is out of order."""
@@ -224,12 +227,13 @@ class Planner:
         self._vacate(request, trusted=True)
         self._queue.push_front(request)
 
-    def _vacate(self, request: Request, trusted: bool) -> None:
+    def _vacate(self, request: Request, trusted: bool, prompt: int = 0) -> None:
+        """`prompt`: tokens of its prompt, if it has ended."""
         self.running.remove(request)
         self._gone.append(request.slot)
         self._free_slots.append(request.slot)
         if trusted:
-            self._cache.release(request.table)
+            self._cache.release(request.table, prompt)
         else:
             self._cache.discard(request.table)
         request.leave()
@@ -266,7 +270,7 @@ class Planner:
         hit_tokens = len(found) * self._cache.block_tokens
         self._queue.enter(request, hit_tokens)
         self._entrance.entered(request)
-        self._cache.attach(request.table, found)
+        self._cache.attach(request.table, found, again=request.entered)
         request.enter(self._free_slots.pop(), hit_tokens)
         if not request.entered:
             self._entered += 1

@@ -16,7 +16,18 @@ from collections import deque
 from typing import Protocol
 
 from ktransformers.engine.channel import Back, Lost
-from ktransformers.engine.protocol import Fault, FromEngine, Loading, Ready, SlotToken, StepDone, ToEngine
+from ktransformers.engine.protocol import (
+    Fault,
+    FromEngine,
+    Loading,
+    MovesDone,
+    Ready,
+    SlotToken,
+    StepDone,
+    Stored,
+    ToEngine,
+)
+from ktransformers.kvcache.blocks import BlockTable
 from ktransformers.kvcache.manager import KVCache
 from ktransformers.scheduler.admission import Limits, Refused, check, overloaded, rate_limited
 from ktransformers.scheduler.config import SchedulerConfig
@@ -34,12 +45,14 @@ from ktransformers.scheduler.protocol import (
     Logprobs,
     Status,
     Submit,
+    Tenant,
     TokenEvent,
     ToScheduler,
 )
 from ktransformers.scheduler.request import Request
 from ktransformers.scheduler.stats import Counters, Pace
 from ktransformers.scheduler.step_time import Chunking, StepTime
+from ktransformers.scheduler.tiers import take_moved, take_stored, to_send
 from ktransformers.scheduler.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -130,10 +143,17 @@ class Scheduler:
                     engine.watchdog.moved(now)
                 engine.in_flight.append(plan)
                 self._ports.to_engine(plan.step)
+            if (moves := to_send(engine.cache, now)) is not None:
+                self._ports.to_engine(moves)
         self._fronts.flush()
         if self._ready() != self._told_ready:
             self._told_ready = not self._told_ready
             self._fronts.tell_all(self.status())
+
+    def wake_at(self, now: float) -> float | None:
+        """When to `advance` although nothing may have been said: a load will not be waited for any longer."""
+        engine = self._engine
+        return engine.cache.loads.next_timeout(now) if engine is not None and engine.alive else None
 
     def tick(self, now: float) -> None:
         """Once a second: what happens because nothing happens."""
@@ -264,13 +284,14 @@ class Scheduler:
             n_prompt=len(submit.tokens),
             sampling=sampling,
             scope=submit.cache_scope,
-            table=engine.cache.open(submit.cache_scope),
+            table=_open_table(engine.cache, submit.cache_scope, submit.tenant),
             order=self._arrivals,
             submitted=submitted,
             deadline=submitted + submit.deadline if submit.deadline > 0 else math.inf,
         )
         self._requests[request.id] = request
         self._queue.push(request)
+        engine.cache.prefetch(request.table, request.tokens)
         if submit.deadline > 0:
             # Most end long before their deadline: do not keep them for its sake.
             if len(self._deadlines) > 2 * len(self._requests) + 64:
@@ -363,6 +384,10 @@ class Scheduler:
                 self._take_ready(message, now)
             case StepDone():
                 self._take_step(message, now)
+            case MovesDone() if self._engine is not None and self._engine.alive:
+                take_moved(self._engine.cache, message.moves, message.lost)
+            case Stored() if self._engine is not None and self._engine.alive:
+                take_stored(self._engine.cache, message)
             case Fault():
                 log.error("the engine reports %s in step %d: %s", message.kind, message.n, message.message)
                 if message.n >= 0:
@@ -373,20 +398,30 @@ class Scheduler:
     def _take_ready(self, ready: Ready, now: float) -> None:
         if self._engine is not None and self._engine.alive:
             if self._engine.ready.pid == ready.pid:
+                if not ready.disk_bytes:
+                    self._engine.cache.lose_disk()
                 return  # the heartbeat
             self._lose_engine()
-        reuse = self._config.engine.cache.prefix_reuse
-        cache = KVCache(ready.blocks, ready.block_tokens, ready.fingerprint, reuse)
+        step_time = StepTime()
+        cache = KVCache(
+            ready.blocks,
+            ready.block_tokens,
+            ready.fingerprint,
+            self._config.engine.cache.prefix_reuse,
+            block_bytes=ready.block_bytes,
+            host_blocks=ready.host_blocks,
+            disk_bytes=ready.disk_bytes,
+            recompute=step_time.prompt_seconds,
+        )
         slots, budget = ready.max_sequences, ready.max_batch_tokens
         entrance = Entrance(cache, self._queue, self._estimate, self.counters, self._pace, slots)
-        step_time = StepTime()
         chunking = Chunking(step_time, self._config.tbt_slo)
         planner = Planner(
             cache, self._queue, entrance, chunking, self._estimate, self.counters, slots, budget
         )
         self._engine = engine = _Engine(ready, planner, cache, Watchdog(self._pace), step_time)
         for request in self._queue:
-            request.table = cache.open(request.scope)
+            request.table = _open_table(cache, request.scope, request.tenant)
         early, self._early = self._early, {}
         for peer, submit, submitted in early.values():
             self._accept(peer, submit, submitted, engine)
@@ -400,6 +435,7 @@ class Scheduler:
             self._condemn(f"step {done.n} was not the next one", now)
             return
         plan = engine.in_flight.popleft()
+        engine.cache.step_done(done.n)
         engine.watchdog.moved(now)
         self._pace.measured(done.computed, done.seconds)
         self.counters.steps += 1
@@ -505,3 +541,8 @@ class Scheduler:
             self._end(request, self._not_ready(request.id))
         for request_id in list(self._early):
             self._end_early(request_id, self._not_ready(request_id))
+
+
+def _open_table(cache: KVCache, scope: bytes, tenant: Tenant) -> BlockTable:
+    """An empty one for a request of this tenant."""
+    return cache.open(scope, cache.owner(tenant.id, tenant.weight))

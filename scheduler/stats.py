@@ -39,6 +39,11 @@ class Pace:
         self._tokens += (tokens - self._tokens) * _WEIGHT
         self._seconds += (seconds - self._seconds) * _WEIGHT
 
+    @property
+    def step_seconds(self) -> float:
+        """Of the average step; 0 while nothing was measured."""
+        return self._seconds
+
     def at_most(self, tokens: int) -> float | None:
         """Seconds that a step of `tokens` tokens should not exceed; None while nothing was measured.
 

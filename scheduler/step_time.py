@@ -74,6 +74,10 @@ class StepTime:
         _, prompt, _, _, crossed = (w * s for w, s in zip(self._weights, _SCALES, strict=True))
         return max(0.0, prompt) + max(0.0, crossed) * context
 
+    def prompt_seconds(self, start: int, n: int) -> float | None:
+        """Seconds that `n` prompt tokens after `start` others take; None while it knows nothing."""
+        return n * self.prompt_token(start + n / 2) if self.warm else None
+
 
 class Chunking:
     """How many prompt tokens the step being planned may take, so that it lasts no longer than `slo` seconds.

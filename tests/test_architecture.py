@@ -20,6 +20,7 @@ EDGES = {
         "engine.child",
         "engine.logs",
         "kvcache.manager",
+        "kvcache.moves",
         "kvcache.blocks",
         "kvcache.config",
     ),

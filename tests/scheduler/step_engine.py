@@ -12,21 +12,28 @@ import zlib
 from contextlib import suppress
 
 from ktransformers.engine.protocol import (
+    BlockName,
     Go,
     Hello,
+    Move,
+    Moved,
+    Moves,
+    MovesDone,
     NewSeq,
     Ready,
     Shutdown,
     SlotToken,
     Step,
     StepDone,
+    Stored,
+    StoredBlock,
     ToEngine,
 )
 
 VOCAB = 1000
 
 
-def ready(pid=1, blocks=64, block_tokens=4, max_len=128, max_sequences=8, max_batch_tokens=16):
+def ready(pid=1, blocks=64, block_tokens=4, max_len=128, max_sequences=8, max_batch_tokens=16, **tiers):
     return Ready(
         pid=pid,
         blocks=blocks,
@@ -39,6 +46,7 @@ def ready(pid=1, blocks=64, block_tokens=4, max_len=128, max_sequences=8, max_ba
         isa="fake",
         steps=0,
         fingerprint=b"fake",
+        **tiers,
     )
 
 
@@ -78,6 +86,79 @@ class _Sequence:
             self.kvs.append(digest(self.kvs[-1], token))
 
 
+POISON = -1
+BLOCK_BYTES = 1024
+
+
+class Mover:
+    """Moves, done whenever and in whatever order the test likes, and sometimes not at all.
+
+    While a move is under way the source's bytes must stay and the target is rubbish that nobody may read.
+    """
+
+    def __init__(self, engine: "FakeEngine", disk=None) -> None:
+        self._engine = engine
+        self._host = [[POISON] * engine.ready.block_tokens for _ in range(engine.ready.host_blocks)]
+        self.disk: dict[bytes, tuple[BlockName, list[int]]] = disk if disk is not None else {}
+        self.under_way: list[tuple[Move, list[int] | None]] = []
+        self.done = 0
+
+    def take(self, moves: Moves) -> None:
+        for key in moves.forget:
+            assert all(m.name is None or m.name.key != key for m, _ in self.under_way), "forgotten in use"
+            self.disk.pop(key, None)
+        for move in moves.moves:
+            assert move.source != move.target
+            assert (move.name is not None) == ("disk" in (move.source, move.target))
+            assert move.id not in {m.id for m, _ in self.under_way}
+            for other, _ in self.under_way:
+                target = (move.target, move.target_block)
+                if move.target != "disk":
+                    assert target != (other.target, other.target_block), "two moves write to one block"
+                    assert target != (other.source, other.source_block), "a move writes what another reads"
+                    assert (other.target, other.target_block) != (move.source, move.source_block)
+            self.under_way.append((move, self._read(move)))
+            if move.target != "disk":
+                self._write(move, [POISON] * self._engine.ready.block_tokens)
+
+    def finish(self, at: int, fails: bool = False) -> MovesDone:
+        move, before = self.under_way.pop(at)
+        now = self._read(move)
+        assert now == before, "the source has changed"
+        if move.target == "device":
+            block = self._engine.kv_of(move.target_block)
+            assert block == [POISON] * len(block), "a step has written to the target of a move"
+        ok = not fails and now is not None
+        if ok:
+            self._write(move, now)
+            self.done += 1
+        return MovesDone([Moved(move.id, ok, BLOCK_BYTES if ok else 0, 0.0001)], [])
+
+    def stored(self) -> Stored:
+        blocks = [
+            StoredBlock(name.key, name.parent, name.owner, BLOCK_BYTES, 0, float(i))
+            for i, (name, _) in enumerate(self.disk.values())
+        ]
+        return Stored(blocks, complete=True)
+
+    def _read(self, move: Move) -> list[int] | None:
+        if move.source == "device":
+            return self._engine.kv_of(move.source_block)
+        if move.source == "host":
+            return list(self._host[move.source_block])
+        name, kv = self.disk.get(move.name.key, (None, None))
+        return kv if name == move.name else None
+
+    def _write(self, move: Move, kv: list[int]) -> None:
+        if move.target == "device":
+            self._engine.kv_of(move.target_block, kv)
+        elif move.target == "host":
+            self._host[move.target_block] = list(kv)
+        else:
+            assert POISON not in kv
+            self.disk[move.name.key] = (move.name, kv)
+
+
 class FakeEngine:
     def __init__(self, ready: Ready, every_step: bool = True) -> None:
         """`every_step`: look at all KV of a sequence in each step, not only when it enters and draws."""
@@ -89,6 +170,7 @@ class FakeEngine:
         self._kv = [0] * (ready.blocks * ready.block_tokens)
         self._slots: dict[int, _Sequence] = {}
         self._next = 1
+        self.mover = Mover(self)
 
     def step(self, step: Step) -> StepDone:
         assert step.n == self._next
@@ -115,7 +197,7 @@ class FakeEngine:
                 drawn.append(token)
         self._check_writers()
         self.computed += computed
-        return StepDone(step.n, drawn, 0.001, computed)
+        return StepDone(step.n, drawn, 0.001 + 0.001 * computed, computed)
 
     def _go_on(self, go: Go, sequence: _Sequence, entered: bool) -> SlotToken | None:
         assert go.n_tokens >= 1
@@ -148,6 +230,13 @@ class FakeEngine:
             self._check_kv(sequence)
             sequence.live = False
         return SlotToken(slot, token, finish, -1.0, [(token, -1.0)] * max(sequence.sampling.logprobs, 0))
+
+    def kv_of(self, block: int, new: list[int] | None = None) -> list[int]:
+        begin = block * self.ready.block_tokens
+        end = begin + self.ready.block_tokens
+        if new is not None:
+            self._kv[begin:end] = new
+        return self._kv[begin:end]
 
     def _place(self, sequence: _Sequence, position: int) -> int:
         size = self.ready.block_tokens
@@ -191,6 +280,10 @@ def serve(path: str, step_seconds: float) -> None:
         with suppress(PeerGone):
             if isinstance(message, Hello):
                 server.send(peer, hello)
+            elif isinstance(message, Moves):
+                engine.mover.take(message)
+                while engine.mover.under_way:
+                    server.send(peer, engine.mover.finish(0))
             elif isinstance(message, Step):
                 time.sleep(step_seconds)
                 server.send(peer, engine.step(message))

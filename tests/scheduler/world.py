@@ -6,7 +6,7 @@ import step_engine
 
 from ktransformers.engine.channel import Lost
 from ktransformers.engine.config import EngineConfig
-from ktransformers.engine.protocol import Sampling, Step
+from ktransformers.engine.protocol import Moves, Sampling, Step
 from ktransformers.kvcache.config import CacheConfig
 from ktransformers.scheduler.config import SchedulerConfig
 from ktransformers.scheduler.protocol import Cancel, Failed, Hello, Status, Submit, Tenant, Tokens
@@ -24,6 +24,8 @@ class World:
         self.ready = step_engine.ready(**ready)
         self.every_step = every_step
         self.engine = None
+        self.disk = {}
+        """Outlives an engine."""
         self.to_do: deque[Step] = deque()
         self.signals = []
         self.gone_peers = set()
@@ -40,7 +42,11 @@ class World:
     # ---- scheduler.Ports
 
     def to_engine(self, message):
-        if self.engine is not None:
+        if self.engine is None:
+            return
+        if isinstance(message, Moves):
+            self.engine.mover.take(message)
+        else:
             self.to_do.append(message)
             assert len(self.to_do) <= 2
 
@@ -79,7 +85,10 @@ class World:
 
     def start_engine(self):
         self.engine = step_engine.FakeEngine(self.ready, self.every_step)
+        self.engine.mover.disk = self.disk
         self.scheduler.engine(self.ready, self.now)
+        if self.ready.disk_bytes:
+            self.scheduler.engine(self.engine.mover.stored(), self.now)
         self.advance()
 
     def kill_engine(self):
@@ -115,6 +124,23 @@ class World:
         self.scheduler.engine(done, self.now)
         self.advance()
         return True
+
+    def finish_move(self, at=0, fails=False):
+        """The engine ends one of its moves; False when it has none."""
+        if self.engine is None or not self.engine.mover.under_way:
+            return False
+        self.now += 0.0001
+        at %= len(self.engine.mover.under_way)
+        self.scheduler.engine(self.engine.mover.finish(at, fails), self.now)
+        self.advance()
+        return True
+
+    def settle(self, most=100_000):
+        """All moves and all steps are done, moves first."""
+        for _ in range(most):
+            if not self.finish_move() and not self.engine_step():
+                return
+        raise AssertionError("the work never ends")
 
     def wait(self, seconds):
         """Seconds pass without news from the engine."""

@@ -1,0 +1,179 @@
+"""Fetching what a waiting request will need: the queue is where a load hides.
+
+As a request is put into the queue, the blocks of its beginning that lie in slower tiers are started towards
+the device, if loading them is predicted to take less time than computing them. They become idle blocks there
+like any other, found when the request is let in, by it or by another; nothing is pinned, so nothing can leak.
+What requests that wait may have had fetched is limited, and taken from free and idle blocks only.
+
+When its turn comes a request may wait for loads that are under way, but no longer than computing would take,
+nor much longer than predicted: then what has arrived is used and the rest is computed.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ktransformers.kvcache.blocks import BlockTable, State, Tier
+from ktransformers.kvcache.index import Copy, Entry
+from ktransformers.kvcache.moves import Moves
+from ktransformers.kvcache.tiers import Tiers
+
+MOST_LOADS = 256
+"""Loads that the engine has in hand at once."""
+_BASE_SECONDS = 0.05
+_PATIENCE = 2.0
+"""Times the predicted time."""
+_SLOWER = (Tier.HOST, Tier.DISK)
+
+
+@dataclass(eq=False, slots=True)
+class _Load:
+    """What one waiting sequence has had fetched."""
+
+    blocks: int = 0
+    """That it has asked for, of the budget."""
+    pending: deque[Entry] = field(default_factory=deque)
+    """Not on the device yet, by position."""
+    until: float | None = None
+    """How long it may wait; None: its turn has not come."""
+
+
+class Loads:
+    """Of one engine."""
+
+    def __init__(self, tiers: Tiers, moves: Moves, recompute: Callable[[int, int], float | None]) -> None:
+        """`recompute(start, n)`: seconds to compute n tokens after `start` others; None while unknown."""
+        self.waited = 0
+        self.timed_out = 0
+        self.declined = 0
+        """Blocks that were not loaded because computing them is faster."""
+        self._tiers = tiers
+        self._moves = moves
+        self._recompute = recompute
+        self._loads: dict[BlockTable, _Load] = {}
+        self._queue: deque[tuple[BlockTable, Entry, bytes, Tier]] = deque()
+        self._queued = dict.fromkeys(_SLOWER, 0)
+        self._held = 0
+        self._budget = tiers.device.total // 4
+
+    def prefetch(self, table: BlockTable, path: list[tuple[Entry, bytes]], size: int, urgent: bool) -> None:
+        """Start loading what of `path` (the known beginning of a sequence: entry and content of each block of
+        `size` tokens) is not on the device. `urgent`: it is next, and may have twice the budget."""
+        load = self._loads.get(table)
+        if load is not None and (not urgent or self._pending(load)):
+            return
+        room = self._budget * (2 if urgent else 1) - self._held
+        run = self._run(path, size, room)
+        if not run:
+            return
+        if load is None:
+            load = self._loads[table] = _Load()
+        elif load.until:
+            load.until = None
+        self._touch(path)
+        load.blocks += len(run)
+        self._held += len(run)
+        for entry, content, tier in run:
+            load.pending.append(entry)
+            self._queue.append((table, entry, content, tier))
+            self._queued[tier] += 1
+
+    def _touch(self, path: list[tuple[Entry, bytes]]) -> None:
+        """Those on the device must not be what makes room for those that follow them."""
+        shelf = self._tiers.shelves[Tier.DEVICE]
+        for entry, _ in reversed(path):
+            copy = entry.copies[Tier.DEVICE]
+            if copy is not None and copy in shelf:
+                shelf.wake(copy)
+                shelf.rest(copy)
+
+    def _run(self, path: list[tuple[Entry, bytes]], size: int, room: int) -> list[tuple[Entry, bytes, Tier]]:
+        """What is to be loaded, and from where: as far as loading takes less time than computing."""
+        run: list[tuple[Entry, bytes, Tier]] = []
+        speed = self._moves.speed
+        seconds = sum((speed[t].under_way + self._queued[t]) * speed[t].seconds for t in _SLOWER)
+        worth = 0
+        for i, (entry, content) in enumerate(path):
+            if entry.committed(Tier.DEVICE) is not None:
+                continue
+            source = self._source(entry)
+            if source is None or len(run) >= room:
+                break
+            seconds += speed[source.tier].seconds
+            run.append((entry, content, source.tier))
+            compute = self._recompute((i + 1 - len(run)) * size, len(run) * size)
+            if compute is None or seconds < compute:
+                worth = len(run)
+        self.declined += len(run) - worth
+        return run[:worth]
+
+    def _source(self, entry: Entry) -> Copy | None:
+        return entry.committed(Tier.HOST) or entry.committed(Tier.DISK)
+
+    def waits(self, table: BlockTable, now: float, latency: float) -> bool:
+        """Whether the sequence, whose turn it is, had better wait for its loads. `latency`: seconds that the
+        engine may take to see a message."""
+        load = self._loads.get(table)
+        if load is None:
+            return False
+        pending = self._pending(load)
+        if not pending:
+            return False
+        if load.until is None:
+            self.waited += 1
+            load.until = now + self._patience(pending) + latency
+        if now < load.until:
+            return True
+        if load.until > 0:
+            self.timed_out += 1
+            load.until = 0.0
+        return False
+
+    def _pending(self, load: _Load) -> deque[Entry]:
+        pending = load.pending
+        while pending and self._over(pending[0]):
+            # What follows one that failed is of no use to this sequence.
+            if pending.popleft().committed(Tier.DEVICE) is None:
+                pending.clear()
+        return pending
+
+    def _over(self, entry: Entry) -> bool:
+        """Whether its load has ended, one way or the other, or cannot be started any more."""
+        copy = entry.copies[Tier.DEVICE]
+        if copy is not None:
+            return copy.state is not State.WRITING
+        return self._source(entry) is None
+
+    def _patience(self, pending: deque[Entry]) -> float:
+        seconds = 0.0
+        for tier in _SLOWER:
+            speed = self._moves.speed[tier]
+            count = sum((source := self._source(e)) is not None and source.tier is tier for e in pending)
+            seconds += max(count, speed.under_way) * speed.seconds
+        return _BASE_SECONDS + _PATIENCE * seconds
+
+    def next_timeout(self, now: float) -> float | None:
+        """When the next one that waits will wait no longer."""
+        times = (load.until for load in self._loads.values() if load.until is not None)
+        return min((time for time in times if time > now), default=None)
+
+    def drop(self, table: BlockTable) -> None:
+        """The sequence waits no more: it was let in, or has ended. What is under way goes on."""
+        load = self._loads.pop(table, None)
+        if load is not None:
+            self._held -= load.blocks
+
+    def start(self) -> None:
+        """Begin as many loads as may be under way."""
+        most = min(MOST_LOADS, self._budget)
+        while self._queue and sum(s.under_way for s in self._moves.speed.values()) < most:
+            table, entry, content, tier = self._queue[0]
+            source = self._source(entry)
+            if table in self._loads and entry.copies[Tier.DEVICE] is None and source is not None:
+                block = self._tiers.take(Tier.DEVICE, entry.owner, must=False)
+                if block is None:
+                    return
+                target = self._tiers.place(entry, Tier.DEVICE, block, State.WRITING)
+                self._moves.start(source, target, content)
+            self._queue.popleft()
+            self._queued[tier] -= 1
