@@ -1,0 +1,166 @@
+"""The index of a disk store in SQLite: which block lies where in the sealed segments.
+
+It saves reading footers at start, and remembers hits; nothing depends on it. What it says is compared with
+the segments' heads at start and with each record when it is read, and whatever it lacks is found in the
+segments. So no commit waits for the disk (WAL, synchronous=NORMAL), and a damaged index is thrown away.
+"""
+
+import sqlite3
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ktransformers.kvcache.stores.layout import KEY, OWNER, Row, SegmentHead
+
+_APPLICATION = 0x6B746B76  # "ktkv"
+_VERSION = 1
+_SCHEMA = """
+CREATE TABLE model (
+    fingerprint BLOB PRIMARY KEY,
+    opened REAL NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE segment (
+    seq INTEGER PRIMARY KEY,
+    id BLOB NOT NULL,
+    fingerprint BLOB NOT NULL
+) STRICT;
+CREATE TABLE block (
+    segment INTEGER NOT NULL,
+    offset INTEGER NOT NULL,
+    key BLOB NOT NULL,
+    parent BLOB NOT NULL,
+    owner BLOB NOT NULL,
+    hits INTEGER NOT NULL,
+    last_use REAL NOT NULL,
+    PRIMARY KEY (segment, offset)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE closed (yes INTEGER NOT NULL) STRICT;
+INSERT INTO closed VALUES (1);
+"""
+
+Place = tuple[int, int]
+"""(segment, offset)"""
+
+
+@dataclass(slots=True)
+class Changes:
+    """What one transaction will write, in this order."""
+
+    sealed: list[tuple[SegmentHead, list[tuple[Row, int, float]]]] = field(default_factory=list)
+    """Each with its live rows, their hits and last use."""
+    used: dict[Place, tuple[int, float]] = field(default_factory=dict)
+    forgotten: list[Place] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+    """Segments."""
+
+    def __bool__(self) -> bool:
+        return bool(self.sealed or self.used or self.forgotten or self.dropped)
+
+
+class DiskIndex:
+    """One connection, used by one thread at a time. Every method raises sqlite3.Error for what goes wrong."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+
+    @classmethod
+    def open(cls, path: Path) -> "DiskIndex":
+        """Open it, made if the file is empty. sqlite3.DatabaseError also when it is damaged or not ours."""
+        db = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
+        try:
+            _prepare(db)
+        except BaseException:
+            db.close()
+            raise
+        return cls(db)
+
+    def segments(self) -> dict[int, bytes]:
+        """Id by number of every segment that it knows."""
+        return dict(self._db.execute("SELECT seq, id FROM segment"))
+
+    def blocks(self, fingerprint: bytes) -> Iterator[tuple[int, Row, int, float]]:
+        """(segment, row, hits, last use) of the blocks of one model, in the order they were written."""
+        found = self._db.execute(
+            "SELECT block.segment, offset, key, parent, owner, hits, last_use FROM segment "
+            "JOIN block ON block.segment = seq WHERE fingerprint = ? ORDER BY seq, offset",
+            (fingerprint,),
+        )
+        for segment, offset, key, parent, owner, hits, last_use in found:
+            shapes = [len(each) for each in (key, parent, owner) if isinstance(each, bytes)]
+            if shapes != [KEY, KEY, OWNER]:
+                raise sqlite3.DatabaseError("a row of the index is damaged")
+            yield segment, Row(offset, key, parent, owner), hits, last_use
+
+    def models(self) -> dict[bytes, float]:
+        """When each model was last opened, by fingerprint."""
+        return dict(self._db.execute("SELECT fingerprint, opened FROM model"))
+
+    def begin(self, fingerprint: bytes, now: float) -> None:
+        """A model is opened: from here to `close` the index counts as not closed properly."""
+        with self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO model VALUES (?, ?)", (fingerprint, now))
+            self._db.execute("UPDATE closed SET yes = 0")
+
+    def apply(self, changes: Changes) -> None:
+        """Write all of it, or nothing."""
+        db = self._db
+        with self._transaction():
+            for head, rows in changes.sealed:
+                self._forget_segment(head.seq)
+                segment = head.seq, head.id, head.fingerprint
+                db.execute("INSERT INTO segment VALUES (?, ?, ?)", segment)
+                db.executemany(
+                    "INSERT INTO block VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    ((head.seq, r.offset, r.key, r.parent, r.owner, hits, use) for r, hits, use in rows),
+                )
+            db.executemany(
+                "UPDATE block SET hits = ?, last_use = ? WHERE segment = ? AND offset = ?",
+                ((*use, *place) for place, use in changes.used.items()),
+            )
+            db.executemany("DELETE FROM block WHERE segment = ? AND offset = ?", changes.forgotten)
+            self._forget_segments(changes.dropped)
+
+    def close(self) -> None:
+        """Mark it closed, and leave one file."""
+        try:
+            self._db.execute("UPDATE closed SET yes = 1")
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        finally:
+            self._db.close()
+
+    def abandon(self) -> None:
+        """Close without a mark: it will be checked when it is opened again."""
+        self._db.close()
+
+    def _forget_segments(self, segments: Iterable[int]) -> None:
+        for seq in segments:
+            self._forget_segment(seq)
+
+    def _forget_segment(self, seq: int) -> None:
+        self._db.execute("DELETE FROM block WHERE segment = ?", (seq,))
+        self._db.execute("DELETE FROM segment WHERE seq = ?", (seq,))
+
+    def _transaction(self) -> sqlite3.Connection:
+        """A context: commits at its end, rolls back on an error."""
+        self._db.execute("BEGIN IMMEDIATE")
+        return self._db
+
+
+def _prepare(db: sqlite3.Connection) -> None:
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = NORMAL")
+    db.execute("PRAGMA trusted_schema = OFF")
+    (application,) = db.execute("PRAGMA application_id").fetchone()
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    (tables,) = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    if (application, version, tables) == (0, 0, 0):
+        # One transaction: who is killed here leaves an empty file or a whole schema.
+        pragmas = f"PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {_VERSION};"
+        db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {pragmas} COMMIT;")
+    elif (application, version) != (_APPLICATION, _VERSION):
+        raise sqlite3.DatabaseError("not an index of this version")
+    (closed,) = db.execute("SELECT yes FROM closed").fetchone()
+    if not closed:
+        (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(verdict)

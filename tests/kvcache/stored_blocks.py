@@ -1,0 +1,51 @@
+"""Blocks whose bytes follow from their names, so that every byte that a store gives back can be checked."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from ktransformers.kvcache.stores.disk import DiskStore
+
+SIZE = 5000
+"""Bytes of a block: not whole pages."""
+MODEL = b"m" * 32
+
+
+@dataclass(frozen=True)
+class Name:
+    key: bytes
+    parent: bytes
+    owner: bytes
+    content: bytes
+
+
+def name(i: int, owner: int = 1, content_bytes: int = 64) -> Name:
+    """The name of block i of a chain."""
+    key, parent = (hashlib.sha256(b"%d" % n).digest() for n in (i, i - 1))
+    return Name(key, parent, bytes([owner]) * 16, (key * 99)[:content_bytes])
+
+
+def payload(of: Name, size: int = SIZE) -> bytes:
+    """The bytes of a block."""
+    return hashlib.shake_128(of.key).digest(size)
+
+
+def open_store(folder: Path, model: bytes = MODEL, size: int = SIZE, cap: int = 1 << 20) -> DiskStore:
+    return DiskStore.open(folder, model, size, cap)
+
+
+def put(store: DiskStore, *blocks: Name) -> None:
+    for block in blocks:
+        assert store.put(block, payload(block, store.block_bytes)) > 0, store.stats()
+
+
+def has(store: DiskStore, block: Name) -> bool:
+    """Whether the store has it. A hit with a wrong byte fails."""
+    buffer = bytearray(store.block_bytes)
+    found = store.get_into(block, buffer)
+    assert not found or buffer == payload(block, store.block_bytes), "a hit with wrong bytes"
+    return found
+
+
+def segments(folder: Path) -> list[Path]:
+    return sorted((folder / "seg").iterdir())
