@@ -1,0 +1,137 @@
+"""Small random checkpoints of transformers, and a driver that runs sequences through an executor."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from ktransformers.engine.batch import Batch
+from ktransformers.engine.executors.torch import TorchExecutor
+from ktransformers.engine.models.decoder import compile_program
+from ktransformers.engine.models.registry import read_spec
+from ktransformers.engine.models.spec import ModelSpec
+from ktransformers.engine.program import Program
+from ktransformers.engine.weights.gguf import read
+
+VOCAB = 96
+BLOCK = 16
+LENGTHS = (90, 37, 5, 1)
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "attn_implementation": "eager",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A variation of an architecture: what transformers builds, and the keys a converter writes for it."""
+
+    arch: str
+    model: str
+    config: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, int | float | str | list[bool]] = field(default_factory=dict)
+
+
+def rope(theta: float, **scaling: object) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_theta": theta, "rope_type": "default", **scaling}}
+
+
+def build(case: Case) -> Any:
+    """A random model, all of whose parameters (norms and biases too) are away from their neutral values."""
+    kind = "Gemma3Text" if case.model == "Gemma3" else case.model
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **case.config})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{case.model}ForCausalLM")(config).float().eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                p.copy_(torch.randn_like(p) * 0.2 + (0.0 if "bias" in name or "gemma" in case.arch else 1.0))
+            else:
+                p.copy_(torch.randn_like(p) * p.shape[-1] ** -0.5)
+        for name, b in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                b.copy_(torch.randn_like(b) * 0.2)
+    return model
+
+
+def i32(values: object) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return np.array(values, np.int32)
+
+
+class Driver:
+    """Feeds sequences to an executor in pieces and collects the logits of every position."""
+
+    def __init__(
+        self, executor: Any, sequences: list[np.ndarray[Any, Any]], seed: int = 0, room: int = 0
+    ) -> None:
+        """`room`: tokens that each sequence may still grow by."""
+        self.executor = executor
+        self.sequences = list(sequences)
+        self.done = [0] * len(sequences)
+        self.logits: list[list[np.ndarray[Any, Any]]] = [[] for _ in sequences]
+        need = [-(-(len(s) + room) // BLOCK) for s in sequences]
+        ids = np.random.default_rng(seed).permutation(executor.blocks)[: sum(need)]
+        self.tables = np.split(ids.astype(np.int32), np.cumsum(need)[:-1])
+
+    def step(self, pieces: dict[int, int]) -> None:
+        """Compute the next n tokens of each named sequence as one batch."""
+        tokens, starts, context, block_starts, blocks = [], [0], [], [0], []
+        for s, n in pieces.items():
+            tokens.append(self.sequences[s][self.done[s] : self.done[s] + n])
+            starts.append(starts[-1] + n)
+            context.append(self.done[s])
+            used = self.tables[s][: -(-(self.done[s] + n) // BLOCK)]
+            blocks.append(used)
+            block_starts.append(block_starts[-1] + len(used))
+        batch = Batch(
+            tokens=i32(np.concatenate(tokens)),
+            starts=i32(starts),
+            context=i32(context),
+            block_starts=i32(block_starts),
+            blocks=i32(np.concatenate(blocks)),
+            logit_rows=i32(range(starts[-1])),
+        )
+        out = self.executor.logits(batch)
+        for i, (s, n) in enumerate(pieces.items()):
+            self.logits[s] += list(out[starts[i] : starts[i + 1]])
+            self.done[s] += n
+
+    def finish(self, chunk: Callable[[int], int]) -> list[np.ndarray[Any, Any]]:
+        """Steps with `chunk(sequence)` tokens of each until all are computed."""
+        while True:
+            left = [len(s) - d for s, d in zip(self.sequences, self.done, strict=True)]
+            pieces = {s: min(n, chunk(s)) for s, n in enumerate(left) if n}
+            if not pieces:
+                return [np.stack(rows) for rows in self.logits]
+            self.step(pieces)
+
+
+def load(path: Path) -> tuple[ModelSpec, Program]:
+    f = read(path)
+    spec = read_spec(f.metadata)
+    return spec, compile_program(spec, f)
+
+
+def torch_executor(program: Program, kv_dtype: torch.dtype = torch.float32) -> TorchExecutor:
+    return TorchExecutor(program, blocks=32, block_tokens=BLOCK, max_tokens=256, kv_dtype=kv_dtype, threads=1)
+
+
+CHUNKS: dict[str, Callable[[int], int]] = {
+    "whole": lambda s: 256,
+    "chunks": lambda s: (16, 13, 5, 1)[s],
+    "decode": lambda s: 1,
+}

@@ -1,0 +1,129 @@
+"""Writes a checkpoint of transformers as GGUF, with names, permutations and keys as llama.cpp has them."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from checkpoints import Case
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+NAMES = {
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+POST_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+EXPERTS = {
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+}
+
+
+def permute(w: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of q or k so that rope pairs (i, i + n / 2) become neighbours."""
+    return w.reshape(heads, 2, -1, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
+
+
+def llama3_divisors(head_dim: int, theta: float) -> np.ndarray[Any, Any]:
+    """As the converter writes rope_freqs.weight."""
+    old = LLAMA3["original_max_position_embeddings"]
+    low, high, factor = (LLAMA3[k] for k in ("low_freq_factor", "high_freq_factor", "factor"))
+    divisors = []
+    for freq in theta ** (-np.arange(0, head_dim, 2) / head_dim):
+        turns = old * freq / (2 * math.pi)  # type: ignore[operator]
+        smooth = min(max((turns - low) / (high - low), 0), 1)  # type: ignore[operator]
+        divisors.append(1 / ((1 - smooth) / factor + smooth))  # type: ignore[operator]
+    return np.array(divisors, np.float32)
+
+
+Named = Iterator[tuple[str, torch.Tensor]]
+
+
+def layer_tensors(case: Case, config: Any, stem: str, leaf: str, p: torch.Tensor) -> Named:
+    """One parameter of a layer under its name, or names, in GGUF."""
+    names = {**NAMES, **EXPERTS, **(POST_NORMS if case.arch in ("gemma2", "gemma3") else {})}
+    if stem == "mlp.experts":
+        if leaf == "gate_up_proj":
+            gate, up = p.chunk(2, dim=1)
+            yield from (("ffn_gate_exps.weight", gate), ("ffn_up_exps.weight", up))
+        else:
+            yield "ffn_down_exps.weight", p
+        return
+    if case.arch == "llama" and stem in ("self_attn.q_proj", "self_attn.k_proj"):
+        p = permute(p, config.num_attention_heads if "q_proj" in stem else config.num_key_value_heads)
+    if case.arch.startswith("gemma") and stem.endswith("norm"):
+        p = p + 1
+    if stem == "mlp.shared_expert_gate":
+        p = p[0]
+    yield f"{names[stem]}.{leaf}", p
+
+
+def tensors(case: Case, model: Any) -> Named:
+    config = model.config
+    for name, p in model.state_dict().items():
+        parts = name.removeprefix("model.").split(".")
+        if parts[0] == "layers":
+            for ours, q in layer_tensors(case, config, ".".join(parts[2:-1]), parts[-1], p):
+                yield f"blk.{parts[1]}.{ours}", q
+        elif parts[0] != "lm_head" or not config.tie_word_embeddings:
+            plus = 1 if case.arch.startswith("gemma") and parts[0] == "norm" else 0
+            yield f"{NAMES[parts[0]]}.{parts[1]}", p + plus
+
+
+def convert(case: Case, model: Any, path: Path) -> Path:
+    """Write the checkpoint in F32."""
+    c = model.config
+    w = gguf.GGUFWriter(path, case.arch)
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    w.add_block_count(c.num_hidden_layers)
+    w.add_context_length(c.max_position_embeddings)
+    w.add_embedding_length(c.hidden_size)
+    w.add_feed_forward_length(c.intermediate_size)
+    w.add_head_count(c.num_attention_heads)
+    w.add_head_count_kv(c.num_key_value_heads)
+    w.add_key_length(head_dim)
+    w.add_value_length(head_dim)
+    w.add_layer_norm_rms_eps(c.rms_norm_eps)
+    w.add_token_list([f"t{i}" for i in range(c.vocab_size)])
+    for key, value in case.keys.items():
+        add = {int: w.add_uint32, float: w.add_float32, str: w.add_string, list: w.add_array}
+        {**add, bool: w.add_bool}[type(value)](f"{case.arch}.{key}", value)
+    if case.config.get("rope_parameters", {}).get("rope_type") == "llama3":
+        w.add_tensor("rope_freqs.weight", llama3_divisors(head_dim, 500_000.0))
+    for name, p in tensors(case, model):
+        w.add_tensor(name, p.contiguous().numpy())
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path

@@ -1,0 +1,137 @@
+"""Every architecture with experts against `transformers`: small random checkpoints, written as GGUF."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import CHUNKS, LENGTHS, VOCAB, Case, Driver, build, load, rope, torch_executor
+from converters import convert
+
+from ktransformers.engine import _kernels
+from ktransformers.engine.executors.native import NativeExecutor
+from ktransformers.engine.program import Program
+
+F32 = np.ndarray[Any, np.dtype[np.float32]]
+
+CASES = {
+    "mixtral": Case(
+        "llama",
+        "Mixtral",
+        {"num_local_experts": 6, "num_experts_per_tok": 2, **rope(1e6)},
+        {"expert_count": 6, "expert_used_count": 2, "rope.freq_base": 1e6},
+    ),
+    "qwen2moe": Case(
+        "qwen2moe",
+        "Qwen2Moe",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+            **rope(1e6),
+        },
+        {
+            "expert_count": 8,
+            "expert_used_count": 3,
+            "expert_feed_forward_length": 32,
+            "expert_shared_feed_forward_length": 48,
+            "rope.freq_base": 1e6,
+        },
+    ),
+    "qwen3moe": Case(
+        "qwen3moe",
+        "Qwen3Moe",
+        {
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 32,
+            "head_dim": 32,
+            "norm_topk_prob": True,
+            **rope(1e6),
+        },
+        {
+            "expert_count": 16,
+            "expert_used_count": 4,
+            "expert_feed_forward_length": 32,
+            "rope.freq_base": 1e6,
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(name: str) -> Any:
+    """What transformers builds."""
+    return build(CASES[name])
+
+
+@pytest.fixture(scope="module")
+def program(name: str, model: Any, tmp_path_factory: pytest.TempPathFactory) -> Program:
+    return load(convert(CASES[name], model, tmp_path_factory.mktemp("model") / "m.gguf"))[1]
+
+
+@pytest.fixture(scope="module")
+def sequences() -> list[np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, VOCAB, n).astype(np.int32) for n in LENGTHS]
+
+
+def theirs(model: Any, tokens: np.ndarray[Any, Any]) -> F32:
+    """transformers' logits of every position."""
+    with torch.no_grad():
+        out: F32 = model(torch.from_numpy(tokens)[None].long(), use_cache=False).logits[0].numpy()
+    return out
+
+
+@pytest.fixture(scope="module")
+def expected(model: Any, sequences: list[Any]) -> list[F32]:
+    return [theirs(model, s) for s in sequences]
+
+
+@pytest.mark.parametrize("chunk", list(CHUNKS))
+def test_torch(program: Program, sequences: list[Any], expected: list[F32], chunk: str) -> None:
+    driver = Driver(torch_executor(program), sequences)
+    for ours, reference in zip(driver.finish(CHUNKS[chunk]), expected, strict=True):
+        assert np.abs(reference).max() > 1, "the logits of a test model should be worth comparing"
+        np.testing.assert_allclose(ours, reference, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("isa", _kernels.isas())
+def test_native(program: Program, sequences: list[Any], expected: list[F32], isa: str) -> None:
+    """With keys and values in float16 a few rows choose another expert: all the others are close."""
+    executor = NativeExecutor(program, isa=isa, threads=2, blocks=24, max_tokens=256, max_rows=256)
+    ours = Driver(executor, sequences).finish(CHUNKS["chunks"])
+    off = np.concatenate([np.abs(a - b).max(axis=-1) for a, b in zip(ours, expected, strict=True)])
+    assert np.quantile(off, 0.9) < 6e-3
+    assert np.mean(np.concatenate(ours).argmax(-1) == np.concatenate(expected).argmax(-1)) > 0.95
+
+
+def test_greedy_text_is_that_of_a_full_recompute(program: Program, model: Any, sequences: list[Any]) -> None:
+    """64 steps of four sequences that enter at different steps, each prompt in pieces of its own."""
+    prompts = [s[:n] for s, n in zip(sequences, (50, 37, 5, 1), strict=True)]
+    driver = Driver(torch_executor(program), prompts, room=64)
+    drawn = [0] * len(prompts)
+    step = 0
+    while min(drawn) < 64:
+        pieces = {}
+        for s, sequence in enumerate(driver.sequences):
+            left = len(sequence) - driver.done[s]
+            if step >= 3 * s and drawn[s] < 64:
+                pieces[s] = min(left, 7 + 6 * s)
+        driver.step(pieces)
+        for s in pieces:
+            if driver.done[s] == len(driver.sequences[s]):
+                token = np.int32(driver.logits[s][-1].argmax())
+                driver.sequences[s] = np.append(driver.sequences[s], token)
+                drawn[s] += 1
+        step += 1
+    for s, prompt in enumerate(prompts):
+        tokens = driver.sequences[s]
+        greedy = theirs(model, tokens).argmax(-1)
+        assert tokens[len(prompt) :].tolist() == greedy[len(prompt) - 1 : -1].tolist()
