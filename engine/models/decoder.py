@@ -1,6 +1,7 @@
 """Compiles a ModelSpec and the tensors of a file into the program that executors run."""
 
 from ktransformers.engine.models.compiler import Compiler
+from ktransformers.engine.models.mla import mla_attention
 from ktransformers.engine.models.mlp import mlp
 from ktransformers.engine.models.spec import ModelSpec
 from ktransformers.engine.program import (
@@ -43,14 +44,22 @@ def compile_program(spec: ModelSpec, file: Checkpoint) -> Program:
         ops=tuple(c.ops),
         widths=tuple(c.widths),
         weights=tuple(c.tensors.weights),
-        cache=CacheShape(spec.layers, spec.kv_heads, spec.head_dim),
+        cache=_cache(spec),
         vocab=vocab,
     )
+
+
+def _cache(spec: ModelSpec) -> CacheShape:
+    if spec.mla is not None:
+        return CacheShape(spec.layers, 1, spec.mla.latent + spec.mla.rope, "latent")
+    return CacheShape(spec.layers, spec.kv_heads, spec.head_dim)
 
 
 def _attention(c: Compiler, layer: int, h: ValueId) -> ValueId:
     """What attention gives for the normed row h."""
     s = c.spec
+    if s.mla is not None:
+        return mla_attention(c, s.mla, layer, h)
     kv_width = s.kv_heads * s.head_dim
     q = c.value("q", s.heads * s.head_dim)
     k, v = c.value("k", kv_width), c.value("v", kv_width)

@@ -67,6 +67,15 @@ class Keys:
             raise self.error(name, f"{brief(value)} is not a number from {low} to {high}")
         return float(value)  # type: ignore[arg-type]
 
+    def flag(self, name: str, default: bool) -> bool:
+        """A bool."""
+        value = self.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.error(name, f"{brief(value)} is not a bool")
+        return value
+
     def refuse(self, name: str, harmless: Value) -> None:
         """A key of a variation that is not implemented: it may be there if it says that it is not used."""
         value = self.get(name)

@@ -6,7 +6,7 @@ Every `<architecture>.*` key is used or refused: a key that is not understood ma
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from ktransformers.engine.models.families import gemma, llama, qwen
+from ktransformers.engine.models.families import deepseek, gemma, llama, olmoe, qwen
 from ktransformers.engine.models.keys import Keys, brief
 from ktransformers.engine.models.spec import ModelError, ModelSpec
 from ktransformers.engine.weights.gguf import Value
@@ -17,6 +17,8 @@ ARCHITECTURES: Final[dict[str, Callable[[Keys], ModelSpec]]] = {
     "qwen2moe": qwen.qwen2moe,
     "qwen3": qwen.qwen3,
     "qwen3moe": qwen.qwen3moe,
+    "olmoe": olmoe.olmoe,
+    "deepseek2": deepseek.deepseek2,
     "gemma": gemma.gemma,
     "gemma2": gemma.gemma2,
     "gemma3": gemma.gemma3,

@@ -18,9 +18,17 @@ class Yarn:
 
     factor: float
     original_context: int
-    attention_factor: float = 1.0
+    attention_factor: float
+    """By which rotated elements are multiplied; see `sharpening`."""
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    truncate: bool = True
+    """Whether the pairs between which frequencies go over from one rule to the other are whole numbers."""
+
+
+def sharpening(factor: float, strength: float = 1.0) -> float:
+    """YaRN sharpens attention as the context grows by `factor`."""
+    return 0.1 * strength * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 @dataclass(frozen=True)
@@ -54,17 +62,33 @@ class RopeSpec:
         def pair_that_turns(times: float) -> float:
             return n * math.log(yarn.original_context / (times * 2 * math.pi)) / math.log(self.base)
 
-        low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
-        high = min(math.ceil(pair_that_turns(yarn.beta_slow)), 2 * n - 1)
-        ramp = np.clip((np.arange(n) - low) / max(high - low, 0.001), 0, 1)
-        return ramp / yarn.factor + (1 - ramp)
+        first, last = pair_that_turns(yarn.beta_fast), pair_that_turns(yarn.beta_slow)
+        if yarn.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        low, high = max(first, 0), min(last, 2 * n - 1)
+        ramp = np.clip((np.arange(n, dtype=np.float64) - low) / max(high - low, 0.001), 0.0, 1.0)
+        stretch: npt.NDArray[np.float64] = ramp / yarn.factor + (1.0 - ramp)
+        return stretch
 
     @property
     def scale(self) -> float:
-        """By which rotated elements are multiplied: YaRN sharpens attention as the context grows."""
-        if self.yarn is None:
-            return 1.0
-        return self.yarn.attention_factor * (0.1 * math.log(self.yarn.factor) + 1.0)
+        """By which rotated elements are multiplied."""
+        return 1.0 if self.yarn is None else self.yarn.attention_factor
+
+
+@dataclass(frozen=True)
+class MlaSpec:
+    """Multi-head latent attention: keys and values are projections of one latent row for each position.
+
+    Sizes of a query head's parts (`nope` without position, then `rope` elements with it) and of its value.
+    """
+
+    q_rank: int
+    """Width of what queries are projected from; 0: from the row itself."""
+    latent: int
+    nope: int
+    rope: int
+    value: int
 
 
 @dataclass(frozen=True)
@@ -134,6 +158,8 @@ class ModelSpec:
     post_norms: bool = False
     """The outputs of attention and MLP are normalised before they are added."""
     moe: MoeSpec | None = None
+    mla: MlaSpec | None = None
+    """Then head_dim is that of queries, and kv_heads is 1."""
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has experts in place of the MLP."""

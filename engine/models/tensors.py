@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ktransformers.engine.models.spec import ModelError
-from ktransformers.engine.program import Tensor, WeightId
+from ktransformers.engine.program import U8, Pieces, Tensor, WeightId
 from ktransformers.engine.weights.checkpoint import Checkpoint, StoredTensor
 from ktransformers.engine.weights.formats import BF16, F16, F32, FORMATS
 
@@ -38,6 +38,19 @@ class Tensors:
             return self.add(self._stored(name, (rows, cols), 1))
         self._info(name, (rows, cols))
         return self.ids[name]
+
+    def rows(self, name: str, total: int, cols: int, begin: int, end: int) -> WeightId:
+        """Rows [begin, end) of a matrix of `total` rows."""
+        whole = self._stored(name, (total, cols), 1)
+
+        def part() -> U8:
+            out: U8 = whole.read().reshape(total, -1)[begin:end].reshape(-1)
+            return out
+
+        nbytes = whole.data.nbytes // total * (end - begin)
+        data = Pieces(nbytes, (part,)) if isinstance(whole.data, Pieces) else part()
+        self.ids[name] = -1
+        return self.add(Tensor(f"{name}[{begin}:{end}]", whole.format, end - begin, cols, data))
 
     def experts(self, name: str, experts: int, rows: int, cols: int) -> WeightId:
         """Weights of all experts (or heads), a tensor of three dimensions."""

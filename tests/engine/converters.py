@@ -46,6 +46,14 @@ EXPERTS = {
     "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
     "mlp.shared_expert.up_proj": "ffn_up_shexp",
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp",
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
 }
 
 
@@ -79,6 +87,14 @@ def layer_tensors(case: Case, config: Any, stem: str, leaf: str, p: torch.Tensor
         else:
             yield "ffn_down_exps.weight", p
         return
+    if leaf == "e_score_correction_bias":
+        yield "exp_probs_b.bias", p
+        return
+    if stem == "self_attn.kv_b_proj":
+        by_head = p.reshape(config.num_attention_heads, -1, config.kv_lora_rank)
+        k, v = by_head.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+        yield from (("attn_k_b.weight", k.transpose(1, 2)), ("attn_v_b.weight", v))
+        return
     if case.arch == "llama" and stem in ("self_attn.q_proj", "self_attn.k_proj"):
         p = permute(p, config.num_attention_heads if "q_proj" in stem else config.num_key_value_heads)
     if case.arch.startswith("gemma") and stem.endswith("norm"):
@@ -105,17 +121,19 @@ def convert(case: Case, model: Any, path: Path) -> Path:
     c = model.config
     w = gguf.GGUFWriter(path, case.arch)
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    w.add_block_count(c.num_hidden_layers)
-    w.add_context_length(c.max_position_embeddings)
-    w.add_embedding_length(c.hidden_size)
-    w.add_feed_forward_length(c.intermediate_size)
-    w.add_head_count(c.num_attention_heads)
-    w.add_head_count_kv(c.num_key_value_heads)
-    w.add_key_length(head_dim)
-    w.add_value_length(head_dim)
-    w.add_layer_norm_rms_eps(c.rms_norm_eps)
     w.add_token_list([f"t{i}" for i in range(c.vocab_size)])
-    for key, value in case.keys.items():
+    keys = {
+        "block_count": c.num_hidden_layers,
+        "context_length": c.max_position_embeddings,
+        "embedding_length": c.hidden_size,
+        "feed_forward_length": c.intermediate_size,
+        "attention.head_count": c.num_attention_heads,
+        "attention.head_count_kv": c.num_key_value_heads,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
+    }
+    for key, value in {**keys, **case.keys}.items():
         add = {int: w.add_uint32, float: w.add_float32, str: w.add_string, list: w.add_array}
         {**add, bool: w.add_bool}[type(value)](f"{case.arch}.{key}", value)
     if case.config.get("rope_parameters", {}).get("rope_type") == "llama3":

@@ -1,6 +1,7 @@
 """What the families read alike from the keys of a GGUF file."""
 
 from dataclasses import replace
+from typing import Final, Literal
 
 import numpy as np
 
@@ -15,7 +16,14 @@ from ktransformers.engine.models.keys import (
     Keys,
     brief,
 )
-from ktransformers.engine.models.spec import ModelSpec, MoeSpec, RopeSpec, Yarn
+from ktransformers.engine.models.spec import ModelSpec, MoeSpec, RopeSpec, Yarn, sharpening
+
+_SCORES: Final[dict[int, Literal["softmax", "sigmoid", "softmax_top"]]] = {
+    1: "softmax",
+    2: "sigmoid",
+    3: "softmax_top",
+}
+"""expert_gating_func"""
 
 
 def base(architecture: str, keys: Keys, *, interleaved: bool, experts: bool = False) -> ModelSpec:
@@ -34,6 +42,7 @@ def base(architecture: str, keys: Keys, *, interleaved: bool, experts: bool = Fa
     if not 2 <= head_dim <= MAX_HEAD_DIM or head_dim % 2:
         raise keys.error("attention.head_count", f"heads of {head_dim} elements are not supported")
     keys.refuse("attention.causal", True)
+    keys.refuse("rope.scaling.yarn_log_multiplier", 0.0)
     if not experts:
         keys.refuse("expert_count", 0)
         keys.refuse("expert_used_count", 0)
@@ -47,13 +56,14 @@ def base(architecture: str, keys: Keys, *, interleaved: bool, experts: bool = Fa
         ffn=keys.integer("feed_forward_length", 1, MAX_FFN),
         context=keys.integer("context_length", 1, MAX_CONTEXT),
         eps=keys.number("attention.layer_norm_rms_epsilon", 1e-12, 0.1),
-        rope=_rope(keys, head_dim, interleaved),
+        rope=rope_of(keys, head_dim, interleaved),
         attention_scale=keys.number("attention.scale", 1e-4, 10.0, head_dim**-0.5),
         windows=(0,) * layers,
     )
 
 
-def _rope(keys: Keys, head_dim: int, interleaved: bool) -> RopeSpec:
+def rope_of(keys: Keys, head_dim: int, interleaved: bool) -> RopeSpec:
+    """The rope of heads of `head_dim` elements, with its context extension."""
     dims = keys.integer("rope.dimension_count", 2, head_dim, head_dim)
     if dims % 2:
         raise keys.error("rope.dimension_count", f"{dims} is odd")
@@ -71,14 +81,14 @@ def _rope(keys: Keys, head_dim: int, interleaved: bool) -> RopeSpec:
     if kind != "yarn":
         raise keys.error("rope.scaling.type", f"{brief(kind)} is not supported (none, linear and yarn are)")
     keys.refuse("rope.scaling.yarn_ext_factor", 1.0)
-    keys.refuse("rope.scaling.yarn_log_multiplier", 0.0)
     attention = keys.number("rope.scaling.attn_factor", 1e-3, 1e3, 1.0)
+    attention = keys.number("rope.scaling.yarn_attn_factor", 1e-3, 1e3, attention)
     return replace(
         rope,
         yarn=Yarn(
             factor=factor,
             original_context=keys.integer("rope.scaling.original_context_length", 1, MAX_CONTEXT),
-            attention_factor=keys.number("rope.scaling.yarn_attn_factor", 1e-3, 1e3, attention),
+            attention_factor=attention * sharpening(factor),
             beta_fast=keys.number("rope.scaling.yarn_beta_fast", 1e-3, 1e4, 32.0),
             beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1e-3, 1e4, 1.0),
         ),
@@ -97,12 +107,30 @@ def windows(keys: Keys, layers: int, pattern: int) -> tuple[int, ...]:
     return tuple(window if layer % pattern < pattern - 1 else 0 for layer in range(layers))
 
 
-def moe(keys: Keys, layers: int, ffn: int) -> MoeSpec:
-    """Experts of the width `ffn` in all layers, chosen as Mixtral's."""
+def moe(keys: Keys, layers: int, ffn: int | None = None) -> MoeSpec:
+    """Experts in all layers but the first ones that the file names, chosen as Mixtral's unless the file says
+    more. `ffn`: the width of an expert where the file has no key for it."""
     experts = keys.integer("expert_count", 1, MAX_EXPERTS)
+    top = keys.integer("expert_used_count", 1, experts)
+    dense = keys.integer("leading_dense_block_count", 0, layers, 0)
+    score = keys.integer("expert_gating_func", 1, 3, 1)
+    groups = keys.integer("expert_group_count", 0, experts, 1) or 1
+    top_groups = keys.integer("expert_group_used_count", 0, groups, groups) or groups
+    if experts % groups or top > experts // groups * top_groups:
+        raise keys.error("expert_group_count", f"{groups} groups do not fit {top} of {experts} experts")
+    if groups > 1 and experts == groups:
+        raise keys.error("expert_group_count", "groups of one expert are not supported")
+    width = keys.integer("expert_feed_forward_length", 1, MAX_FFN, ffn)
     return MoeSpec(
-        layers=(True,) * layers,
+        layers=tuple(layer >= dense for layer in range(layers)),
         experts=experts,
-        top=keys.integer("expert_used_count", 1, experts),
-        ffn=ffn,
+        top=top,
+        ffn=width,
+        score=_SCORES[score],
+        normalise=keys.flag("expert_weights_norm", default=True),
+        scale=keys.number("expert_weights_scale", 0.0, 1e3, 1.0) or 1.0,
+        groups=groups,
+        top_groups=top_groups,
+        group_score="top2" if _SCORES[score] == "sigmoid" else "max",
+        shared_ffn=keys.integer("expert_shared_count", 0, MAX_EXPERTS, 0) * width,
     )

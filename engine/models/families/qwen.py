@@ -18,13 +18,14 @@ def qwen3(keys: Keys) -> ModelSpec:
 def qwen2moe(keys: Keys) -> ModelSpec:
     """Weights of the chosen are not normalised; a shared expert has a gate of its own."""
     spec = base("qwen2moe", keys, interleaved=False, experts=True)
-    experts = moe(keys, spec.layers, keys.integer("expert_feed_forward_length", 1, MAX_FFN))
+    experts = moe(keys, spec.layers)
     shared = keys.integer("expert_shared_feed_forward_length", 1, MAX_FFN)
-    experts = replace(experts, normalise=False, shared_ffn=shared, shared_gate=True)
+    normalise = keys.flag("expert_weights_norm", default=False)
+    experts = replace(experts, normalise=normalise, shared_ffn=shared, shared_gate=True)
     return replace(spec, qkv_bias=True, moe=experts)
 
 
 def qwen3moe(keys: Keys) -> ModelSpec:
     spec = base("qwen3moe", keys, interleaved=False, experts=True)
-    experts = moe(keys, spec.layers, keys.integer("expert_feed_forward_length", 1, MAX_FFN))
+    experts = moe(keys, spec.layers)
     return replace(spec, qk_norm="head", moe=experts)
