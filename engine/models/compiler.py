@@ -29,14 +29,19 @@ class Compiler:
             self._values[key] = len(self.widths) - 1
         return self._values[key]
 
-    def gather(self, **values: ValueId) -> dict[str, ValueId]:
-        """From here on only the rows that draw a token are computed; gives the named values' rows."""
+    def gather(self, use: str, value: ValueId) -> ValueId:
+        """The rows of a value that draw a token: from here on only these are computed."""
         self._drawn = True
-        gathered = {}
-        for use, value in values.items():
-            gathered[use] = self.value(use, self.widths[value])
-            self.ops.append(GatherRows(value, gathered[use]))
-        return gathered
+        rows = self.value(use, self.widths[value])
+        self.ops.append(GatherRows(value, rows))
+        return rows
+
+    def ones(self, n: int) -> WeightId:
+        """The weight of a norm that has none."""
+        name = f"ones.{n}"
+        if name not in self.tensors.ids:
+            self.tensors.add(f32_tensor(name, np.ones(n, np.float32)))
+        return self.tensors.ids[name]
 
     def vocabulary(self) -> int:
         """Rows of the embedding, which must be as many as there are tokens."""

@@ -2,7 +2,7 @@
 
 from ktransformers.engine.models.compiler import Compiler
 from ktransformers.engine.models.mla import mla_attention
-from ktransformers.engine.models.mlp import mlp
+from ktransformers.engine.models.mlp import early_route, mlp
 from ktransformers.engine.models.spec import ModelSpec
 from ktransformers.engine.program import (
     Add,
@@ -10,7 +10,9 @@ from ktransformers.engine.program import (
     CacheShape,
     Embed,
     Logits,
+    PositionScale,
     Program,
+    RmsNorm,
     Rope,
     ValueId,
 )
@@ -29,16 +31,20 @@ def compile_program(spec: ModelSpec, file: Checkpoint) -> Program:
     embed = c.tensors.matrix(names.EMBED, vocab, spec.width)
     c.ops.append(Embed(embed, x, spec.embed_scale))
     for layer in range(spec.layers):
+        routed = early_route(c, layer, x)
         c.norm(x, names.weight(layer, names.ATTN_NORM), h, spec.width)
         attended = _attention(c, layer, h)
         if layer == spec.layers - 1:
-            rows = c.gather(x=x, attention=attended)
-            x, attended, h = rows["x"], rows["attention"], c.value("h", spec.width)
-        _after_attention(c, layer, x, h, attended)
+            x, attended = c.gather("x", x), c.gather("attention", attended)
+            h = c.value("h", spec.width)
+            routed = None if routed is None else c.gather("route", routed)
+        _after_attention(c, layer, x, h, attended, routed)
     c.norm(x, names.OUTPUT_NORM, h, spec.width)
     output = names.OUTPUT if c.tensors.has(names.OUTPUT) else names.EMBED
     weight = c.tensors.matrix(output, vocab, spec.width)
     c.ops.append(Logits(h, weight, c.value("logits", vocab), spec.logit_softcap))
+    for layer in range(spec.layers, spec.layers + spec.unused_layers):
+        c.tensors.skip_layer(layer)
     c.tensors.refuse_unused(spec.architecture)
     return Program(
         ops=tuple(c.ops),
@@ -66,13 +72,22 @@ def _attention(c: Compiler, layer: int, h: ValueId) -> ValueId:
     out = c.value("attention", s.heads * s.head_dim)
     qkv = ((names.ATTN_Q, q), (names.ATTN_K, k), (names.ATTN_V, v))
     c.linear(h, layer, *qkv, needs_bias=s.qkv_bias)
-    if s.qk_norm != "none":
+    normed = s.qk_norm != "none"
+    if s.qk_norm == "head_if_there":
+        normed = c.tensors.has(names.weight(layer, names.ATTN_Q_NORM))
+    if normed:
         for name, value in ((names.ATTN_Q_NORM, q), (names.ATTN_K_NORM, k)):
-            group = s.head_dim if s.qk_norm == "head" else c.widths[value]
+            group = c.widths[value] if s.qk_norm == "row" else s.head_dim
             c.norm(value, names.weight(layer, name), value, group)
     rope = s.rope_of(layer)
-    for value, heads in ((q, s.heads), (k, s.kv_heads)):
-        c.ops.append(Rope(value, heads, s.head_dim, c.inv_freq(rope), rope.interleaved, rope.scale))
+    if rope is not None:
+        for value, heads in ((q, s.heads), (k, s.kv_heads)):
+            c.ops.append(Rope(value, heads, s.head_dim, c.inv_freq(rope), rope.interleaved, rope.scale))
+            if s.unit_qk:
+                c.ops.append(RmsNorm(value, c.ones(s.head_dim), value, s.head_dim, s.eps))
+    elif s.temperature is not None:
+        c.ops.append(PositionScale(q, *s.temperature))
+    sinks = c.tensors.vector(names.weight(layer, names.ATTN_SINKS), s.heads) if s.sinks else None
     c.ops.append(
         Attention(
             q=q,
@@ -86,20 +101,24 @@ def _attention(c: Compiler, layer: int, h: ValueId) -> ValueId:
             scale=s.attention_scale,
             window=s.windows[layer],
             softcap=s.attention_softcap,
+            sinks=sinks,
+            chunk=0 if rope is None else s.chunk,
         )
     )
     return out
 
 
-def _after_attention(c: Compiler, layer: int, x: ValueId, h: ValueId, attended: ValueId) -> None:
+def _after_attention(
+    c: Compiler, layer: int, x: ValueId, h: ValueId, attended: ValueId, routed: ValueId | None
+) -> None:
     """Output projection, residual, MLP or experts, residual."""
     s = c.spec
     c.linear(attended, layer, (names.ATTN_OUT, h))
     if s.post_norms:
         c.norm(h, names.weight(layer, names.ATTN_POST_NORM), h, s.width)
     c.ops.append(Add(x, h, x))
-    c.norm(x, names.weight(layer, names.FFN_NORM), h, s.width)
-    result = mlp(c, layer, h)
+    c.norm(x, names.weight(layer, s.ffn_norm), h, s.width)
+    result = mlp(c, layer, h, routed)
     if s.post_norms:
         c.norm(result, names.weight(layer, names.FFN_POST_NORM), result, s.width)
     c.ops.append(Add(x, result, x))

@@ -6,10 +6,18 @@ from ktransformers.engine.program import Add, Experts, Gated, Linear, LinearPart
 from ktransformers.engine.weights import names
 
 
-def mlp(c: Compiler, layer: int, h: ValueId) -> ValueId:
-    """The result for the normed row h, which is overwritten."""
+def early_route(c: Compiler, layer: int, x: ValueId) -> ValueId | None:
+    """The routes of a layer whose router reads x, what enters the layer; None: it is no such layer."""
+    moe = c.spec.moe
+    if moe is None or not moe.early or not c.spec.has_experts(layer):
+        return None
+    return _route(c, moe, layer, x)[0]
+
+
+def mlp(c: Compiler, layer: int, h: ValueId, routed: ValueId | None) -> ValueId:
+    """The result for the normed row h, which is overwritten. `routed`: the routes, if they are known."""
     if c.spec.moe is not None and c.spec.has_experts(layer):
-        return _experts(c, c.spec.moe, layer, h)
+        return _experts(c, c.spec.moe, layer, h, routed)
     gate, up = c.value("gate", c.spec.ffn), c.value("up", c.spec.ffn)
     c.linear(h, layer, (names.FFN_GATE, gate), (names.FFN_UP, up))
     c.ops.append(Gated(gate, up, gate, c.spec.act))
@@ -17,8 +25,10 @@ def mlp(c: Compiler, layer: int, h: ValueId) -> ValueId:
     return h
 
 
-def _experts(c: Compiler, moe: MoeSpec, layer: int, h: ValueId) -> ValueId:
-    routed, shared_gate = _route(c, moe, layer, h)
+def _experts(c: Compiler, moe: MoeSpec, layer: int, h: ValueId, routed: ValueId | None) -> ValueId:
+    shared_gate = None
+    if routed is None:
+        routed, shared_gate = _route(c, moe, layer, h)
     width = c.spec.width
     out = c.value("experts", width)
     gate, up, down = names.FFN_GATE_EXPS, names.FFN_UP_EXPS, names.FFN_DOWN_EXPS

@@ -6,7 +6,17 @@ Every `<architecture>.*` key is used or refused: a key that is not understood ma
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from ktransformers.engine.models.families import deepseek, gemma, llama, olmoe, qwen
+from ktransformers.engine.models.families import (
+    deepseek,
+    gemma,
+    glm,
+    gpt_oss,
+    llama,
+    llama4,
+    olmoe,
+    qwen,
+    smallthinker,
+)
 from ktransformers.engine.models.keys import Keys, brief
 from ktransformers.engine.models.spec import ModelError, ModelSpec
 from ktransformers.engine.weights.gguf import Value
@@ -19,6 +29,10 @@ ARCHITECTURES: Final[dict[str, Callable[[Keys], ModelSpec]]] = {
     "qwen3moe": qwen.qwen3moe,
     "olmoe": olmoe.olmoe,
     "deepseek2": deepseek.deepseek2,
+    "glm4moe": glm.glm4moe,
+    "gpt-oss": gpt_oss.gpt_oss,
+    "llama4": llama4.llama4,
+    "smallthinker": smallthinker.smallthinker,
     "gemma": gemma.gemma,
     "gemma2": gemma.gemma2,
     "gemma3": gemma.gemma3,

@@ -116,6 +116,8 @@ class MoeSpec:
     biases: bool = False
     """Whether the router and the experts have biases."""
     weigh_input: bool = False
+    early: bool = False
+    """Whether the router reads the row that enters the layer, before attention and without a norm."""
     shared_ffn: int = 0
     """Width of the MLP that every token goes through beside its experts; 0: none."""
     shared_gate: bool = False
@@ -147,16 +149,31 @@ class ModelSpec:
     """Of layers with a window; None: the same as the others."""
     windows: tuple[int, ...] = ()
     """For each layer how many positions it sees, 0: all."""
+    chunk: int = 0
+    """Layers with rope see only the positions of their chunk of so many, 0: all."""
     act: Literal["silu", "gelu_tanh"] = "silu"
     embed_scale: float = 1.0
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
     qkv_bias: bool = False
     """Whether q, k and v must have biases. Any linear may have one."""
-    qk_norm: Literal["none", "head", "row"] = "none"
-    """q and k are normalised before rope, each head by itself or all heads of a row together."""
+    qk_norm: Literal["none", "head", "head_if_there", "row"] = "none"
+    """q and k are normalised before rope, each head by itself (always, or if the file has weights for it) or
+    all heads of a row together."""
+    unit_qk: bool = False
+    """Heads of q and k are normalised after rope, without weights."""
+    sinks: bool = False
+    """Whether each head has a sink, see program.Attention."""
+    nope: tuple[bool, ...] = ()
+    """Which layers have no rope; none of them if it is empty."""
+    temperature: tuple[int, float] | None = None
+    """Span and scale of program.PositionScale, for the queries of layers without rope."""
     post_norms: bool = False
     """The outputs of attention and MLP are normalised before they are added."""
+    ffn_norm: str = "ffn_norm"
+    """Name of the norm before the MLP."""
+    unused_layers: int = 0
+    """After the last: heads that predict further tokens, which are not used."""
     moe: MoeSpec | None = None
     mla: MlaSpec | None = None
     """Then head_dim is that of queries, and kv_heads is 1."""
@@ -165,8 +182,10 @@ class ModelSpec:
         """Whether a layer has experts in place of the MLP."""
         return self.moe is not None and self.moe.layers[layer]
 
-    def rope_of(self, layer: int) -> RopeSpec:
-        """The rope of a layer."""
+    def rope_of(self, layer: int) -> RopeSpec | None:
+        """The rope of a layer; None: it has none."""
+        if self.nope and self.nope[layer]:
+            return None
         if self.local_rope is not None and self.windows[layer]:
             return self.local_rope
         return self.rope

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from ktransformers.engine.models.spec import ModelError
 from ktransformers.engine.program import U8, Pieces, Tensor, WeightId
+from ktransformers.engine.weights import names
 from ktransformers.engine.weights.checkpoint import Checkpoint, StoredTensor
 from ktransformers.engine.weights.formats import BF16, F16, F32, FORMATS
 
@@ -67,6 +68,11 @@ class Tensors:
     def floats(self, name: str, n: int) -> npt.NDArray[np.float32]:
         """A vector's values [n]."""
         return self._floats(name, (n,))
+
+    def skip_layer(self, layer: int) -> None:
+        """Tensors of a layer that is not used."""
+        prefix = names.weight(layer, "").removesuffix(".weight")
+        self.ids.update({name: -1 for name in self.file.tensors if name.startswith(prefix)})
 
     def refuse_unused(self, architecture: str) -> None:
         """A tensor that nobody took may change the mathematics."""

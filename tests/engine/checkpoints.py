@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from references import SmallThinkerConfig, SmallThinkerForCausalLM
 
 from ktransformers.engine.batch import Batch
 from ktransformers.engine.executors.torch import TorchExecutor
@@ -52,10 +53,17 @@ def rope(theta: float, **scaling: object) -> dict[str, Any]:
 
 def build(case: Case) -> Any:
     """A random model, all of whose parameters (norms and biases too) are away from their neutral values."""
-    kind = "Gemma3Text" if case.model == "Gemma3" else case.model
+    if case.model == "SmallThinker":
+        return randomise(case, SmallThinkerForCausalLM(SmallThinkerConfig(**{**SIZES, **case.config})))
+    kind = {"Gemma3": "Gemma3Text", "Llama4": "Llama4Text"}.get(case.model, case.model)
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **case.config})
+    return randomise(case, getattr(transformers, f"{case.model}ForCausalLM")(config))
+
+
+def randomise(case: Case, model: Any) -> Any:
+    """Draw the parameters, and the buffers that are loaded."""
     torch.manual_seed(0)
-    model = getattr(transformers, f"{case.model}ForCausalLM")(config).float().eval()
+    model = model.float().eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 1:

@@ -49,6 +49,14 @@ EXPERTS = {
     "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
     "mlp.shared_experts.up_proj": "ffn_up_shexp",
     "mlp.shared_experts.down_proj": "ffn_down_shexp",
+    "mlp.router": "ffn_gate_inp",
+    "feed_forward.router": "ffn_gate_inp",
+    "feed_forward.gate_proj": "ffn_gate",
+    "feed_forward.up_proj": "ffn_up",
+    "feed_forward.down_proj": "ffn_down",
+    "feed_forward.shared_expert.gate_proj": "ffn_gate_shexp",
+    "feed_forward.shared_expert.up_proj": "ffn_up_shexp",
+    "feed_forward.shared_expert.down_proj": "ffn_down_shexp",
     "self_attn.q_a_proj": "attn_q_a",
     "self_attn.q_a_layernorm": "attn_q_a_norm",
     "self_attn.q_b_proj": "attn_q_b",
@@ -77,15 +85,28 @@ def llama3_divisors(head_dim: int, theta: float) -> np.ndarray[Any, Any]:
 Named = Iterator[tuple[str, torch.Tensor]]
 
 
+def expert_tensors(case: Case, leaf: str, p: torch.Tensor) -> Named:
+    """transformers has gate and up as one, of some models with inputs first and rows that alternate."""
+    kind = "bias" if leaf.endswith("_bias") else "weight"
+    if case.arch in ("gpt-oss", "llama4") and kind == "weight":
+        p = p.transpose(1, 2)
+    if leaf.startswith("down"):
+        yield f"ffn_down_exps.{kind}", p
+        return
+    gate, up = (p[:, 0::2], p[:, 1::2]) if case.arch == "gpt-oss" else p.chunk(2, dim=1)
+    yield from ((f"ffn_gate_exps.{kind}", gate), (f"ffn_up_exps.{kind}", up))
+
+
 def layer_tensors(case: Case, config: Any, stem: str, leaf: str, p: torch.Tensor) -> Named:
     """One parameter of a layer under its name, or names, in GGUF."""
     names = {**NAMES, **EXPERTS, **(POST_NORMS if case.arch in ("gemma2", "gemma3") else {})}
-    if stem == "mlp.experts":
-        if leaf == "gate_up_proj":
-            gate, up = p.chunk(2, dim=1)
-            yield from (("ffn_gate_exps.weight", gate), ("ffn_up_exps.weight", up))
-        else:
-            yield "ffn_down_exps.weight", p
+    if case.arch in ("glm4moe", "gpt-oss"):
+        names["post_attention_layernorm"] = "post_attention_norm"
+    if stem.endswith(".experts"):
+        yield from expert_tensors(case, leaf, p)
+        return
+    if leaf == "sinks":
+        yield "attn_sinks.weight", p
         return
     if leaf == "e_score_correction_bias":
         yield "exp_probs_b.bias", p

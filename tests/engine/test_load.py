@@ -84,7 +84,7 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
     w.close()
-    with pytest.raises(ModelError, match=r"m\.gguf: .*'mamba' is not supported; supported are gemma"):
+    with pytest.raises(ModelError, match=r"m\.gguf: .*'mamba' is not supported; supported are deepseek2"):
         open_model(EngineConfig(model=str(path), executor="torch"))
 
 

@@ -28,7 +28,7 @@ _SCORES: Final[dict[int, Literal["softmax", "sigmoid", "softmax_top"]]] = {
 
 def base(architecture: str, keys: Keys, *, interleaved: bool, experts: bool = False) -> ModelSpec:
     """What all architectures have in common. `experts`: the caller reads the keys of experts."""
-    layers = keys.integer("block_count", 1, MAX_LAYERS)
+    layers, unused = layers_of(keys)
     width = keys.integer("embedding_length", 1, MAX_WIDTH)
     heads = keys.integer("attention.head_count", 1, MAX_HEADS)
     kv_heads = keys.integer("attention.head_count_kv", 1, heads, heads)
@@ -59,7 +59,15 @@ def base(architecture: str, keys: Keys, *, interleaved: bool, experts: bool = Fa
         rope=rope_of(keys, head_dim, interleaved),
         attention_scale=keys.number("attention.scale", 1e-4, 10.0, head_dim**-0.5),
         windows=(0,) * layers,
+        unused_layers=unused,
     )
+
+
+def layers_of(keys: Keys) -> tuple[int, int]:
+    """Layers of the model, and layers after them that predict further tokens."""
+    blocks = keys.integer("block_count", 1, MAX_LAYERS)
+    unused = keys.integer("nextn_predict_layers", 0, blocks - 1, 0)
+    return blocks - unused, unused
 
 
 def rope_of(keys: Keys, head_dim: int, interleaved: bool) -> RopeSpec:

@@ -3,13 +3,12 @@
 import math
 from dataclasses import replace
 
-from ktransformers.engine.models.families.base import moe, rope_of
+from ktransformers.engine.models.families.base import layers_of, moe, rope_of
 from ktransformers.engine.models.keys import (
     MAX_CONTEXT,
     MAX_FFN,
     MAX_HEAD_DIM,
     MAX_HEADS,
-    MAX_LAYERS,
     MAX_WIDTH,
     Keys,
 )
@@ -22,7 +21,7 @@ def deepseek2(keys: Keys) -> ModelSpec:
     Keys of V2 and V3 are the same. YaRN's sharpening is part of the scale of scores (the square of what it
     would do to queries and to keys), so rope itself has none.
     """
-    layers = keys.integer("block_count", 1, MAX_LAYERS)
+    layers, unused = layers_of(keys)
     heads = keys.integer("attention.head_count", 1, MAX_HEADS)
     mla = _mla(keys)
     experts = moe(keys, layers)
@@ -50,6 +49,7 @@ def deepseek2(keys: Keys) -> ModelSpec:
         windows=(0,) * layers,
         moe=replace(experts, correction=experts.score == "sigmoid"),
         mla=mla,
+        unused_layers=unused,
     )
 
 
