@@ -159,7 +159,7 @@ class KVCache:
         return sum(copy is not None and copy in self._idle for copy in copies)
 
     def attach(self, table: BlockTable, blocks: list[BlockId], again: bool = False) -> None:
-        """The sequence of this empty table begins with `blocks`, just matched. `again`: after a preemption."""
+        """The sequence of this empty table begins with `blocks`, just matched; `again` after a preemption."""
         self.loads.drop(table)
         for block in blocks:
             self.tiers.wake(block)

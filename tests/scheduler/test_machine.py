@@ -1,12 +1,14 @@
 """The scheduler under anything that may happen to it, in any order.
 
 The fake engine checks each step (KV, writers, slots, budget), the world each answer (token for token) and
-that it has one end, `Scheduler.check` blocks and slots after every move.
+that it has one end, `Scheduler.check` blocks and slots after every move. Moves between tiers end late, in any
+order, or fail; the disk outlives the engine.
 """
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from step_engine import BLOCK_BYTES
 from world import World
 
 from ktransformers.scheduler.scheduler import IN_FLIGHT
@@ -22,8 +24,10 @@ class Machine(RuleBasedStateMachine):
         budget=st.sampled_from([1, 3, 16, 64]),
         reuse=st.booleans(),
         believed=st.sampled_from([0.0, 1.0]),
+        host_blocks=st.sampled_from([0, 3, 100]),
+        disk_blocks=st.sampled_from([0, 5, 100]),
     )
-    def start(self, blocks, block_tokens, slots, budget, reuse, believed):
+    def start(self, blocks, block_tokens, slots, budget, reuse, believed, host_blocks, disk_blocks):
         self.w = World(
             reuse=reuse,
             blocks=blocks,
@@ -31,6 +35,8 @@ class Machine(RuleBasedStateMachine):
             max_len=48,
             max_sequences=slots,
             max_batch_tokens=budget,
+            host_blocks=host_blocks,
+            disk_bytes=disk_blocks * BLOCK_BYTES,
         )
         # 0: everybody is thought to stop at once, so that too many are let in and blocks run out.
         self.w.scheduler._estimate.prior = believed
@@ -69,6 +75,11 @@ class Machine(RuleBasedStateMachine):
             self.w.engine_step()
             assert len(self.w.to_do) <= IN_FLIGHT
 
+    @rule(which=st.lists(st.integers(0, 1 << 30), min_size=1, max_size=8), fails=st.sampled_from([0, 0, 0, 1]))
+    def moves_end(self, which, fails):
+        for at in which:
+            self.w.finish_move(at, bool(fails))
+
     @precondition(lambda self: self.w.engine is not None)
     @rule(slot=st.integers(0, 5))
     def a_draw_is_not_a_number(self, slot):
@@ -94,7 +105,7 @@ class Machine(RuleBasedStateMachine):
             return
         if self.w.engine is None:
             self.w.start_engine()
-        self.w.run()
+        self.w.settle()
         self.w.check_drained()
         allowed = {"stop", "length", "cancelled", "deadline", "numerical_error", "context_length_exceeded"}
         if self.crashes:
