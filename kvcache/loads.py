@@ -9,7 +9,7 @@ When its turn comes a request may wait for loads that are under way, but no long
 nor much longer than predicted: then what has arrived is used and the rest is computed.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -53,16 +53,20 @@ class Loads:
         self._loads: dict[BlockTable, _Load] = {}
         self._queue: deque[tuple[BlockTable, Entry, bytes, Tier]] = deque()
         self._queued = dict.fromkeys(_SLOWER, 0)
-        self._held = 0
+        self._entries: Counter[Entry] = Counter()
+        """Those in the queue."""
+        self.held = 0
+        """Blocks of the budget that are spoken for."""
         self._budget = tiers.device.total // 4
 
     def prefetch(self, table: BlockTable, path: list[tuple[Entry, bytes]], size: int, urgent: bool) -> None:
         """Start loading what of `path` (the known beginning of a sequence: entry and content of each block of
-        `size` tokens) is not on the device. `urgent`: it is next, and may have twice the budget."""
+        `size` tokens) is not on the device. `urgent`: it is next, and will need all of them anyway."""
         load = self._loads.get(table)
         if load is not None and (not urgent or self._pending(load)):
             return
-        room = self._budget * (2 if urgent else 1) - self._held
+        device = self._tiers.device
+        room = device.total - device.used if urgent else self._budget - self.held
         run = self._run(path, size, room)
         if not run:
             return
@@ -72,11 +76,12 @@ class Loads:
             load.until = None
         self._touch(path)
         load.blocks += len(run)
-        self._held += len(run)
+        self.held += len(run)
         for entry, content, tier in run:
             load.pending.append(entry)
             self._queue.append((table, entry, content, tier))
             self._queued[tier] += 1
+            self._entries[entry] += 1
 
     def _touch(self, path: list[tuple[Entry, bytes]]) -> None:
         """Those on the device must not be what makes room for those that follow them."""
@@ -138,11 +143,9 @@ class Loads:
         return pending
 
     def _over(self, entry: Entry) -> bool:
-        """Whether its load has ended, one way or the other, or cannot be started any more."""
+        """Whether its load has ended, one way or the other. What was loaded may be gone again."""
         copy = entry.copies[Tier.DEVICE]
-        if copy is not None:
-            return copy.state is not State.WRITING
-        return self._source(entry) is None
+        return copy.state is not State.WRITING if copy is not None else entry not in self._entries
 
     def _patience(self, pending: deque[Entry]) -> float:
         seconds = 0.0
@@ -161,7 +164,7 @@ class Loads:
         """The sequence waits no more: it was let in, or has ended. What is under way goes on."""
         load = self._loads.pop(table, None)
         if load is not None:
-            self._held -= load.blocks
+            self.held -= load.blocks
 
     def start(self) -> None:
         """Begin as many loads as may be under way."""
@@ -177,3 +180,6 @@ class Loads:
                 self._moves.start(source, target, content)
             self._queue.popleft()
             self._queued[tier] -= 1
+            self._entries[entry] -= 1
+            if not self._entries[entry]:
+                del self._entries[entry]

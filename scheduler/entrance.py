@@ -102,9 +102,10 @@ class Entrance:
         if account is None or account.head().in_flight:
             return None
         head = account.head()
-        loads = self._cache.waits(head.table, head.tokens, now, self._latency)
         first = self._entry(head)
-        if loads or not self._fits(first, running) or self._reserved(account, first, running):
+        if not self._fits(first, running) or self._reserved(account, first, running):
+            return self._ahead_of(first, running)
+        if self._cache.waits(head.table, head.tokens, now, self._latency):
             return self._ahead_of(first, running)
         if first.request is self._promised or self._queue.rules.window == 0:
             return first

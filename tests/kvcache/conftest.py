@@ -7,6 +7,9 @@ from types import ModuleType
 
 import pytest
 
+# Test files are no package (import-mode importlib); what they share lies beside them.
+sys.path.append(str(Path(__file__).parent))
+
 
 @pytest.fixture(scope="session")
 def stored() -> ModuleType:

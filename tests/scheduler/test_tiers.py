@@ -45,3 +45,64 @@ def test_a_prompt_sent_twice_is_found_on_disk_by_the_next_engine():
     w.start_engine()
     assert served_again(w, tokens, "third") == 56
     w.check_drained()
+
+
+def test_who_waits_for_a_load_is_waited_for_by_nobody_else():
+    w = World(blocks=64, host_blocks=200, max_sequences=4)
+    tokens = prompt(100)
+    w.submit("first", tokens, max_tokens=2)
+    w.settle()
+    flooded(w, 8)
+    w.submit("loads", tokens, max_tokens=2)
+    assert w.engine.mover.under_way and not w.to_do, "it waits"
+    w.submit("new", prompt(8, 77), max_tokens=2)
+    for _ in range(3):
+        w.engine_step()
+    w.settle()
+    assert w.ends["new"] == w.ends["loads"] == "length"
+    assert w.first["loads"].cached_tokens == 96
+
+
+def test_a_load_that_never_comes_is_computed_instead():
+    w = World(blocks=32, host_blocks=200)
+    tokens = prompt(60)
+    w.submit("first", tokens, max_tokens=2)
+    w.settle()
+    flooded(w)
+    w.submit("late", tokens, max_tokens=2)
+    assert w.engine.mover.under_way and not w.to_do
+    at = w.scheduler.wake_at(w.now)
+    assert at is not None
+    w.now = at
+    w.advance()
+    w.run()
+    assert w.ends["late"] == "length" and w.first["late"].cached_tokens == 0
+    w.settle()
+    w.check_drained()
+
+
+def test_who_had_to_make_room_goes_on_from_the_host():
+    w = World(blocks=32, host_blocks=200, max_batch_tokens=32)
+    w.scheduler._estimate.prior = 0.0  # all are let in, and blocks run out
+    for i in range(4):
+        w.submit(f"r{i}", prompt(20, i), max_tokens=60)
+    w.settle()
+    assert w.status.preemptions > 0
+    assert w.scheduler._engine.cache.moves.traffic[1, 0].moves > 0
+    assert w.status.recomputed_tokens < 20, "83 without the host"
+    w.check_drained()
+
+
+def test_cancelled_while_loading_leaves_nothing():
+    """K12."""
+    w = World(blocks=32, host_blocks=200)
+    tokens = prompt(60)
+    w.submit("first", tokens, max_tokens=2)
+    w.settle()
+    for i in range(300):
+        flooded(w, 3, 5000 + 10 * i)
+        w.submit(f"c{i}", tokens, max_tokens=2)
+        w.cancel(f"c{i}")
+        w.finish_move()
+    w.settle()
+    w.check_drained()
