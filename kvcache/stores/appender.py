@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, replace
 
 from ktransformers.kvcache.stores.books import Books
-from ktransformers.kvcache.stores.catalog import Block, Segment
+from ktransformers.kvcache.stores.catalog import Block, Segment, Use
 from ktransformers.kvcache.stores.health import no_space
 from ktransformers.kvcache.stores.layout import (
     PAGE,
@@ -54,8 +54,7 @@ class _Carried:
 
     name: FoundName
     payload: bytearray
-    hits: int
-    last_use: float
+    use: Use
 
 
 def reserve(filesystem: int) -> int:
@@ -91,24 +90,23 @@ class Appender:
         writer, offset = claimed
         written = False
         try:
-            written = self._write(writer, offset, name, data, 0, time.time())
+            written = self._write(writer, offset, name, data, None)
         except OSError as error:
             self._books.failed("writing a block", error)
         finally:
             self._wrote(writer)
         return writer.segment.head.stride if written else 0
 
-    def _write(
-        self, writer: _Writer, offset: int, name: Name, data: memoryview, hits: int, last_use: float
-    ) -> bool:
-        """Whether the block can be found now. Errors: OSError."""
+    def _write(self, writer: _Writer, offset: int, name: Name, data: memoryview, use: Use | None) -> bool:
+        """Whether the block can be found now. Without `use` it is new. Errors: OSError."""
         head = writer.segment.head
         write_all(writer.fd, [record_head(head, offset, name, checksum(data)), data], offset)
         row = Row(offset, bytes(name.key), bytes(name.parent), bytes(name.owner))
         with self._books.lock:
             if not self._books.holds(writer.segment):  # given up meanwhile, and this block with it
                 return False
-            self._books.catalog.add(writer.segment, row, hits, last_use)
+            new = Use(0, time.time(), self._books.catalog.newest)
+            self._books.catalog.add(writer.segment, row, use or new)
             return True
 
     def _wrote(self, writer: _Writer) -> None:
@@ -176,7 +174,7 @@ class Appender:
                 return
             books.catalog.resize(segment, size)
             segment.sealed = True
-            live = [(b.row, b.hits, b.last_use) for b in segment.blocks.values()]
+            live = [(block.row, block.use) for block in segment.blocks.values()]
             books.changes.sealed.append((segment.head, live))
         books.commit()
 
@@ -210,8 +208,7 @@ class Appender:
         if writer.next < writer.segment.head.slots - 1:
             try:
                 offset = writer.take()
-                data = memoryview(each.payload)
-                kept = self._write(writer, offset, each.name, data, each.hits, each.last_use)
+                kept = self._write(writer, offset, each.name, memoryview(each.payload), each.use)
             except OSError as error:
                 self._books.failed("writing a block", error)
             finally:
@@ -270,30 +267,32 @@ class Appender:
         books = self._books
         with books.lock:
             spare = books.catalog.take_spare()
-            sealed = [s for s in books.catalog.segments.values() if s.sealed]
-            candidates = [(segment, list(segment.blocks.values())) for segment in sealed]
+            candidates = books.catalog.candidates()
         if spare is not None:
             books.delete_spare(spare)
             self.reclaimed += 1
             return True
         if not candidates:
             return False
-        now = time.time()
-        segment, blocks = min(candidates, key=lambda c: sum(b.worth(now) for b in c[1]) / c[0].size)
+        segment, blocks = min(candidates, key=lambda each: self._worth(*each))
         kept = []
         if segment.head.content_bytes == content_bytes:
-            kept = self._read_best(segment, blocks, now)
+            kept = self._read_best(segment, blocks)
         books.drop(segment, keep=frozenset(each.name.key for each in kept))
         carried += kept
         self.reclaimed += 1
         return True
 
-    def _read_best(self, segment: Segment, blocks: list[Block], now: float) -> list[_Carried]:
+    def _worth(self, segment: Segment, blocks: list[Block]) -> float:
+        """What losing them would cost for each record of the segment, live or dead."""
+        return sum(map(self._books.catalog.worth, blocks)) / segment.head.slots_in(segment.size)
+
+    def _read_best(self, segment: Segment, blocks: list[Block]) -> list[_Carried]:
         """A tenth of a segment: all its blocks if they are no more, else the best of those ever read."""
         room = segment.head.file_bytes // CARRIED // segment.head.stride
         if len(blocks) > room:
-            hit = [block for block in blocks if block.hits]
-            blocks = sorted(hit, key=lambda block: block.worth(now), reverse=True)[:room]
+            hit = [block for block in blocks if block.use.hits]
+            blocks = sorted(hit, key=self._books.catalog.worth, reverse=True)[:room]
         kept = []
         try:
             fd = self._books.folder.open_segment(file_name(segment.head.seq))
@@ -302,7 +301,7 @@ class Appender:
                     payload = bytearray(segment.head.payload_bytes)
                     name = read_record(fd, segment.head, block.row.offset, payload)
                     if name is not None and name.key == block.row.key:
-                        kept.append(_Carried(name, payload, block.hits, block.last_use))
+                        kept.append(_Carried(name, payload, block.use))
             finally:
                 os.close(fd)
         except OSError as error:

@@ -1,13 +1,12 @@
 """What the parts of a disk store share: the folder, what is known of it, and how things are given up."""
 
 import logging
-import sqlite3
 import threading
 
 from ktransformers.kvcache.stores.catalog import Block, Catalog, Segment, Spare
 from ktransformers.kvcache.stores.folder import BAD, GOOD, Folder
 from ktransformers.kvcache.stores.health import Health
-from ktransformers.kvcache.stores.index import Changes, DiskIndex
+from ktransformers.kvcache.stores.index import ERRORS, Changes, DiskIndex, is_damage
 from ktransformers.kvcache.stores.segments import file_name
 
 _log = logging.getLogger(__name__)
@@ -26,6 +25,7 @@ class Books:
         self.changes = Changes()
         self.health = Health()
         self._index = index
+        self._index_broken = False
         self._committing = threading.Lock()  # taken before `lock`
 
     def is_known(self, block: Block) -> bool:
@@ -112,23 +112,31 @@ class Books:
         with self._committing:
             with self.lock:
                 changes, self.changes = self.changes, Changes()
-            if not changes:
+            if not changes or self._index_broken:
                 return
             try:
                 self._index.apply(changes)
-            except sqlite3.Error as error:
+            except ERRORS as error:
                 # The next opening finds in the segments what the index lacks; what it has too much is a miss.
-                self.failed("writing the index", error)
+                self._index_failed("writing the index", error)
 
     def close(self) -> None:
         """Commit, close the index and give up the folder."""
         self.commit()
         with self._committing:
             try:
-                if self.health.state == "off":
+                if self.health.state == "off" or self._index_broken:
                     self._index.abandon()
                 else:
                     self._index.close()
-            except sqlite3.Error as error:
-                self.failed("closing the index", error)
+            except ERRORS as error:
+                self._index_failed("closing the index", error)
         self.folder.close()
+
+    def _index_failed(self, doing: str, error: Exception) -> None:
+        """A damaged index is no reason to stop: it is left as it is, and made anew by the next opening."""
+        if is_damage(error):
+            self._index_broken = True
+            _log.warning("disk tier: %s: %s", doing, error)
+        else:
+            self.failed(doing, error)

@@ -10,8 +10,21 @@ from dataclasses import dataclass, field
 from ktransformers.kvcache.stores.layout import Row, SegmentHead
 from ktransformers.kvcache.stores.store import Entry
 
-HALF_LIFE = 86400.0
-"""Seconds in which the worth of a block that nobody reads halves."""
+HALF_LIFE = 0.25
+"""Of the store, written anew since a block was last read, halves the block's worth."""
+GRACE = 10
+"""One part in so many of the segments, the newest, is spared: what is new cannot have been read yet."""
+
+
+@dataclass(eq=False, slots=True)
+class Use:
+    """What is remembered of how a block was used."""
+
+    hits: int
+    last_use: float
+    """Seconds since the epoch; for people, clocks jump."""
+    turn: int
+    """Number of the newest segment when it was last read, or written."""
 
 
 @dataclass(eq=False, slots=True)
@@ -20,13 +33,7 @@ class Block:
 
     segment: "Segment"
     row: Row
-    hits: int
-    last_use: float
-
-    def worth(self, now: float) -> float:
-        """What losing it would cost, next to others of the same size."""
-        # A clock that was set back makes nothing worth more than new.
-        return (1 + self.hits) * math.exp2(-max(0.0, now - self.last_use) / HALF_LIFE)
+    use: Use
 
 
 @dataclass(eq=False, slots=True)
@@ -63,12 +70,15 @@ class Catalog:
         """Of all files."""
         self.live_bytes = 0
         """Of the blocks."""
+        self.newest = 0
+        """Highest number of a segment so far, of whatever model."""
         self.owner_bytes: dict[bytes, int] = {}
         self._lost: dict[bytes, None] = {}
 
     def open_segment(self, segment: Segment) -> None:
         """A file that is there from now on."""
         self.segments[segment.head.seq] = segment
+        self.newest = max(self.newest, segment.head.seq)
         self.total_bytes += segment.size
 
     def resize(self, segment: Segment, size: int) -> None:
@@ -76,11 +86,11 @@ class Catalog:
         self.total_bytes += size - segment.size
         segment.size = size
 
-    def add(self, segment: Segment, row: Row, hits: int, last_use: float) -> None:
+    def add(self, segment: Segment, row: Row, use: Use) -> None:
         """A record can be found from now on; one whose key is known already stays dead."""
         if row.key in self.blocks:
             return
-        block = Block(segment, row, hits, last_use)
+        block = Block(segment, row, use)
         self.blocks[row.key] = segment.blocks[row.offset] = block
         self._lost.pop(row.key, None)
         self._count(block, segment.head.stride)
@@ -123,6 +133,18 @@ class Catalog:
         self.total_bytes -= spare.size
         return spare
 
+    def candidates(self) -> list[tuple[Segment, list[Block]]]:
+        """Segments that may be reclaimed, each with its blocks; the newest only if there is no other."""
+        sealed = [segment for segment in self.segments.values() if segment.sealed]
+        oldest = sorted(sealed, key=lambda segment: segment.head.seq)
+        old_enough = oldest[: len(oldest) - max(1, len(oldest) // GRACE)] or oldest
+        return [(segment, list(segment.blocks.values())) for segment in old_enough]
+
+    def worth(self, block: Block) -> float:
+        """What losing it would cost, next to others of its size: hits, forgotten as the store turns over."""
+        age = (self.newest - block.use.turn) / (HALF_LIFE * max(1, len(self.segments)))
+        return (1 + block.use.hits) * math.exp2(-max(0.0, age))
+
     def lose(self, keys: Iterable[bytes]) -> None:
         """To be reported, if they are not put again before."""
         self._lost.update((key, None) for key in keys if key not in self.blocks)
@@ -136,6 +158,6 @@ class Catalog:
         """All blocks, in the order they lie in."""
         blocks = sorted(self.blocks.values(), key=lambda b: (b.segment.head.seq, b.row.offset))
         return [
-            Entry(b.row.key, b.row.parent, b.row.owner, b.segment.head.stride, b.hits, b.last_use)
+            Entry(b.row.key, b.row.parent, b.row.owner, b.segment.head.stride, b.use.hits, b.use.last_use)
             for b in blocks
         ]

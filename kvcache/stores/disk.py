@@ -20,8 +20,9 @@ from pathlib import Path
 
 from ktransformers.kvcache.stores.appender import Appender
 from ktransformers.kvcache.stores.books import Books
-from ktransformers.kvcache.stores.catalog import Block
+from ktransformers.kvcache.stores.catalog import Block, Use
 from ktransformers.kvcache.stores.folder import Folder
+from ktransformers.kvcache.stores.health import is_ours
 from ktransformers.kvcache.stores.layout import KEY, OWNER, PAGE, checksum, parse_record, record_head
 from ktransformers.kvcache.stores.opening import read_folder
 from ktransformers.kvcache.stores.segments import file_name, read_all
@@ -224,11 +225,10 @@ class DiskStore:
     def _used(self, block: Block) -> None:
         books = self._books
         with books.lock:
-            block.hits += 1
-            block.last_use = time.time()
+            block.use = Use(block.use.hits + 1, time.time(), books.catalog.newest)
             if block.segment.sealed and books.is_known(block):
                 place = block.segment.head.seq, block.row.offset
-                books.changes.used[place] = block.hits, block.last_use
+                books.changes.used[place] = block.use
 
     def _unreadable(self, block: Block, error: OSError) -> None:
         books = self._books
@@ -239,7 +239,7 @@ class DiskStore:
         if not isinstance(error, FileNotFoundError):
             books.failed("reading a block", error)
             with books.lock:
-                if books.is_known(block):
+                if books.is_known(block) and not is_ours(error):
                     books.give_up(block)
                     books.catalog.lose([block.row.key])
         elif books.folder.exists():

@@ -44,17 +44,20 @@ class Folder:
     @classmethod
     def open(cls, path: Path) -> "Folder":
         """Make the folder if need be, and lock it. Errors: StoreError."""
-        with _explained(path):
+        with explained(path):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return cls._open(path)
+
+    @classmethod
+    def _open(cls, path: Path) -> "Folder":
         fd = open_private(path)
         lock_fd = segments_fd = -1
         try:
-            with _explained(path):
-                lock_fd = _lock(path, fd)
-                _check_format(path, fd)
-                if SEGMENTS not in os.listdir(fd):
-                    os.mkdir(SEGMENTS, 0o700, dir_fd=fd)
-                segments_fd = os.open(SEGMENTS, os.O_RDONLY | os.O_DIRECTORY | _SAFE, dir_fd=fd)
+            lock_fd = _lock(path, fd)
+            _check_format(path, fd)
+            if SEGMENTS not in os.listdir(fd):
+                os.mkdir(SEGMENTS, 0o700, dir_fd=fd)
+            segments_fd = os.open(SEGMENTS, os.O_RDONLY | os.O_DIRECTORY | _SAFE, dir_fd=fd)
         except BaseException:
             for opened in (segments_fd, lock_fd, fd):
                 if opened >= 0:
@@ -129,7 +132,8 @@ class Folder:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """OSError becomes a StoreError that names the folder."""
     try:
         yield
     except OSError as error:
@@ -139,19 +143,17 @@ def _explained(path: Path) -> Iterator[None]:
 def open_private(path: Path) -> int:
     """The folder itself, if it is ours and nobody else can write to it; then nobody else can read it, either.
 
-    Errors: StoreError.
+    Errors: StoreError, OSError.
     """
-    with _explained(path):
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    found = os.fstat(fd)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
+        found = os.fstat(fd)
         if found.st_uid != os.geteuid():
             raise StoreError(f"{path} belongs to another user: name a folder of your own")
         if found.st_mode & 0o022:
             raise StoreError(f"{path} can be written by others: chmod go-w {path}")
         if found.st_mode & 0o077:
-            with _explained(path):
-                os.fchmod(fd, 0o700)
+            os.fchmod(fd, 0o700)
         if strangers := sorted(set(os.listdir(fd)) - _OURS):
             raise StoreError(f"{path} holds other things ({strangers[0]}): name a folder for the cache alone")
     except BaseException:

@@ -28,6 +28,11 @@ def no_space(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in _NO_SPACE
 
 
+def is_ours(error: OSError) -> bool:
+    """Whether an error says nothing of the medium: this process has too many files open, or the like."""
+    return error.errno in _OUR_LIMITS
+
+
 class Health:
     """Its owner holds a lock around each call."""
 
@@ -55,13 +60,11 @@ class Health:
         """Something could not be done."""
         why = (error.strerror if isinstance(error, OSError) else None) or str(error)
         self.errors += 1
-        number = error.errno if isinstance(error, OSError) else None
-        if number in _NOT_WRITABLE or no_space(error):
+        if no_space(error) or (isinstance(error, OSError) and error.errno in _NOT_WRITABLE):
             self.pause(f"{doing}: {why}")
-        elif number in _OUR_LIMITS:
-            self._say(f"{doing}: {why}")
-        else:
-            self._say(f"{doing}: {why}")
+            return
+        self._say(f"{doing}: {why}")
+        if not (isinstance(error, OSError) and is_ours(error)):
             self._recent.append(time.monotonic())
             if len(self._recent) == ERRORS and self._recent[-1] - self._recent[0] < PAUSE:
                 self.turn_off(f"{ERRORS} errors within a minute, the last: {doing}: {why}")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ktransformers.kvcache.stores.catalog import Use
 from ktransformers.kvcache.stores.layout import KEY, OWNER, Row, SegmentHead
 
 _APPLICATION = 0x6B746B76  # "ktkv"
@@ -32,11 +33,26 @@ CREATE TABLE block (
     owner BLOB NOT NULL,
     hits INTEGER NOT NULL,
     last_use REAL NOT NULL,
+    turn INTEGER NOT NULL,
     PRIMARY KEY (segment, offset)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE closed (yes INTEGER NOT NULL) STRICT;
 INSERT INTO closed VALUES (1);
 """
+
+ERRORS = (sqlite3.Error, UnicodeDecodeError)
+"""What methods raise: a damaged schema can turn up in an error's text, which is then no UTF-8."""
+_NOT_DAMAGE = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_READONLY,
+    }
+)
 
 Place = tuple[int, int]
 """(segment, offset)"""
@@ -46,9 +62,9 @@ Place = tuple[int, int]
 class Changes:
     """What one transaction will write, in this order."""
 
-    sealed: list[tuple[SegmentHead, list[tuple[Row, int, float]]]] = field(default_factory=list)
-    """Each with its live rows, their hits and last use."""
-    used: dict[Place, tuple[int, float]] = field(default_factory=dict)
+    sealed: list[tuple[SegmentHead, list[tuple[Row, Use]]]] = field(default_factory=list)
+    """Each with its live rows."""
+    used: dict[Place, Use] = field(default_factory=dict)
     forgotten: list[Place] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
     """Segments."""
@@ -57,15 +73,20 @@ class Changes:
         return bool(self.sealed or self.used or self.forgotten or self.dropped)
 
 
+def is_damage(error: Exception) -> bool:
+    """Whether one of ERRORS speaks of the file's content rather than of the system."""
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF not in _NOT_DAMAGE
+
+
 class DiskIndex:
-    """One connection, used by one thread at a time. Every method raises sqlite3.Error for what goes wrong."""
+    """One connection, used by one thread at a time. Every method raises ERRORS for what goes wrong."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
 
     @classmethod
     def open(cls, path: Path) -> "DiskIndex":
-        """Open it, made if the file is empty. sqlite3.DatabaseError also when it is damaged or not ours."""
+        """Open it, made if the file is empty. Damage is also what somebody else made."""
         db = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
         try:
             _prepare(db)
@@ -78,18 +99,18 @@ class DiskIndex:
         """Id by number of every segment that it knows."""
         return dict(self._db.execute("SELECT seq, id FROM segment"))
 
-    def blocks(self, fingerprint: bytes) -> Iterator[tuple[int, Row, int, float]]:
-        """(segment, row, hits, last use) of the blocks of one model, in the order they were written."""
+    def blocks(self, fingerprint: bytes) -> Iterator[tuple[int, Row, Use]]:
+        """(segment, row, use) of the blocks of one model, in the order they were written."""
         found = self._db.execute(
-            "SELECT block.segment, offset, key, parent, owner, hits, last_use FROM segment "
+            "SELECT block.segment, offset, key, parent, owner, hits, last_use, turn FROM segment "
             "JOIN block ON block.segment = seq WHERE fingerprint = ? ORDER BY seq, offset",
             (fingerprint,),
         )
-        for segment, offset, key, parent, owner, hits, last_use in found:
+        for segment, offset, key, parent, owner, *use in found:
             shapes = [len(each) for each in (key, parent, owner) if isinstance(each, bytes)]
             if shapes != [KEY, KEY, OWNER]:
                 raise sqlite3.DatabaseError("a row of the index is damaged")
-            yield segment, Row(offset, key, parent, owner), hits, last_use
+            yield segment, Row(offset, key, parent, owner), Use(*use)
 
     def models(self) -> dict[bytes, float]:
         """When each model was last opened, by fingerprint."""
@@ -110,12 +131,12 @@ class DiskIndex:
                 segment = head.seq, head.id, head.fingerprint
                 db.execute("INSERT INTO segment VALUES (?, ?, ?)", segment)
                 db.executemany(
-                    "INSERT INTO block VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    ((head.seq, r.offset, r.key, r.parent, r.owner, hits, use) for r, hits, use in rows),
+                    "INSERT INTO block VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    ((head.seq, r.offset, r.key, r.parent, r.owner, *_columns(use)) for r, use in rows),
                 )
             db.executemany(
-                "UPDATE block SET hits = ?, last_use = ? WHERE segment = ? AND offset = ?",
-                ((*use, *place) for place, use in changes.used.items()),
+                "UPDATE block SET hits = ?, last_use = ?, turn = ? WHERE segment = ? AND offset = ?",
+                ((*_columns(use), *place) for place, use in changes.used.items()),
             )
             db.executemany("DELETE FROM block WHERE segment = ? AND offset = ?", changes.forgotten)
             self._forget_segments(changes.dropped)
@@ -144,6 +165,10 @@ class DiskIndex:
         """A context: commits at its end, rolls back on an error."""
         self._db.execute("BEGIN IMMEDIATE")
         return self._db
+
+
+def _columns(use: Use) -> tuple[int, float, int]:
+    return use.hits, use.last_use, use.turn
 
 
 def _prepare(db: sqlite3.Connection) -> None:

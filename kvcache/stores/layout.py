@@ -78,6 +78,10 @@ class SegmentHead:
         """Of the segment when all slots are used."""
         return PAGE + self.slots * self.stride + footer_bytes(self.slots)
 
+    def slots_in(self, size: int) -> int:
+        """About how many records a sealed segment of that size has, dead ones too; at least one."""
+        return max(1, (size - 2 * PAGE) // (self.stride + _ROW.size))
+
     def offset(self, slot: int) -> int:
         """Where a slot begins."""
         return PAGE + slot * self.stride

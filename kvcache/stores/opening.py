@@ -2,27 +2,16 @@
 
 import logging
 import os
-import sqlite3
 import time
 from dataclasses import dataclass
 
-from ktransformers.kvcache.stores.catalog import Catalog, Segment, Spare
+from ktransformers.kvcache.stores.catalog import Catalog, Segment, Spare, Use
 from ktransformers.kvcache.stores.folder import BAD, INDEX, Folder
-from ktransformers.kvcache.stores.index import Changes, DiskIndex
+from ktransformers.kvcache.stores.index import ERRORS, Changes, DiskIndex, is_damage
 from ktransformers.kvcache.stores.layout import Row, SegmentHead
 from ktransformers.kvcache.stores.segments import file_name, number_of, read_footer, read_head, scan, seal
 from ktransformers.kvcache.stores.store import StoreError
 
-_NOT_DAMAGE = frozenset(
-    {
-        sqlite3.SQLITE_BUSY,
-        sqlite3.SQLITE_CANTOPEN,
-        sqlite3.SQLITE_FULL,
-        sqlite3.SQLITE_LOCKED,
-        sqlite3.SQLITE_NOMEM,
-        sqlite3.SQLITE_READONLY,
-    }
-)
 _log = logging.getLogger(__name__)
 
 
@@ -40,13 +29,13 @@ def read_folder(folder: Folder, fingerprint: bytes, block_bytes: int) -> Content
     try:
         try:
             return _Opening(folder, fingerprint, block_bytes).run()
-        except sqlite3.DatabaseError as error:
-            if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF in _NOT_DAMAGE:
+        except ERRORS as error:
+            if not is_damage(error):
                 raise
             _log.warning("disk tier: the index is made anew from the segments: %s", error)
             folder.set_index_aside()
             return _Opening(folder, fingerprint, block_bytes).run()
-    except sqlite3.Error as error:
+    except ERRORS as error:
         raise StoreError(f"{folder.path / INDEX}: {error}") from None
     except OSError as error:
         raise StoreError(f"{folder.path}: {error.strerror or error}") from None
@@ -63,7 +52,7 @@ class _Opening:
         self._index = DiskIndex.open(folder.path / INDEX)
 
     def run(self) -> Contents:
-        """Errors: sqlite3.Error, OSError; the index is closed then."""
+        """Errors: index.ERRORS, OSError; the index is closed then."""
         try:
             known, models = self._index.segments(), self._index.models()
             indexed: set[int] = set()
@@ -75,6 +64,7 @@ class _Opening:
                 elif seq is not None:
                     last = seq
                     self._look_at(name, seq, known, models, indexed)
+            self._catalog.newest = last
             self._read_index(indexed)
             self._changes.dropped += sorted(known.keys() - self._kept(known))
             self._index.begin(self._fingerprint, self._now)
@@ -127,16 +117,16 @@ class _Opening:
         segment = Segment(head, size, True)
         self._catalog.open_segment(segment)
         for row in rows:
-            self._catalog.add(segment, row, 0, self._now)
-        live = [(block.row, 0, self._now) for block in segment.blocks.values()]
+            self._catalog.add(segment, row, Use(0, self._now, head.seq))
+        live = [(block.row, block.use) for block in segment.blocks.values()]
         self._changes.sealed.append((head, live))
 
     def _read_index(self, indexed: set[int]) -> None:
         """Enter the blocks of the segments that the index is right about; remove those that have none."""
-        for seq, row, hits, last_use in self._index.blocks(self._fingerprint):
+        for seq, row, use in self._index.blocks(self._fingerprint):
             segment = self._catalog.segments.get(seq)
             if segment is not None and seq in indexed and _lies_in(segment, row):
-                self._catalog.add(segment, row, hits, last_use)
+                self._catalog.add(segment, row, use)
         for seq in indexed:
             segment = self._catalog.segments[seq]
             if not segment.blocks:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -23,3 +24,14 @@ def stored() -> ModuleType:
         assert spec.loader is not None
         spec.loader.exec_module(module)
     return sys.modules["stored_blocks"]
+
+
+@pytest.fixture
+def in_memory(tmp_path):
+    """A folder in memory, if there is such a filesystem: what is killed leaves the same there, and sooner."""
+    shm = Path("/dev/shm")
+    if not shm.is_dir():
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=shm) as name:
+        yield Path(name)

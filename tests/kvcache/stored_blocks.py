@@ -1,10 +1,12 @@
 """Blocks whose bytes follow from their names, so that every byte that a store gives back can be checked."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from ktransformers.kvcache.stores.disk import DiskStore
+from ktransformers.kvcache.stores.store import StoreError as StoreError
 
 SIZE = 5000
 """Bytes of a block: not whole pages."""
@@ -49,3 +51,22 @@ def has(store: DiskStore, block: Name) -> bool:
 
 def segments(folder: Path) -> list[Path]:
     return sorted((folder / "seg").iterdir())
+
+
+def crash(store: DiskStore) -> None:
+    """Let go of the store's files as the kernel does for a process that was killed: nothing is written."""
+    writer, store._appender._writer = store._appender._writer, None
+    if writer is not None:
+        os.close(writer.fd)
+    store._books._index.abandon()
+    store._books.folder.close()
+    store._calls.closed = True
+
+
+def flip(path: Path, byte: int, bit: int) -> None:
+    """Change one bit of a file."""
+    with path.open("r+b") as file:
+        file.seek(byte)
+        old = file.read(1)[0]
+        file.seek(byte)
+        file.write(bytes([old ^ 1 << bit]))
