@@ -137,10 +137,11 @@ class Entrance:
                 best, best_rank = entry, rank
         return best
 
-    def _rank(self, entry: Entry, now: float) -> tuple[bool, float]:
+    def _rank(self, entry: Entry, now: float) -> tuple[bool, bool, float]:
         request = entry.request
         seconds = self._pace.expected(len(request.tokens) + entry.left)
-        return now + seconds >= request.deadline, len(entry.found) / max(1, len(request.tokens))
+        fresh = self._queue.is_fresh(self._queue.account(request))
+        return now + seconds >= request.deadline, fresh, len(entry.found) / max(1, len(request.tokens))
 
     def _ahead_of(self, first: Entry, running: list[Request]) -> Entry | None:
         """Somebody who fits where `first` does not, and does not delay it."""
@@ -203,7 +204,18 @@ class Entrance:
             return True
         if len(running) >= self._slots:
             return False
-        return self._peak(entry, running) <= self._cache.total
+        return self._peak(entry, running) <= self._cache.total or self._fits_now(entry)
+
+    def _fits_now(self, entry: Entry) -> bool:
+        """Whether there is room for all of it at this moment, and it is of one who has no backlog and stays
+        within its plain share: that others may grow into that room later is no reason to keep it out."""
+        account = self._queue.account(entry.request)
+        if not self._queue.is_fresh(account):
+            return False
+        size = entry.own + entry.idle + -(-entry.left // self._cache.block_tokens)
+        share = self._queue.share_active(account)
+        held = sum(self._final_blocks(r) for r in account.running)
+        return size <= self._cache.available and held + size <= share * self._cache.total
 
     def _peak(self, entry: Entry, running: list[Request]) -> int:
         """The most blocks that will be held at once if it enters."""
@@ -235,16 +247,20 @@ class Entrance:
     def _reserved(self, account: Account, entry: Entry, running: list[Request]) -> bool:
         """Whether it would take of the room that is kept for those that are about but do not wait just now.
 
-        Who has less than its plain share may; so may who has nothing running.
+        It is what they had at once of late, and within the surplus of the others' shares. Who has less than its
+        plain share may; so may who has nothing running.
         """
         reserve = min(1 - 1 / self._surplus, self._queue.absent) if self._surplus > 1 else 0.0
-        if reserve <= 0 or not account.running:
+        slots, tokens = self._queue.kept
+        slots = min(slots, int(reserve * self._slots))
+        blocks = min(-(-tokens // self._cache.block_tokens), int(reserve * self._cache.total))
+        if not (slots or blocks) or not account.running:
             return False
         share = self._queue.share_active(account)
-        full = len(running) + 1 > (1 - reserve) * self._slots
+        full = len(running) + 1 > self._slots - slots
         if full and len(account.running) + 1 > share * self._slots:
             return True
-        if self._peak(entry, running) <= (1 - reserve) * self._cache.total:
+        if self._peak(entry, running) <= self._cache.total - blocks:
             return False
         held = sum(self._final_blocks(r) for r in account.running)
         return held + self._final_size(entry) > share * self._cache.total
@@ -258,37 +274,45 @@ class Entrance:
 
     # ---- who makes room
 
-    def victim(self, running: list[Request]) -> Request | None:
-        """Who has to make room for the tenant that is owed most, if anybody: once a step at most."""
+    def victims(self, running: list[Request]) -> list[Request]:
+        """Those that have to make room for the tenant that is owed most, if any: for one request in a step."""
         gap = self._window(self._queue.rules.preempt)
         least = self._queue.least()
-        if gap <= 0 or least is None or not running or self._promised is not None:
-            return None
+        if gap <= 0 or least is None or not running:
+            return []
         limit = least.key + gap
-        over = {id(r): key for r in running if (key := self._queue.account(r).key) > limit}
+        over = {r: key for r in running if (key := self._queue.account(r).key) > limit}
         if not over or least.head().in_flight:
-            return None
+            return []
         spent = self._counters.recomputed_tokens
         if spent > _RECOMPUTED_SHARE * self._counters.computed_tokens:
-            return None
+            return []
         entry = self._entry(least.head())
         if self._fits(entry, running):
-            return None
-        movable = [r for r in running if id(r) in over and r.preempted < MOST_PREEMPTIONS]
-        most = max((over[id(r)] for r in movable), default=0)
-        candidates = sorted((r for r in movable if over[id(r)] == most), key=lambda r: r.computed)
-        # The more it has computed the more room it makes: the first whose room is enough.
-        at = bisect.bisect_left(candidates, True, key=lambda r: self._makes_room(r, entry, running))
-        if at == len(candidates):
-            return None
-        self._promised = entry.request
-        return candidates[at]
+            return []
+        movable = [r for r in over if r.preempted < MOST_PREEMPTIONS]
+        # Of the most served first, and of these who has computed least: that is least to compute again.
+        movable.sort(key=lambda r: (-over[r], r.computed))
+        chosen = self._enough(movable, entry, running)
+        if chosen:
+            self._promised = entry.request
+        return chosen
 
-    def _makes_room(self, victim: Request, entry: Entry, running: list[Request]) -> bool:
-        rest = [r for r in running if r is not victim]
+    def _enough(self, movable: list[Request], entry: Entry, running: list[Request]) -> list[Request]:
+        """The first whose room is enough for it; else the fewest from the beginning on whose room together is."""
+        for request in movable[:_LOOK]:
+            if self._makes_room([request], entry, running):
+                return [request]
+        several = range(len(movable) + 1)
+        at = bisect.bisect_left(several, True, key=lambda n: self._makes_room(movable[:n], entry, running))
+        return movable[:at] if at < len(several) else []
+
+    def _makes_room(self, victims: list[Request], entry: Entry, running: list[Request]) -> bool:
+        gone = set(victims)
+        rest = [r for r in running if r not in gone]
+        if not rest:
+            return True
+        # Blocks that only they hold: `_profile_of` the others counts them as shared.
+        freed = sum(len(r.table.blocks) - r.table.hits for r in victims)
         peak = self._profile_of(rest).peak_with(entry.own, entry.left) + entry.idle
-        return not rest or peak - self._freed(victim) <= self._cache.total
-
-    def _freed(self, victim: Request) -> int:
-        """Blocks that only this one holds: `_profile_of` the others counts them as shared."""
-        return len(victim.table.blocks) - victim.table.hits
+        return peak - freed <= self._cache.total

@@ -23,6 +23,9 @@ _RATE_DECAY = 0.99
 """A step; the rate is that of the last hundred or so."""
 _LINGER_SECONDS = 10.0
 """Who was here so lately is expected back: some room is kept for it."""
+_FRESH_SECONDS = 2.0
+"""After so long it waits as the others do."""
+_BEFORE_ALL = 1 << 62
 _MOST_LINGERING = 1024
 _MOST_IDLE_TENANTS = 16_384
 _MOST_IDLE_USERS = 64
@@ -37,6 +40,8 @@ class Rules:
     preempt: float = 10.0
     kv_share: float = 1.25
     predict: bool = True
+    fresh_first: bool = True
+    """Who has no backlog goes first, within the window, and steps are short while it is about."""
     by_arrival: bool = False
     """First come, first served: the counters are kept, and nobody looks at them."""
     prices: Prices = field(default_factory=Prices)
@@ -46,7 +51,7 @@ class Rules:
         """As the scheduler is configured."""
         if config.policy != "fair":
             by_arrival = config.policy == "fifo"
-            return cls(0.0, 0.0, 0.0, 0.0, predict=False, by_arrival=by_arrival)
+            return cls(0.0, 0.0, 0.0, 0.0, predict=False, fresh_first=False, by_arrival=by_arrival)
         return cls(
             window=config.fair_window,
             backfill=config.fair_window,
@@ -75,7 +80,11 @@ class Account(Claimant):
     """A tenant: its users, its limits, and what it has running."""
 
     __slots__ = (
+        "kept",
+        "largest",
         "limited",
+        "most_running",
+        "most_tokens",
         "outputs",
         "running",
         "service",
@@ -97,6 +106,13 @@ class Account(Claimant):
         self.service = 0
         """Micro-units charged since this record was made."""
         self.outputs: deque[int] = deque(maxlen=_RECENT_OUTPUTS)
+        self.most_running = 0
+        self.most_tokens = 0
+        """That it had at once of late, and the tokens of those requests."""
+        self.largest = 0
+        """Tokens of the largest one."""
+        self.kept = (0, 0)
+        """Slots and tokens that are kept for it while it has nothing waiting."""
 
     def head(self) -> Request:
         """Its next request. Something waits."""
@@ -116,6 +132,11 @@ class FairQueue:
         self._tenants: Level[Account] = Level(_MOST_IDLE_TENANTS)
         self._waiting: dict[Request, Account] = {}
         self._lingering: OrderedDict[Account, float] = OrderedDict()
+        self._fresh: OrderedDict[Account, float] = OrderedDict()
+        """Those that had nothing waiting until lately, and since when they have."""
+        self._active = 0
+        """Tenants that have something here, or had it lately."""
+        self._kept_slots = self._kept_tokens = 0
         self._milli_waiting = 0
         self._milli_active = 0
         self._with_waiting: dict[Account, None] = {}
@@ -151,6 +172,8 @@ class FairQueue:
             self._tenants.lift(account)
             self._milli_waiting += account.milli
             self._with_waiting[account] = None
+            if self.rules.fresh_first:
+                self._fresh[account] = self._now
         if len(user.waiting) == 1:
             account.users.lift(user)
         user.open += 1
@@ -172,6 +195,7 @@ class FairQueue:
         """It is let in, with `found` tokens of its prompt in the cache. Errors: as `remove`."""
         account, user = self._take(request)
         account.running[request] = None
+        self._note_room(account, request)
         if self.rules.predict:
             outputs = max(1, min(self.predicted(account), request.sampling.max_tokens) - request.drawn)
             request.pending = self.rules.prices.expected(request, found, outputs)
@@ -185,8 +209,6 @@ class FairQueue:
         self._promise(account, user, -request.pending)
         request.pending = 0
         self._close(request, account, user)
-        if not account.waiting and not account.running:
-            self._linger(account)
 
     def ended(self, request: Request) -> None:
         """A running request has ended by itself: what its tenant's next ones are predicted from."""
@@ -213,6 +235,7 @@ class FairQueue:
         if not account.waiting:
             self._milli_waiting -= account.milli
             del self._with_waiting[account]
+            self._fresh.pop(account, None)
         return account, user
 
     def _close(self, request: Request, account: Account, user: User) -> None:
@@ -220,6 +243,8 @@ class FairQueue:
         if not user.open:
             account.users.rest(user)
         self._place(account)
+        if not account.waiting and not account.running:
+            self._linger(account)
 
     def _place_user(self, account: Account, user: User) -> None:
         if user.waiting:
@@ -234,10 +259,13 @@ class FairQueue:
             if account.limited:
                 # While it could not use more it was as good as idle.
                 self._tenants.lift(account)
-            self._tenants.ready.put(account, self._key(account), account.head().order)
+            # At the same key who has no backlog goes first.
+            order = account.head().order - (_BEFORE_ALL if account in self._fresh else 0)
+            self._tenants.ready.put(account, self._key(account), order)
         else:
             self._tenants.ready.drop(account)
         account.limited = bool(account.waiting) and at_limit
+        self._keep(account)
 
     def _key(self, claimant: Claimant) -> int:
         return 0 if self.rules.by_arrival else claimant.key
@@ -249,8 +277,53 @@ class FairQueue:
 
     def _part(self, account: Account) -> None:
         del self._lingering[account]
+        self._active -= 1
         self._milli_active -= account.milli
+        account.most_running = account.most_tokens = account.largest = 0
+        self._keep(account)
         self._tenants.rest(account)
+
+    # ---- room for those that are about
+
+    def _note_room(self, account: Account, request: Request) -> None:
+        """It enters: what its tenant has at once, the past counting less each time."""
+        size = request.n_prompt + min(self.predicted(account), request.sampling.max_tokens)
+        tokens = size + sum(len(r.tokens) for r in account.running if r is not request)
+        account.most_running = max(len(account.running), account.most_running * 15 // 16)
+        account.most_tokens = max(tokens, account.most_tokens * 15 // 16)
+        account.largest = max(size, account.largest * 15 // 16)
+
+    def _keep(self, account: Account) -> None:
+        """Of a tenant that is about and has nothing waiting: as much as it had of late, and one request more."""
+        slots = tokens = 0
+        if account.largest and not account.waiting:
+            slots = max(0, account.most_running + 1 - len(account.running))
+            held = sum(len(r.tokens) for r in account.running) if account.running else 0
+            tokens = max(0, account.most_tokens + account.largest - held)
+        self._kept_slots += slots - account.kept[0]
+        self._kept_tokens += tokens - account.kept[1]
+        account.kept = (slots, tokens)
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """Slots and tokens to keep for tenants that are about and have nothing waiting."""
+        return self._kept_slots, self._kept_tokens
+
+    @property
+    def hurry(self) -> bool:
+        """Beside tenants with a backlog there is one that has none: it should not wait for long steps."""
+        if not self.rules.fresh_first or self._active < 2:
+            return False
+        return bool(self._fresh) or len(self._with_waiting) < self._active
+
+    @property
+    def has_fresh(self) -> bool:
+        """Somebody waits who has no backlog."""
+        return bool(self._fresh)
+
+    def is_fresh(self, account: Account) -> bool:
+        """Whether it has no backlog: it had nothing waiting until lately."""
+        return account in self._fresh
 
     # ---- accounts
 
@@ -259,6 +332,7 @@ class FairQueue:
         account, user = self._account(request)
         terms = request.tenant
         if self._lingering.pop(account, None) is None and not account.waiting and not account.running:
+            self._active += 1
             self._milli_active += account.milli
         if account.terms != terms or account.weight != terms.weight:
             self._agree(account, terms)
@@ -323,6 +397,12 @@ class FairQueue:
         """A step was planned."""
         self._now = now
         self._tenants.advance()
+        while self._fresh:
+            account, since = next(iter(self._fresh.items()))
+            if now - since < _FRESH_SECONDS:
+                break
+            del self._fresh[account]
+            self._place(account)
         while self._lingering:
             account, since = next(iter(self._lingering.items()))
             if now - since < _LINGER_SECONDS:
@@ -357,6 +437,10 @@ class FairQueue:
     def absent(self) -> float:
         """Part of the weight that is or was lately here of those that have nothing waiting now."""
         return 1 - self._milli_waiting / self._milli_active if self._milli_active else 0.0
+
+    def key(self, request: Request) -> int:
+        """Of its tenant: the smaller, the more it is owed."""
+        return 0 if self.rules.by_arrival else self._of(request)[0].key
 
     def account(self, request: Request) -> Account:
         """Of a request that waits or runs."""

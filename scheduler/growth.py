@@ -9,7 +9,7 @@ import bisect
 import itertools
 import math
 import operator
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 
 from ktransformers.scheduler.request import Request
@@ -18,20 +18,50 @@ MOST_PREEMPTIONS = 3
 """After so many a request is let in only if all that it may ever take fits, and stays."""
 _RECENT = 64
 """Output lengths remembered."""
-_PRIOR_DECAY = 15 / 16
+_ENOUGH = 8
+"""Of a tenant's own, to go by them alone."""
+_MOST_TENANTS = 1024
+_PRIOR_DECAY = 63 / 64
 _RAISE = 1.5
 _MOST = 8.0
-_DECAY = 0.998
-"""A step; after some 350 steps the factor is halved."""
+_DECAY = 0.9995
+"""A step; after some 1,400 steps the factor is halved."""
+
+
+class _Lengths:
+    """The last output lengths of somebody's requests."""
+
+    def __init__(self) -> None:
+        self._recent: deque[int] = deque()
+        self._sorted: list[int] = []
+        self._sums: list[int] = []
+        """Of the longest 1, 2, ... of them."""
+
+    def __len__(self) -> int:
+        return len(self._recent)
+
+    def add(self, tokens: int) -> None:
+        self._recent.append(tokens)
+        bisect.insort(self._sorted, tokens)
+        if len(self._recent) > _RECENT:
+            del self._sorted[bisect.bisect_left(self._sorted, self._recent.popleft())]
+        self._sums = list(itertools.accumulate(reversed(self._sorted)))
+
+    def left(self, drawn: int) -> float:
+        """What was still to come, on the average, of those that were longer."""
+        longer = len(self._sorted) - bisect.bisect_right(self._sorted, drawn)
+        # What has outlived all others is expected to go on for as long again.
+        return self._sums[longer - 1] / longer - drawn if longer else float(drawn)
 
 
 class OutputEstimate:
     """How many tokens a request will still draw, from how many those did that ended of late.
 
     Of the recent outputs that were longer than what it has drawn so far, the average of what was still to
-    come: who has outlived the short ones is known to be one of the long. While little has been observed its
-    max_tokens counts too, less with each observation, for the first to end are the short ones. All that
-    times a factor which each preemption raises and each step lets decay towards 1 (SGLang's new-token
+    come: who has outlived the short ones is known to be one of the long. Its tenant's own count once there
+    are some: one that writes briefly and often says nothing of one that writes at length. While little has been
+    observed its max_tokens counts too, less with each observation, for the first to end are the short ones. All
+    that times a factor which each preemption raises and each step lets decay towards 1 (SGLang's new-token
     ratio, turned round).
     """
 
@@ -39,19 +69,17 @@ class OutputEstimate:
         self.factor = 1.0
         self.prior = 1.0
         """The weight of max_tokens."""
-        self._recent: deque[int] = deque()
-        self._sorted: list[int] = []
-        self._sums: list[int] = []
-        """Of the longest 1, 2, ... of them."""
+        self._all = _Lengths()
+        self._by_tenant: OrderedDict[str, _Lengths] = OrderedDict()
 
-    def ended(self, output_tokens: int) -> None:
-        """A request has ended by itself after so many output tokens."""
+    def ended(self, tenant: str, output_tokens: int) -> None:
+        """A request of a tenant has ended by itself after so many output tokens."""
         self.prior *= _PRIOR_DECAY
-        self._recent.append(output_tokens)
-        bisect.insort(self._sorted, output_tokens)
-        if len(self._recent) > _RECENT:
-            del self._sorted[bisect.bisect_left(self._sorted, self._recent.popleft())]
-        self._sums = list(itertools.accumulate(reversed(self._sorted)))
+        self._all.add(output_tokens)
+        self._by_tenant.setdefault(tenant, _Lengths()).add(output_tokens)
+        self._by_tenant.move_to_end(tenant)
+        if len(self._by_tenant) > _MOST_TENANTS:
+            self._by_tenant.popitem(last=False)
 
     def preempted(self) -> None:
         """More was let in than fitted."""
@@ -66,10 +94,9 @@ class OutputEstimate:
         most = request.sampling.max_tokens - request.drawn
         if request.preempted >= MOST_PREEMPTIONS:
             return most
-        longer = len(self._sorted) - bisect.bisect_right(self._sorted, request.drawn)
-        # What has outlived all others is expected to go on for as long again.
-        expected = self._sums[longer - 1] / longer - request.drawn if longer else request.drawn
-        blend = self.prior * most + (1 - self.prior) * expected
+        own = self._by_tenant.get(request.tenant.id)
+        lengths = own if own is not None and len(own) >= _ENOUGH else self._all
+        blend = self.prior * most + (1 - self.prior) * lengths.left(request.drawn)
         return min(most, math.ceil(blend * self.factor))
 
 
@@ -94,12 +121,16 @@ class Profile:
         self._after = list(itertools.accumulate(reversed(peaks), max, initial=shared))[::-1]
 
     def peak_with(self, own: int, left: int) -> int:
-        """The most that are held at once if one more comes now, which takes `own` blocks."""
+        """The most that are held at once while one more is there, which comes now and takes `own` blocks.
+
+        What comes after its end is not its doing: when more was let in than will fit, that is no reason to
+        keep out who will have left by then.
+        """
         leave_first = bisect.bisect_right(self._ends, left)
         alive = len(self._ends) - leave_first + 1
         at_its_end = self._held[leave_first] + own + alive * -(-left // self._size)
         now = self._held[0] + own
-        return max(now, self._before[leave_first] + own, at_its_end, self._after[leave_first])
+        return max(now, self._before[leave_first] + own, at_its_end)
 
     def spares(self, total: int, first: tuple[int, int], other: tuple[int, int]) -> bool:
         """Whether `other` (own, left) may come now without `first`, which does not fit yet, entering later.

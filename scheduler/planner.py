@@ -27,7 +27,7 @@ from ktransformers.scheduler.fair_queue import FairQueue
 from ktransformers.scheduler.growth import MOST_PREEMPTIONS, OutputEstimate
 from ktransformers.scheduler.request import Request
 from ktransformers.scheduler.stats import Counters
-from ktransformers.scheduler.step_time import Chunking, Features
+from ktransformers.scheduler.step_time import Chunking, Features, StepTime
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class Planner:
         cache: KVCache,
         queue: FairQueue,
         entrance: Entrance,
+        step_time: StepTime,
         chunking: Chunking,
         estimate: OutputEstimate,
         counters: Counters,
@@ -107,6 +108,7 @@ class Planner:
         self._cache = cache
         self._queue = queue
         self._entrance = entrance
+        self._step_time = step_time
         self._chunking = chunking
         self._estimate = estimate
         self._counters = counters
@@ -115,17 +117,18 @@ class Planner:
         self._gone: list[int] = []
         self._steps = 0
         self._entered = 0
+        self._paused = False
+        """The streams sat out the last step."""
 
     def plan(self, now: float) -> Plan | None:
         """The next step, or None when there is nothing to do."""
         draft = _Draft(self._max_batch_tokens)
-        if (victim := self._entrance.victim(self.running)) is not None:
+        for victim in self._entrance.victims(self.running):
             self._preempt(victim)
-        preemptions = self._counters.preemptions
-        self._go_on(draft)
-        if self._counters.preemptions == preemptions:
-            self._entrance.grown()
-            self._let_in(draft, now)
+        self._entrance.grown()
+        self._paused = self._may_pause() and self._let_fresh_in(draft, now)
+        if not self._paused:
+            self._fill(draft, now)
         self._queue.step(now)
         gone, self._gone = self._gone, []
         if not draft.go_on and not gone:
@@ -172,12 +175,35 @@ class Planner:
 
     # ---- those that run
 
-    def _go_on(self, draft: _Draft) -> None:
-        """Decodes first, so that no stream stalls behind a prompt, then prompts; both by first admission."""
-        waiting = [r for r in self.running if r.remaining]
-        self._go_on_with([r for r in waiting if r.remaining == 1], draft)
-        self._chunking.begin(draft.features)
-        self._go_on_with([r for r in waiting if r.remaining > 1], draft)
+    def _fill(self, draft: _Draft, now: float) -> None:
+        """Decodes first, by first admission, so that no stream stalls behind a prompt. Then prompts: of those
+        without a backlog, of the tenant that is owed most, and of who comes next."""
+        preemptions = self._counters.preemptions
+        self._go_on_with([r for r in self.running if r.remaining == 1], draft)
+        self._chunking.begin(draft.features, self._queue.hurry)
+        if self._queue.has_fresh and self._counters.preemptions == preemptions:
+            self._entrance.grown()
+            self._let_in(draft, now, fresh=True)
+        prompts = [r for r in self.running if r.remaining > 1 and r not in draft.planned]
+        self._go_on_with(sorted(prompts, key=lambda r: (not r.fresh, self._queue.key(r), r.rank)), draft)
+        if self._counters.preemptions == preemptions:
+            self._entrance.grown()
+            self._let_in(draft, now)
+
+    def _may_pause(self) -> bool:
+        """Whether a step without the streams is worth its while for the prompt of one who asks seldom: they are
+        most of what the next step would take, and were not left out of the last one."""
+        if self._paused or not self._queue.has_fresh or not self._step_time.warm:
+            return False
+        streams = [r for r in self.running if r.remaining == 1]
+        features = Features(decodes=len(streams), context=sum(r.computed for r in streams))
+        return self._step_time.predict(features) > 2 * self._step_time.predict(Features())
+
+    def _let_fresh_in(self, draft: _Draft, now: float) -> bool:
+        """Only those; whether there were any that could enter."""
+        self._chunking.pause()
+        self._let_in(draft, now, fresh=True)
+        return bool(draft.go_on)
 
     def _go_on_with(self, requests: list[Request], draft: _Draft) -> None:
         for request in requests:
@@ -205,15 +231,20 @@ class Planner:
         return min(n, fits)
 
     def _latest(self, request: Request, draft: _Draft) -> Request | None:
-        """Who makes room for it. Who had to often enough stays, unless the oldest could not get on."""
+        """Who makes room for it: the latest of the tenant that holds most KV for its weight. Who had to often
+        enough stays, unless the oldest could not get on."""
         oldest = request is self.running[0]
+        found, most = None, -1.0
         for other in reversed(self.running):
             if other.rank <= request.rank:
-                return None
+                break
             movable = other.preempted < MOST_PREEMPTIONS or oldest
             if other.remaining and other not in draft.planned and movable:
-                return other
-        return None
+                account = self._queue.account(other)
+                held = sum(len(r.table.blocks) for r in account.running) / account.weight
+                if held > most:
+                    found, most = other, held
+        return found
 
     def _room(self, request: Request) -> int:
         """Tokens that it could compute with the blocks that it has and those that can be had."""
@@ -242,12 +273,14 @@ class Planner:
 
     # ---- those that wait
 
-    def _let_in(self, draft: _Draft, now: float) -> None:
-        while draft.budget and self._free_slots:
+    def _let_in(self, draft: _Draft, now: float, fresh: bool = False) -> None:
+        while draft.budget and self._free_slots and (self._queue.has_fresh or not fresh):
             entry = self._entrance.choose(self.running, now)
             if entry is None:
                 return
             request = entry.request
+            if fresh and not self._queue.is_fresh(self._queue.account(request)):
+                return
             wanted = len(request.tokens) - len(entry.found) * self._cache.block_tokens
             allowed = self._chunking.take(min(wanted, draft.budget), len(request.tokens) - wanted)
             if not allowed:
@@ -268,6 +301,7 @@ class Planner:
 
     def _enter(self, request: Request, found: list[int], now: float) -> None:
         hit_tokens = len(found) * self._cache.block_tokens
+        request.fresh = self._queue.is_fresh(self._queue.account(request))
         self._queue.enter(request, hit_tokens)
         self._entrance.entered(request)
         self._cache.attach(request.table, found, again=request.entered)

@@ -58,6 +58,9 @@ from ktransformers.scheduler.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 IN_FLIGHT = 2
+PLAN_SECONDS, PLAN_SHARE = 0.003, 0.1
+"""How long before its predicted end, at least and as a part of it, a step is followed by a plan of the next
+one, when that is put off."""
 AWAY_SECONDS = 60.0
 """An engine that has said nothing for so long is not coming back soon: who waits for it is told."""
 ASLEEP_SECONDS = 2.0
@@ -99,6 +102,10 @@ class _Engine:
         self.watchdog = watchdog
         self.step_time = step_time
         self.in_flight: deque[Plan] = deque()
+        self.began = 0.0
+        """When it began with the oldest of them, as far as is known."""
+        self.plan_at: float | None = None
+        """When to plan the next one, if that was put off."""
 
 
 class Scheduler:
@@ -138,11 +145,7 @@ class Scheduler:
         self._expire(now)
         engine = self._engine
         if engine is not None and engine.alive and not engine.watchdog.condemned:
-            while len(engine.in_flight) < IN_FLIGHT and (plan := engine.planner.plan(now)) is not None:
-                if not engine.in_flight:
-                    engine.watchdog.moved(now)
-                engine.in_flight.append(plan)
-                self._ports.to_engine(plan.step)
+            self._plan(engine, now)
             if (moves := to_send(engine.cache, now)) is not None:
                 self._ports.to_engine(moves)
         self._fronts.flush()
@@ -151,9 +154,36 @@ class Scheduler:
             self._fronts.tell_all(self.status())
 
     def wake_at(self, now: float) -> float | None:
-        """When to `advance` although nothing may have been said: a load will not be waited for any longer."""
+        """When to `advance` although nothing may have been said: a plan was put off, or a load will not be
+        waited for any longer."""
         engine = self._engine
-        return engine.cache.loads.next_timeout(now) if engine is not None and engine.alive else None
+        if engine is None or not engine.alive:
+            return None
+        times = [at for at in (engine.plan_at, engine.cache.loads.next_timeout(now)) if at is not None]
+        return min(times, default=None)
+
+    def _plan(self, engine: _Engine, now: float) -> None:
+        engine.plan_at = None
+        while len(engine.in_flight) < IN_FLIGHT:
+            if engine.in_flight and (at := self._next_plan_at(engine)) > now:
+                engine.plan_at = at
+                return
+            plan = engine.planner.plan(now)
+            if plan is None:
+                return
+            if not engine.in_flight:
+                engine.watchdog.moved(now)
+                engine.began = now
+            engine.in_flight.append(plan)
+            self._ports.to_engine(plan.step)
+
+    def _next_plan_at(self, engine: _Engine) -> float:
+        """The later, the more of those that ask seldom find a place in the next step. The engine waits if it is
+        done before its time, so this is done only where there is somebody to gain from it."""
+        if not (self._queue.hurry and engine.step_time.warm):
+            return -math.inf
+        seconds = engine.step_time.predict(engine.in_flight[0].features)
+        return engine.began + seconds - max(PLAN_SECONDS, PLAN_SHARE * seconds)
 
     def tick(self, now: float) -> None:
         """Once a second: what happens because nothing happens."""
@@ -417,7 +447,15 @@ class Scheduler:
         entrance = Entrance(cache, self._queue, self._estimate, self.counters, self._pace, slots)
         chunking = Chunking(step_time, self._config.tbt_slo)
         planner = Planner(
-            cache, self._queue, entrance, chunking, self._estimate, self.counters, slots, budget
+            cache,
+            self._queue,
+            entrance,
+            step_time,
+            chunking,
+            self._estimate,
+            self.counters,
+            slots,
+            budget,
         )
         self._engine = engine = _Engine(ready, planner, cache, Watchdog(self._pace), step_time)
         for request in self._queue:
@@ -437,6 +475,7 @@ class Scheduler:
         plan = engine.in_flight.popleft()
         engine.cache.step_done(done.n)
         engine.watchdog.moved(now)
+        engine.began = now
         self._pace.measured(done.computed, done.seconds)
         self.counters.steps += 1
         self.counters.step_seconds += done.seconds
@@ -479,7 +518,7 @@ class Scheduler:
             event = self._event(request, token)
             request.emitted += 1
             if event.finish:
-                self._estimate.ended(request.emitted)
+                self._estimate.ended(request.tenant.id, request.emitted)
                 self._queue.ended(request)
                 self._end(request, event)
             else:

@@ -267,6 +267,8 @@ class Simulation:
             self._done = self._engine.step(self._steps.popleft())
             self._done_at = self.now + self._done.seconds
         times = [self._done_at] if self._done is not None else []
+        if (wake_at := self.scheduler.wake_at(self.now)) is not None:
+            times.append(wake_at)
         if self._next is not None:
             times.append(self._next.seconds)
         if self._returns:

@@ -7,11 +7,16 @@ by recursive least squares with slow forgetting. Pure: steps and times go in, pr
 
 from dataclasses import dataclass
 
-WARM_STEPS = 20
-"""Nothing is predicted before so many steps were seen."""
+WARM_STEPS, WARM_PROMPTS = 12, 4
+"""Nothing is predicted before so many steps were seen, and so many with a chunk of a prompt."""
 LEAST_CHUNK = 16
 """A prompt always gets on by so much, whatever the decodes take."""
 MOST_CHUNK = 2048
+FIRST_CHUNK = 64
+"""Of an engine of which nothing is known."""
+HURRY, PAUSE = 1 / 5, 1 / 2
+"""Of the time that a step may take: while somebody is about who should not have to wait for long steps; and a
+step without the streams, for the prompt of such a one."""
 _SCALES = (1.0, 1 / 256, 1 / 16, 1 / 4096, 1 / (1 << 20))
 """So that all features are about 1: the matrix stays well conditioned."""
 _FORGET = 0.998
@@ -43,13 +48,20 @@ class StepTime:
     def __init__(self) -> None:
         n = len(_SCALES)
         self.steps = 0
+        self._prompts = 0
+        self._slowest = 0.0
+        """Seconds for each token, in steps with a chunk."""
         self._weights = [0.0] * n
         self._doubt = [[_DOUBT * (i == j) for j in range(n)] for i in range(n)]
 
     @property
     def warm(self) -> bool:
         """Whether predictions mean something."""
-        return self.steps >= WARM_STEPS
+        return self.steps >= WARM_STEPS and self._prompts >= WARM_PROMPTS
+
+    def cautious(self, seconds: float) -> int:
+        """Prompt tokens that will hardly take longer, by those few that were measured."""
+        return int(seconds / self._slowest) if self._slowest else FIRST_CHUNK
 
     def observe(self, features: Features, seconds: float) -> None:
         """A step took so long."""
@@ -64,6 +76,9 @@ class StepTime:
             [(p[i][j] - px[i] * px[j] / scale) / forget for j in range(len(p))] for i in range(len(p))
         ]
         self.steps += 1
+        if features.prompt >= LEAST_CHUNK:
+            self._prompts += 1
+            self._slowest = max(self._slowest, seconds / features.prompt)
 
     def predict(self, features: Features) -> float:
         """Seconds; never less than 0."""
@@ -80,32 +95,51 @@ class StepTime:
 
 
 class Chunking:
-    """How many prompt tokens the step being planned may take, so that it lasts no longer than `slo` seconds.
+    """How many prompt tokens the step being planned may take.
 
-    Streams are late only if there are streams: without decodes there is no limit, nor while the model knows
-    nothing, nor with an `slo` of 0.
+    With streams it may last `slo` seconds. Without, nobody notices: then it is long enough that what a step
+    takes anyhow is a small part of it. While somebody is about who asks seldom (`hurry`) it is much shorter, so
+    that who comes next does not wait for it, but prompts get as much of it as the streams do. With an `slo` of
+    0 there is no limit.
     """
 
     def __init__(self, model: StepTime, slo: float) -> None:
         self._model = model
         self._slo = slo
         self._left: float | None = None
+        self._most = MOST_CHUNK
         self._taken = 0
 
-    def begin(self, decodes: Features) -> None:
+    def pause(self) -> None:
+        """A step without the streams, which they are to notice little of."""
+        self.begin(Features())
+        if self._left is not None:
+            self._left = min(self._left, self._slo * PAUSE)
+
+    def begin(self, decodes: Features, hurry: bool = False) -> None:
         """A step with these decodes."""
-        limited = self._slo > 0 and decodes.decodes > 0 and self._model.warm
-        self._left = self._slo - self._model.predict(decodes) if limited else None
-        self._taken = 0
+        self._left, self._most, self._taken = None, MOST_CHUNK, 0
+        if self._slo <= 0:
+            return
+        if not self._model.warm:
+            seconds = self._slo * HURRY if hurry else self._slo
+            self._most = min(MOST_CHUNK, max(LEAST_CHUNK, self._model.cautious(seconds)))
+            return
+        base = self._model.predict(decodes)
+        limit = self._slo if decodes.decodes else max(self._slo, 4 * base)
+        if hurry:
+            limit = min(limit, max(self._slo * HURRY, 2 * base))
+        self._left = limit - base
 
     def take(self, wanted: int, context: int) -> int:
         """Of `wanted` tokens of a prompt with `context` before them, how many may be computed."""
-        if self._left is None:
-            return wanted
-        token = self._model.prompt_token(context + min(wanted, MOST_CHUNK) / 2)
-        fits = max(0, int(self._left / token)) if token > 0 else MOST_CHUNK
+        fits, token = MOST_CHUNK, 0.0
+        if self._left is not None:
+            token = self._model.prompt_token(context + min(wanted, MOST_CHUNK) / 2)
+            fits = max(0, int(self._left / token)) if token > 0 else MOST_CHUNK
         fits = max(fits, LEAST_CHUNK - self._taken)
-        n = max(0, min(wanted, fits, MOST_CHUNK - self._taken))
-        self._left -= n * token
+        n = max(0, min(wanted, fits, self._most - self._taken))
+        if self._left is not None:
+            self._left -= n * token
         self._taken += n
         return n
