@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "ops/digest.h"
 #include "ops/limits.h"
 #include "ops/linear.h"
 #include "program.h"
@@ -223,6 +224,17 @@ Array<float> elementwise(const std::string& isa, const std::string& op, const Ar
   return out;
 }
 
+uint64_t digest_of(ThreadPool& pool, const Array<uint8_t>& data) {
+  const std::span<const uint8_t> bytes = view(data);
+  const py::gil_scoped_release release;
+  return digest(pool, bytes.data(), bytes.size());
+}
+
+uint64_t weight_digest(const Weight& weight, ThreadPool& pool) {
+  const py::gil_scoped_release release;
+  return digest(pool, weight.packed(), weight.bytes());
+}
+
 Activation kind_of(const std::string& name) {
   if (name == "int8") return Activation::kInt8;
   if (name == "bf16") return Activation::kBF16;
@@ -354,7 +366,6 @@ void write_block(Program& program, int64_t block, const Array<uint8_t>& data) {
 }  // namespace
 
 PYBIND11_MODULE(_kernels, m) {
-  m.attr("LAYOUT_VERSION") = 1;
   m.attr("BLOCK_TOKENS") = kBlockTokens;
   m.def("isas", [] {
     std::vector<std::string> names;
@@ -373,6 +384,7 @@ PYBIND11_MODULE(_kernels, m) {
       .def_property_readonly("cols", &Weight::cols)
       .def_property_readonly("experts", &Weight::experts)
       .def_property_readonly("nbytes", &Weight::bytes)
+      .def("digest", &weight_digest, py::arg("pool"))
       .def("row", &weight_row, py::arg("i"));
 
   m.def("pack", &pack, py::arg("pool"), py::arg("isa"), py::arg("format"), py::arg("rows"), py::arg("cols"),
@@ -380,6 +392,8 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("pack_experts", &pack_experts, py::arg("pool"), py::arg("isa"), py::arg("format"), py::arg("rows"),
         py::arg("cols"), py::arg("experts"), py::arg("read"));
   m.def("gemm", &gemm, py::arg("pool"), py::arg("weight"), py::arg("x").noconvert());
+
+  m.def("digest", &digest_of, py::arg("pool"), py::arg("data").noconvert());
 
   m.def("elementwise", &elementwise, py::arg("isa"), py::arg("op"), py::arg("a").noconvert(), py::arg("b").noconvert());
 

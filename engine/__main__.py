@@ -19,10 +19,12 @@ import msgspec
 
 from ktransformers.engine.child import die_with_parent
 from ktransformers.engine.config import EngineConfig
-from ktransformers.engine.load import build_executor, open_model, plan
+from ktransformers.engine.disk_tier import open_disk
+from ktransformers.engine.load import Plan, build_executor, fingerprint, open_model, plan
 from ktransformers.engine.logs import start_logging
 from ktransformers.engine.runner import Limits
 from ktransformers.engine.service import Engine, Load, Service
+from ktransformers.kvcache.stores.disk import DiskStore
 from ktransformers.kvcache.stores.memory import HostBlocks
 
 log = logging.getLogger("ktransformers.engine")
@@ -51,7 +53,9 @@ def run(config: EngineConfig, load: Load) -> int:
     listener = start_logging("engine")
     _settle()
     try:
-        Service(config.socket).run(load)
+        service = Service(config.socket)
+        signal.signal(signal.SIGTERM, lambda *_: service.stop())
+        service.run(load)
     except MemoryError:
         hint = "free memory, or lower device_bytes, context, max_batch_tokens or max_sequences"
         print(f"engine: there is too little memory: {hint}", file=sys.stderr)
@@ -65,6 +69,9 @@ def run(config: EngineConfig, load: Load) -> int:
         return EXIT_INTERNAL
     finally:
         listener.stop()
+    if service.stopped:
+        # C++ threads may be using what an orderly exit would free.
+        os._exit(0)
     return 0
 
 
@@ -96,7 +103,25 @@ def load(config: EngineConfig, report: Callable[[int, int], None]) -> Engine:
         vocab=program.vocab,
     )
     host = HostBlocks(planned.host_blocks, executor.block_bytes) if planned.host_blocks else None
-    return Engine(executor, limits, facts.fingerprint, host)
+    key = fingerprint(config, program, facts, executor)
+    disk = open_disk(config.cache, key, executor.block_bytes)
+    _log_tiers(limits, executor.block_bytes, planned, disk)
+    return Engine(executor, limits, key, host, disk)
+
+
+def _log_tiers(limits: Limits, block_bytes: int, planned: Plan, disk: DiskStore | None) -> None:
+    """What the prefix cache may take, of each kind of memory."""
+
+    def tier(name: str, size: int) -> str:
+        tokens = size // block_bytes * limits.block_tokens
+        return f"{name} {size / 1e9:.1f} GB ({tokens:,} tokens)" if size else f"{name} none"
+
+    tiers = [tier("device", limits.blocks * block_bytes), tier("host", planned.host_blocks * block_bytes)]
+    stats = disk.stats() if disk is not None else None
+    tiers.append(tier("disk", stats.cap if stats is not None else 0))
+    if stats is not None and stats.blocks:
+        tiers.append(f"of which {stats.blocks * limits.block_tokens:,} tokens are there")
+    log.info("prefix cache: %s", ", ".join(tiers))
 
 
 class _Display:
@@ -145,7 +170,7 @@ def _settle() -> None:
     except OSError as error:
         log.debug("oom_score_adj stays as it is: %s", error)
     faulthandler.enable()
-    # At once: there is nothing to save, and C++ threads may be using what an orderly exit would free.
+    # Until there is something to end in order.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 

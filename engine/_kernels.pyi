@@ -16,7 +16,6 @@ F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
-LAYOUT_VERSION: int
 BLOCK_TOKENS: int
 
 def isas() -> list[str]:
@@ -44,6 +43,8 @@ class Weight:
     def experts(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+    def digest(self, pool: ThreadPool) -> int:
+        """Of the packed bytes; see the function."""
     def row(self, i: int) -> F32:
         """Dequantised row [cols]."""
 
@@ -57,6 +58,9 @@ def pack_experts(
 
 def gemm(pool: ThreadPool, weight: Weight, x: F32) -> F32:
     """x [n, cols] -> [n, rows]: quantises x as the weight's format asks, then the product. For tests."""
+
+def digest(pool: ThreadPool, data: U8) -> int:
+    """64 bits that tell contents of one size apart, by chance alone; as fast as memory can be read."""
 
 def activation(isa: str, format: int) -> Literal["int8", "bf16", "f32"]:  # noqa: A002
     """How the input of a product with weights in this GGUF format is presented: which dot product it uses."""

@@ -79,6 +79,9 @@ class Executor(Protocol):
     isa: str
     blocks: int
     block_tokens: int
+    weights_digest: tuple[int, ...]
+    """64 bits of all bytes of each weight, in whatever layout the executor has them."""
+
     @property
     def block_bytes(self) -> int:
         """Bytes of the KV of one block, all layers."""

@@ -3,7 +3,9 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Final
 
 from ktransformers.engine import machine
@@ -26,8 +28,6 @@ HOST_SHARE: Final = 0.25
 """Share of the machine's available memory that the host tier of a device with its own takes by itself."""
 SMALLEST_CONTEXT: Final = 1024
 """Tokens that must fit in a pool sized by itself (or the model's context, if that is shorter)."""
-_SAMPLES: Final = 64
-_SAMPLE_BYTES: Final = 256
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Facts:
     spec: ModelSpec
     weight_bytes: int
     """Of the tensors that the program reads, in the file's formats."""
-    fingerprint: bytes
-    """See engine.protocol.Ready."""
+    identity: bytes
+    """What its files say it is, without the weights' contents."""
 
 
 @dataclass(frozen=True)
@@ -94,36 +94,49 @@ def open_model(config: EngineConfig) -> tuple[Program, Facts]:
         name=name if isinstance(name, str) and name else file.path.stem,
         spec=spec,
         weight_bytes=sum(w.data.nbytes for w in program.weights),
-        fingerprint=fingerprint(file, kv_layout(config)),
+        identity=identity(file),
     )
     return program, facts
 
 
-def kv_layout(config: EngineConfig) -> str:
-    """Names the layout and arithmetic of KV bytes, apart from the weights."""
-    if config.executor == "torch":
-        return f"torch {config.device} {config.cache.block_tokens}"
-    from ktransformers.engine import _kernels
-
-    return f"native {_kernels.LAYOUT_VERSION} {_kernels.isas()[0]} {config.cache.block_tokens}"
-
-
-def fingerprint(file: GgufFile, layout: str) -> bytes:
-    """SHA-256 of the layout, the header and size of each file, and a few bytes of tensors all over it.
-
-    Two models of the same shape and metadata differ in the samples. Hashing all of a large file would take
-    longer than loading it.
-    """
-    digest = hashlib.sha256(layout.encode())
+def identity(file: GgufFile) -> bytes:
+    """SHA-256 of the header and size of each file: configuration, tokenizer, names and shapes."""
+    digest = hashlib.sha256()
     for shard, header in zip(file.shards, file.header_bytes, strict=True):
         digest.update(len(shard).to_bytes(8, "little"))
-        digest.update(shard[:header].tobytes())
-    names = list(file.tensors)
-    for name in names[:: max(1, len(names) // _SAMPLES)]:
-        data = file.tensor_bytes(name)
-        middle = len(data) // 2
-        digest.update(data[middle : middle + _SAMPLE_BYTES].tobytes())
+        digest.update(shard[:header].data)
     return digest.digest()
+
+
+def fingerprint(config: EngineConfig, program: Program, facts: Facts, executor: Executor) -> bytes:
+    """SHA-256 of everything that changes the bytes of KV; see engine.protocol.Ready.
+
+    What the model is, what it was compiled to and the contents of all its weights; the KV's format and
+    blocks; and the code that computes it: two instruction sets, or two builds, need not agree to the last
+    bit, and a hit has to.
+    Weights are digested once they are in memory, which takes a small part of the time of loading them: a few
+    samples would not tell a model from its fine-tune when that has changed some of its tensors only.
+    """
+    digest = hashlib.sha256()
+    for part in (
+        facts.identity,
+        repr(program.ops).encode(),
+        repr(executor.weights_digest).encode(),
+        f"{executor.isa} {executor.block_tokens} {executor.block_bytes}".encode(),
+        _build(config),
+    ):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.digest()
+
+
+def _build(config: EngineConfig) -> bytes:
+    """Names the code that computes KV."""
+    if config.executor == "torch":
+        return f"torch {version('torch')}".encode()
+    from ktransformers.engine import _kernels
+
+    return hashlib.sha256(Path(_kernels.__file__).read_bytes()).digest()
 
 
 def plan(config: EngineConfig, program: Program, facts: Facts, available: int | None = None) -> Plan:

@@ -68,6 +68,8 @@ class Service:
         self._replaced: set[bytes] = set()
         self._waiting = b""
         """Who said Hello last while the model was being loaded."""
+        self.stopped = False
+        """Whether `stop` was called."""
 
     def run(self, load: Load) -> None:
         """Load in a thread while answering Hello with Loading, then do steps until Shutdown.
@@ -85,6 +87,11 @@ class Service:
                 engine.executor.close()
         finally:
             self._server.close()
+
+    def stop(self) -> None:
+        """End `run` after the step in hand: for a signal handler."""
+        self.stopped = True
+        self._server.wake()
 
     def _load(self, load: Load) -> Engine | None:
         """None: shut down while loading."""
@@ -106,6 +113,8 @@ class Service:
         thread.start()
         while thread.is_alive():
             received = self._server.poll(_LOAD_POLL_SECONDS)
+            if self.stopped:
+                return None
             if received is None:
                 continue
             peer, message = received
@@ -129,7 +138,7 @@ class Service:
         if self._waiting:
             # As if it asked again now: its next Hello may be a second away.
             self._hello(self._waiting, engine, runner, moves)
-        while True:
+        while not self.stopped:
             received = self._server.poll(None)
             if received is not None and not self._answer(*received, engine, runner, moves):
                 return

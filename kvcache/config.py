@@ -19,4 +19,9 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     host_bytes: Annotated[int, Meta(ge=0, le=1 << 60)] | None = None
     """Bytes of the host pool, which keeps what the device pool has no room for; 0 is none. None is none where
     the device pool lies in the same memory, and a share of what is free where the device has its own."""
+    disk_bytes: Annotated[int, Meta(ge=0, le=1 << 60)] | None = None
+    """Bytes that the disk tier may take, in which prefixes outlive a restart; 0 is none. None is a tenth of
+    what is free on the disk, 16 GiB at most."""
+    cache_dir: str = ""
+    """Folder of the disk tier; "" is `kv` in the user's cache folder."""
     prefix_reuse: bool = True

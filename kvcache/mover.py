@@ -1,9 +1,8 @@
 """Copies blocks between tiers, in two threads of its own, beside the steps.
 
 Who starts copies never waits for one: a full queue refuses, a slow or broken disk only makes copies late or
-fail. What somebody may be waiting for (to the device, or off it to the host) goes before what is kept for
-later (to the disk, or prefetched from it to the host), and one of the threads does nothing else: writes to a
-slow disk hold up no read.
+fail. What goes to the device, where somebody is waiting for it, is copied before what goes to the host, and
+that before what goes to the disk. One of the threads never writes to the disk: that holds up no read.
 
 `abandon` is a fence. The disk is read into, and written from, memory of the mover's own, and a block of the
 other tiers is touched only inside a thread's gate, after a look at the epoch there. So once abandon has
@@ -31,7 +30,8 @@ log = logging.getLogger(__name__)
 Tier = Literal["device", "host", "disk"]
 
 QUEUE: Final = 1024
-"""Copies of each of the two kinds that may wait."""
+"""Copies to each tier that may wait."""
+_ORDER: Final[tuple[Tier, ...]] = ("device", "host", "disk")
 _FLUSH_SECONDS: Final = 1.0
 _NICE: Final = 5
 """The threads of a step go first where there are no CPUs to spare."""
@@ -90,9 +90,8 @@ class Mover:
         self._wake = wake
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
-        self._urgent: deque[tuple[int, Move]] = deque()
-        self._later: deque[tuple[int, Move]] = deque()
-        """(epoch, move) each, in order."""
+        self._waiting: dict[Tier, deque[tuple[int, Move]]] = {target: deque() for target in _ORDER}
+        """(epoch, move), by target."""
         self._epoch = 0
         self._closed = False
         self._flush_at = math.inf
@@ -100,8 +99,8 @@ class Mover:
         self._done: list[Done] = []
         self._workers = [_Worker(device.block_bytes) for _ in range(2)]
         self._threads = [
-            threading.Thread(target=self._run, args=(worker, i == 0), name=f"mover {i}", daemon=True)
-            for i, worker in enumerate(self._workers)
+            threading.Thread(target=self._run, args=(worker, targets), name="mover", daemon=True)
+            for worker, targets in zip(self._workers, (_ORDER[:2], _ORDER), strict=True)
         ]
         for thread in self._threads:
             thread.start()
@@ -120,11 +119,11 @@ class Mover:
     def start(self, move: Move) -> bool:
         """Queue a copy; False, with nothing done, when too many wait."""
         with self._lock:
-            queue = self._urgent if _is_urgent(move) else self._later
+            queue = self._waiting[move.target]
             if len(queue) >= QUEUE or self._closed:
                 return False
             queue.append((self._epoch, move))
-            # Both: only one of them would take what is not urgent.
+            # Both: only one of them writes to the disk.
             self._work.notify_all()
             return True
 
@@ -132,8 +131,8 @@ class Mover:
         """Forget every copy. None of them touches a block of device or host after this, or is reported."""
         with self._lock:
             self._epoch += 1
-            self._urgent.clear()
-            self._later.clear()
+            for queue in self._waiting.values():
+                queue.clear()
             self._done.clear()
         for worker in self._workers:
             with worker.gate:
@@ -151,26 +150,26 @@ class Mover:
 
     # ---- in the threads
 
-    def _run(self, worker: _Worker, only_urgent: bool) -> None:
+    def _run(self, worker: _Worker, targets: tuple[Tier, ...]) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         while not self._closed:
-            if (work := self._next(only_urgent)) is not None:
+            if (work := self._next(targets)) is not None:
                 self._do(worker, *work)
             elif self._disk is not None and not self._closed:
                 self._disk.flush()
 
-    def _next(self, only_urgent: bool) -> tuple[int, Move] | None:
-        """Wait for work; None: it is time to flush the disk, or all is over."""
+    def _next(self, targets: tuple[Tier, ...]) -> tuple[int, Move] | None:
+        """Wait for work; None: it is time to flush the disk, which the thread does that writes to it, or all
+        is over."""
         with self._lock:
             while not self._closed:
-                wait = None if only_urgent else self._flush_at - time.monotonic()
-                if wait is not None and wait <= 0:
+                wait = self._flush_at - time.monotonic() if "disk" in targets else math.inf
+                if wait <= 0:
                     self._flush_at = math.inf
                     return None
-                if self._urgent:
-                    return self._urgent.popleft()
-                if self._later and not only_urgent:
-                    return self._later.popleft()
+                for target in targets:
+                    if self._waiting[target]:
+                        return self._waiting[target].popleft()
                 self._work.wait(None if wait == math.inf else wait)
         return None
 
@@ -247,8 +246,3 @@ class Mover:
         if self._host is None:
             raise ValueError("there is no host tier")
         return self._host.view(block)
-
-
-def _is_urgent(move: Move) -> bool:
-    """Whether a sequence may be waiting for this copy, or for the blocks that it makes free."""
-    return move.target == "device" or (move.source == "device" and move.target == "host")

@@ -35,12 +35,14 @@ class NativeExecutor:
         self.isa = isa or _kernels.isas()[0]
         self.blocks = blocks
         pool = _kernels.ThreadPool(threads)
+        weights = pack_weights(pool, self.isa, program, progress)
+        self.weights_digest = tuple(weight.digest(pool) for weight in weights)
         self._program: _kernels.Program | None = _kernels.Program(
             pool,
             self.isa,
             [_op_tuple(op) for op in program.ops],
             list(program.widths),
-            pack_weights(pool, self.isa, program, progress),
+            weights,
             program.cache.layers,
             program.cache.kv_heads,
             program.cache.head_dim,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ktransformers.engine import _kernels
 from ktransformers.engine.batch import F32, MAX_LOGPROBS, U8, Batch, Drawn, SamplingBatch
 from ktransformers.engine.executors.torch_attention import Span, attention, mla_attention, softcap
 from ktransformers.engine.executors.torch_experts import experts, route
@@ -117,10 +118,14 @@ class TorchExecutor:
         self._weights: list[torch.Tensor] = []
         total = sum(w.data.nbytes for w in program.weights)
         done = 0
+        digests = []
+        pool = _kernels.ThreadPool(threads or 1)
         for weight in program.weights:
+            digests.append(_kernels.digest(pool, weight.read()))
             self._weights.append(torch.from_numpy(dequantise(weight)).to(self._device))
             done += weight.data.nbytes
             progress(done, total)
+        self.weights_digest = tuple(digests)
         c = program.cache
         cells = blocks * block_tokens
         # Zeroed, so that nothing of another process or an earlier model can be read from it.
@@ -140,8 +145,6 @@ class TorchExecutor:
 
     def step(self, batch: Batch, sampling: SamplingBatch) -> Drawn:
         """One step and its draws. ValueError as `logits`."""
-        from ktransformers.engine import _kernels  # the only part that needs the C++ module
-
         logits = np.ascontiguousarray(self.logits(batch))
         rows = len(logits)
         drawn = Drawn(

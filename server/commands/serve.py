@@ -21,6 +21,7 @@ from ktransformers.server.config import (
     CONFIG_FILE_VARIABLE,
     ConfigError,
     ServerConfig,
+    cache_dir,
     config_dir,
     load_config,
     tenants_dir,
@@ -57,7 +58,9 @@ def settle(file: Path | None, overrides: Mapping[str, Any]) -> ServerConfig:
     """Merge all settings, and find the model's file. Errors: ConfigError."""
     config = load_config(file or default_file(), os.environ, overrides, has_tenants())
     engine = config.scheduler.engine
-    engine = msgspec.structs.replace(engine, model=str(resolve(engine.model)))
+    cache = engine.cache
+    cache = msgspec.structs.replace(cache, cache_dir=cache.cache_dir or str(cache_dir() / "kv"))
+    engine = msgspec.structs.replace(engine, model=str(resolve(engine.model)), cache=cache)
     scheduler = msgspec.structs.replace(config.scheduler, engine=engine)
     return msgspec.structs.replace(config, scheduler=scheduler)
 

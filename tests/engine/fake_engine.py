@@ -18,10 +18,12 @@ import numpy as np
 from ktransformers.engine.__main__ import run
 from ktransformers.engine.batch import F32, MAX_LOGPROBS, U8, Batch, Drawn, SamplingBatch
 from ktransformers.engine.config import EngineConfig
+from ktransformers.engine.disk_tier import open_disk
 from ktransformers.engine.runner import Limits
 from ktransformers.engine.service import Engine
 from ktransformers.kvcache.stores.memory import HostBlocks
 
+FINGERPRINT = b"fake" * 8
 POISON = 666
 """A token whose sequence makes the executor raise."""
 NOT_FINITE = 667
@@ -30,6 +32,7 @@ NOT_FINITE = 667
 
 class FakeExecutor:
     isa = "fake"
+    weights_digest = (1,)
 
     def __init__(self, blocks: int, block_tokens: int, vocab: int = 1000, seconds: float = 0.0) -> None:
         self.blocks, self.block_tokens, self.vocab = blocks, block_tokens, vocab
@@ -110,7 +113,8 @@ def load(config: EngineConfig, report: Callable[[int, int], None]) -> Engine:
     )
     host_blocks = (config.cache.host_bytes or 0) // executor.block_bytes
     host = HostBlocks(host_blocks, executor.block_bytes) if host_blocks else None
-    return Engine(executor, limits, b"fake", host)
+    disk = open_disk(config.cache, FINGERPRINT, executor.block_bytes)
+    return Engine(executor, limits, FINGERPRINT, host, disk)
 
 
 if __name__ == "__main__":

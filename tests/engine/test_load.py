@@ -18,13 +18,11 @@ from ktransformers.engine.load import (
     Facts,
     block_bytes,
     build_executor,
-    fingerprint,
     open_model,
     plan,
 )
 from ktransformers.engine.models.spec import ModelError
 from ktransformers.engine.program import Program
-from ktransformers.engine.weights.gguf import read
 from ktransformers.kvcache.config import CacheConfig
 
 GIB = 2**30
@@ -86,13 +84,6 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     w.close()
     with pytest.raises(ModelError, match=r"m\.gguf: .*'mamba' is not supported; supported are deepseek2"):
         open_model(EngineConfig(model=str(path), executor="torch"))
-
-
-def test_fingerprint(tmp_path: Path) -> None:
-    one = read(tiny(tmp_path / "one.gguf"))
-    other = read(tiny(tmp_path / "other.gguf", seed=1))
-    assert fingerprint(one, "a") == fingerprint(read(tiny(tmp_path / "same.gguf")), "a")
-    assert len({fingerprint(one, "a"), fingerprint(one, "b"), fingerprint(other, "a")}) == 3
 
 
 def test_pool_holds_what_the_slots_can_use(config: EngineConfig, model: tuple[Program, Facts]) -> None:

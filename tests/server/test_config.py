@@ -18,8 +18,9 @@ from ktransformers.server.config import (
 )
 
 
-def test_there_are_at_most_thirty_settings() -> None:
-    assert len(settings()) <= 30
+def test_there_are_few_settings() -> None:
+    """The tiers of the prefix cache were worth four beyond thirty: a folder, two sizes, and a format."""
+    assert len(settings()) <= 34
 
 
 def test_flags_win_over_environment_over_file(tmp_path: Path) -> None:
