@@ -97,7 +97,8 @@ class DiskIndex:
 
     def segments(self) -> dict[int, bytes]:
         """Id by number of every segment that it knows."""
-        return dict(self._db.execute("SELECT seq, id FROM segment"))
+        found = self._db.execute("SELECT seq, id FROM segment")
+        return {seq: segment_id for seq, segment_id in found if _are((seq, segment_id), int, bytes)}
 
     def blocks(self, fingerprint: bytes) -> Iterator[tuple[int, Row, Use]]:
         """(segment, row, use) of the blocks of one model, in the order they were written."""
@@ -107,14 +108,16 @@ class DiskIndex:
             (fingerprint,),
         )
         for segment, offset, key, parent, owner, *use in found:
-            shapes = [len(each) for each in (key, parent, owner) if isinstance(each, bytes)]
-            if shapes != [KEY, KEY, OWNER]:
+            row = segment, offset, key, parent, owner, *use
+            right = _are(row, int, int, bytes, bytes, bytes, int, float, int)
+            if not right or (len(key), len(parent), len(owner)) != (KEY, KEY, OWNER):
                 raise sqlite3.DatabaseError("a row of the index is damaged")
             yield segment, Row(offset, key, parent, owner), Use(*use)
 
     def models(self) -> dict[bytes, float]:
         """When each model was last opened, by fingerprint."""
-        return dict(self._db.execute("SELECT fingerprint, opened FROM model"))
+        found = self._db.execute("SELECT fingerprint, opened FROM model")
+        return {model: opened for model, opened in found if _are((model, opened), bytes, float)}
 
     def begin(self, fingerprint: bytes, now: float) -> None:
         """A model is opened: from here to `close` the index counts as not closed properly."""
@@ -171,6 +174,11 @@ def _columns(use: Use) -> tuple[int, float, int]:
     return use.hits, use.last_use, use.turn
 
 
+def _are(row: tuple[object, ...], *types: type) -> bool:
+    """Whether SQLite gave back what was put in: of a damaged page it may be anything."""
+    return [type(value) for value in row] == list(types)
+
+
 def _prepare(db: sqlite3.Connection) -> None:
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")
@@ -184,8 +192,7 @@ def _prepare(db: sqlite3.Connection) -> None:
         db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {pragmas} COMMIT;")
     elif (application, version) != (_APPLICATION, _VERSION):
         raise sqlite3.DatabaseError("not an index of this version")
-    (closed,) = db.execute("SELECT yes FROM closed").fetchone()
-    if not closed:
+    if db.execute("SELECT yes FROM closed").fetchall() != [(1,)]:
         (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
             raise sqlite3.DatabaseError(verdict)

@@ -1,8 +1,8 @@
-"""Kills and failing system calls in a disk store's life: `python crashes.py WHAT FOLDER [COUNT SEED]`.
+"""Kills and failing system calls in a disk store's life: `python crashes.py WHAT FOLDER …`.
 
-    kills   a child puts, reads and forgets until it is killed with SIGKILL; COUNT times in the same folder
-    points  a script of calls is cut off before, in the middle of and after each of its system calls
-    errors  each of them fails instead, with several errors
+    kills COUNT SEED   a child puts, reads and forgets until it is killed with SIGKILL; COUNT times in the same folder
+    points             a script of calls is cut off before, in the middle of and after each of its system calls
+    errors ERRNO       each of them fails instead
 
 After each the folder is opened again and every block is read. Prints what was counted, as JSON; a wrong byte,
 an exception or a block that should be there is an exit code of 1 with a traceback. A process of its own,
@@ -274,8 +274,8 @@ def main() -> None:
     elif what == "points":
         said = everywhere(folder, {"before": before, "half": half, "after": after}, {9})
     else:
-        numbers = (errno.EIO, errno.ENOSPC, errno.EROFS, errno.EMFILE)
-        said = everywhere(folder, {errno.errorcode[n]: fail_with(n) for n in numbers}, {0, 7})
+        number: int = getattr(errno, sys.argv[3])
+        said = everywhere(folder, {"failing": fail_with(number)}, {0, 7})
     print(json.dumps(said))
 
 
