@@ -1,7 +1,7 @@
 """Kills and failing system calls in a disk store's life: `python crashes.py WHAT FOLDER …`.
 
-    kills COUNT SEED   a child puts, reads and forgets until it is killed with SIGKILL; COUNT times in the same folder
-    points             a script of calls is cut off before, in the middle of and after each of its system calls
+    kills COUNT SEED   a child puts, reads and forgets until it is killed with SIGKILL; COUNT times in one folder
+    points             a script of calls is cut off before, in the middle of and after each system call
     errors ERRNO       each of them fails instead
 
 After each the folder is opened again and every block is read. Prints what was counted, as JSON; a wrong byte,
