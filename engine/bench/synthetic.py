@@ -24,24 +24,41 @@ _SIGMA: Final = 0.02
 
 @dataclass(frozen=True)
 class Shape:
-    """A dense model of the qwen2 architecture."""
+    """A dense model of the qwen2 architecture, or with experts one of qwen3moe."""
 
     name: str
     layers: int
     width: int
     ffn: int
+    """Of the MLP, or of one expert."""
     heads: int
     kv_heads: int
     vocab: int
     context: int = 32768
     rope_base: float = 1e6
+    head_dim: int = 128
+    experts: int = 0
+    top: int = 0
+
+    @property
+    def architecture(self) -> str:
+        return "qwen3moe" if self.experts else "qwen2"
 
 
 SHAPES: Final = {
-    s.name: s for s in (Shape("qwen2.5-1.5b", 28, 1536, 8960, 12, 2, 151936),)
-}  # fmt: skip
-QUANTS: Final = {"Q4_K": ("Q4_K", "Q6_K"), "Q8_0": ("Q8_0", "Q8_0"), "BF16": ("BF16", "BF16")}
-"""Name -> formats of the layers and of the embedding, which is the output, too."""
+    s.name: s
+    for s in (
+        Shape("qwen2.5-1.5b", 28, 1536, 8960, 12, 2, 151936),
+        Shape("qwen3-30b-a3b", 48, 2048, 768, 32, 4, 151936, experts=128, top=8),
+    )
+}
+QUANTS: Final = {
+    "Q4_0": ("Q4_0", "Q6_K"),
+    "Q4_K": ("Q4_K", "Q6_K"),
+    "Q8_0": ("Q8_0", "Q8_0"),
+    "BF16": ("BF16", "BF16"),
+}
+"""Name -> formats of the layers and of the embedding (of qwen2 the output, too)."""
 
 _NUMBERS: Final = {fmt.name: number for number, fmt in FORMATS.items()}
 
@@ -57,7 +74,7 @@ def write(path: Path, shape: Shape, quant: str, layers: int | None = None) -> No
         header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys)) + b"".join(keys)
         offset = 0
         for name, kind, rows, cols in tensors:
-            dims = (cols,) if rows == 0 else (cols, rows)
+            dims = _dims(shape, name, rows, cols)
             header += _text(name) + struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
             header += struct.pack("<IQ", _NUMBERS[kind], offset)
             offset += -(-_size(kind, rows, cols) // _ALIGNMENT) * _ALIGNMENT
@@ -65,29 +82,43 @@ def write(path: Path, shape: Shape, quant: str, layers: int | None = None) -> No
         pools: dict[str, U8] = {}
         for i, (_, kind, rows, cols) in enumerate(tensors):
             size = _size(kind, rows, cols)
-            data = np.ones(cols, np.float32).view(np.uint8) if rows == 0 else _noise(pools, kind, i, size)
+            data = np.ones(cols, np.float32).view(np.uint8) if rows == 0 else noise(pools, kind, i, size)
             file.write(data.tobytes() + bytes(-size % _ALIGNMENT))
     part.replace(path)
 
 
+def _dims(shape: Shape, name: str, rows: int, cols: int) -> tuple[int, ...]:
+    """As GGUF has them: the fastest first."""
+    if rows == 0:
+        return (cols,)
+    return (cols, rows // shape.experts, shape.experts) if "_exps" in name else (cols, rows)
+
+
 def _tensors(shape: Shape, layer: str, embedding: str) -> Iterator[tuple[str, str, int, int]]:
-    """(name, format, rows, columns); rows 0 is a vector."""
-    width, kv = shape.width, shape.width // shape.heads * shape.kv_heads
+    """(name, format, rows, columns); rows 0 is a vector. Rows are those of all experts."""
+    width, q, kv = shape.width, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    moe, suffix = max(shape.experts, 1), "_exps" if shape.experts else ""
     yield "token_embd.weight", embedding, shape.vocab, width
     yield "output_norm.weight", "F32", 0, width
+    if shape.experts:
+        yield "output.weight", embedding, shape.vocab, width
     for i in range(shape.layers):
         for name, rows, cols in (
-            ("attn_q", width, width),
+            ("attn_q", q, width),
             ("attn_k", kv, width),
             ("attn_v", kv, width),
-            ("attn_output", width, width),
-            ("ffn_gate", shape.ffn, width),
-            ("ffn_up", shape.ffn, width),
-            ("ffn_down", width, shape.ffn),
+            ("attn_output", width, q),
+            (f"ffn_gate{suffix}", moe * shape.ffn, width),
+            (f"ffn_up{suffix}", moe * shape.ffn, width),
+            (f"ffn_down{suffix}", moe * width, shape.ffn),
         ):
             yield f"blk.{i}.{name}.weight", layer, rows, cols
-            if name in ("attn_q", "attn_k", "attn_v"):
+            if name in ("attn_q", "attn_k", "attn_v") and not shape.experts:
                 yield f"blk.{i}.{name}.bias", "F32", 0, rows
+        if shape.experts:
+            yield f"blk.{i}.ffn_gate_inp.weight", "F32", shape.experts, width
+            yield f"blk.{i}.attn_q_norm.weight", "F32", 0, shape.head_dim
+            yield f"blk.{i}.attn_k_norm.weight", "F32", 0, shape.head_dim
         yield f"blk.{i}.attn_norm.weight", "F32", 0, width
         yield f"blk.{i}.ffn_norm.weight", "F32", 0, width
 
@@ -98,7 +129,7 @@ def _keys(shape: Shape, quant: str) -> Iterator[bytes]:
     def key(name: str, kind: int, value: bytes) -> bytes:
         return _text(name) + struct.pack("<I", kind) + value
 
-    yield key("general.architecture", string, _text("qwen2"))
+    yield key("general.architecture", string, _text(shape.architecture))
     yield key("general.name", string, _text(f"{shape.name} shape, {shape.layers} layers, random {quant}"))
     yield key("general.alignment", uint32, struct.pack("<I", _ALIGNMENT))
     for name, number in (
@@ -109,10 +140,21 @@ def _keys(shape: Shape, quant: str) -> Iterator[bytes]:
         ("attention.head_count", shape.heads),
         ("attention.head_count_kv", shape.kv_heads),
         ("vocab_size", shape.vocab),
+        ("attention.key_length", shape.head_dim),
+        ("attention.value_length", shape.head_dim),
+        *(
+            [
+                ("expert_count", shape.experts),
+                ("expert_used_count", shape.top),
+                ("expert_feed_forward_length", shape.ffn),
+            ]
+            if shape.experts
+            else []
+        ),
     ):
-        yield key(f"qwen2.{name}", uint32, struct.pack("<I", number))
-    yield key("qwen2.rope.freq_base", float32, struct.pack("<f", shape.rope_base))
-    yield key("qwen2.attention.layer_norm_rms_epsilon", float32, struct.pack("<f", 1e-6))
+        yield key(f"{shape.architecture}.{name}", uint32, struct.pack("<I", number))
+    yield key(f"{shape.architecture}.rope.freq_base", float32, struct.pack("<f", shape.rope_base))
+    yield key(f"{shape.architecture}.attention.layer_norm_rms_epsilon", float32, struct.pack("<f", 1e-6))
     # There is no text to it; llama.cpp takes the size from above then, we count the tokens.
     yield key("tokenizer.ggml.model", string, _text("no_vocab"))
     tokens = b"".join(_text(str(i)) for i in range(shape.vocab))
@@ -128,8 +170,8 @@ def _size(kind: str, rows: int, cols: int) -> int:
     return max(rows, 1) * cols // fmt.block * fmt.nbytes
 
 
-def _noise(pools: dict[str, U8], kind: str, seed: int, size: int) -> U8:
-    """`size` bytes of valid blocks."""
+def noise(pools: dict[str, U8], kind: str, seed: int, size: int) -> U8:
+    """`size` bytes of valid blocks. `pools` keeps what was drawn for the next tensor of a kind."""
     pool = pools.get(kind)
     if pool is None:
         pool = pools[kind] = _blocks(kind).reshape(-1)
@@ -141,15 +183,19 @@ def _noise(pools: dict[str, U8], kind: str, seed: int, size: int) -> U8:
 def _blocks(kind: str) -> U8:
     """_POOL_BLOCKS random blocks with scales that make weights of about _SIGMA."""
     random = np.random.default_rng(len(kind))
-    if kind == "BF16":
+    if kind in ("F32", "BF16"):
         values = random.normal(0, _SIGMA, _POOL_BLOCKS).astype(np.float32)
+        if kind == "F32":
+            return values.view(np.uint8)
         return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
     blocks = random.integers(0, 256, (_POOL_BLOCKS, FORMATS[_NUMBERS[kind]].nbytes), np.uint8)
 
     def half(at: int, value: float) -> None:
         blocks[:, at : at + 2] = np.array([value], np.float16).view(np.uint8)
 
-    if kind == "Q8_0":  # scale, 32 signed bytes
+    if kind == "Q4_0":  # scale, 4-bit values about 8
+        half(0, _SIGMA / 4.6)
+    elif kind == "Q8_0":  # scale, 32 signed bytes
         half(0, _SIGMA / 74)
     elif kind == "Q4_K":  # scale, minimum, 6-bit pairs of them, 4-bit values: the mean of both parts is equal
         half(0, _SIGMA / (32 * 4.6))
