@@ -181,7 +181,19 @@ std::shared_ptr<Weight> pack_experts(ThreadPool& pool, const std::string& isa, i
   return weight;
 }
 
+std::shared_ptr<Weight> map_experts(const std::string& isa, int32_t format, int64_t rows, int64_t cols,
+                                    const std::vector<Array<uint8_t>>& data) {
+  std::vector<const uint8_t*> sources;
+  for (const Array<uint8_t>& one : data) {
+    if (one.size() != data[0].size()) throw std::invalid_argument("data: differ in size");
+    sources.push_back(one.data());
+  }
+  const size_t size = data.empty() ? 0 : static_cast<size_t>(data[0].size());
+  return std::make_shared<Weight>(table_of(isa), static_cast<Format>(format), rows, cols, std::move(sources), size);
+}
+
 Array<float> weight_row(const Weight& weight, int64_t i) {
+  if (weight.mapped()) throw std::invalid_argument("weight: stays in its file");
   if (i < 0 || i >= weight.rows()) throw std::invalid_argument("i: no such row");
   Array<float> out(weight.cols());
   weight.row(i, out.mutable_data());
@@ -314,11 +326,11 @@ std::unique_ptr<Program> make_program(std::shared_ptr<ThreadPool> pool, const st
                                       const std::vector<py::tuple>& ops, std::vector<int64_t> widths,
                                       const std::vector<std::shared_ptr<Weight>>& weights, int64_t layers,
                                       int64_t kv_heads, int64_t head_dim, int64_t blocks, int64_t max_tokens,
-                                      int64_t max_rows) {
+                                      int64_t max_rows, int64_t expert_bytes) {
   Model model{ops_of(ops), std::move(widths), {weights.begin(), weights.end()}, {layers, kv_heads, head_dim}};
   const py::gil_scoped_release release;
   return std::make_unique<Program>(std::move(pool), table_of(isa), std::move(model),
-                                   ProgramSizes{blocks, max_tokens, max_rows});
+                                   ProgramSizes{blocks, max_tokens, max_rows, expert_bytes});
 }
 
 void step(Program& program, const I32& tokens, const I32& starts, const I32& context, const I32& block_starts,
@@ -391,6 +403,8 @@ PYBIND11_MODULE(_kernels, m) {
         py::arg("data").noconvert());
   m.def("pack_experts", &pack_experts, py::arg("pool"), py::arg("isa"), py::arg("format"), py::arg("rows"),
         py::arg("cols"), py::arg("experts"), py::arg("read"));
+  m.def("map_experts", &map_experts, py::arg("isa"), py::arg("format"), py::arg("rows"), py::arg("cols"),
+        py::arg("data").noconvert(), py::keep_alive<0, 5>());
   m.def("gemm", &gemm, py::arg("pool"), py::arg("weight"), py::arg("x").noconvert());
 
   m.def("digest", &digest_of, py::arg("pool"), py::arg("data").noconvert());
@@ -410,7 +424,7 @@ PYBIND11_MODULE(_kernels, m) {
   py::class_<Program>(m, "Program")
       .def(py::init(&make_program), py::arg("pool"), py::arg("isa"), py::arg("ops"), py::arg("widths"),
            py::arg("weights"), py::arg("layers"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("blocks"),
-           py::arg("max_tokens"), py::arg("max_rows"))
+           py::arg("max_tokens"), py::arg("max_rows"), py::arg("expert_bytes") = 0, py::keep_alive<1, 6>())
       .def_property_readonly("block_bytes", &Program::block_bytes)
       .def("read_block", &read_block, py::arg("block"), a("into"))
       .def("write_block", &write_block, py::arg("block"), a("data"))

@@ -57,6 +57,7 @@ Program::Program(std::shared_ptr<ThreadPool> pool, const KernelTable& table, Mod
   values_.widths = model_.widths;
   for (const size_t offset : offsets) values_.data.push_back(reinterpret_cast<float*>(value_memory_.data() + offset));
   build_products();
+  build_expert_cache();
   build_angles();
   compile();
 }
@@ -85,6 +86,52 @@ void Program::build_products() {
   }
   activation_memory_ = Mapping(activation_bytes);
   std::memset(activation_memory_.data(), 0, activation_bytes);
+}
+
+void Program::build_expert_cache() {
+  int64_t units = 0, most = 0;
+  size_t slot = 0;
+  for (const auto& experts : experts_) {
+    if (experts == nullptr || !experts->mapped()) continue;
+    units += experts->experts();
+    most = std::max(most, experts->experts());
+    slot = std::max(slot, experts->unit_bytes());
+  }
+  if (units == 0) return;
+  if (sizes_.expert_bytes / static_cast<int64_t>(slot) < most)
+    throw std::invalid_argument("expert_bytes: " + std::to_string(sizes_.expert_bytes) + " do not hold the " +
+                                std::to_string(most) + " experts of one layer, which take " + std::to_string(most * slot));
+  expert_cache_ = std::make_unique<ExpertCache>(sizes_.expert_bytes, slot, units);
+  units = 0;
+  for (const auto& experts : experts_) {
+    if (experts == nullptr || !experts->mapped()) continue;
+    experts->use(*expert_cache_, units);
+    units += experts->experts();
+  }
+  for (size_t i = 0; i < experts_.size(); ++i)
+    if (experts_[i] != nullptr && experts_[i]->mapped()) build_read_ahead(i);
+}
+
+// Which experts follow those of op i, and which weights give their router's logits.
+void Program::build_read_ahead(size_t i) {
+  const int64_t width = values_.widths[std::get<op::Experts>(model_.ops[i]).x];
+  const op::LinearPart* part = nullptr;
+  const op::Route* route = nullptr;
+  std::vector<const op::Linear*> linears;
+  for (size_t j = i + 1; j < model_.ops.size(); ++j) {
+    if (const auto* linear = std::get_if<op::Linear>(&model_.ops[j])) linears.push_back(linear);
+    if (const auto* r = std::get_if<op::Route>(&model_.ops[j])) {
+      route = r;
+      for (const op::Linear* linear : linears)
+        for (const op::LinearPart& p : linear->parts)
+          if (p.out == route->logits) part = &p;
+    }
+    if (std::holds_alternative<op::Experts>(model_.ops[j])) {
+      if (part == nullptr || !experts_[j]->mapped() || model_.weights[part->weight]->cols() != width) return;
+      experts_[i]->read_ahead(*model_.weights[part->weight], *experts_[j]);
+      return;
+    }
+  }
 }
 
 // The angles of a step serve all layers.

@@ -20,6 +20,7 @@ namespace kt {
 
 struct ProgramSizes {
   int64_t blocks, max_tokens, max_rows;
+  int64_t expert_bytes;  // of packed experts, where they stay in the model's file
 };
 
 // The ops are compiled once into stages. Row-wise ops that follow each other, and the presenting of a product's input,
@@ -66,6 +67,8 @@ class Program {
   using Stage = std::variant<RowPass, WholeOp>;
 
   void build_products();
+  void build_expert_cache();
+  void build_read_ahead(size_t i);
   void build_angles();
   void compile();
   void add_row_op(size_t op, Rows rows, int64_t width, RowFunction run);
@@ -110,6 +113,7 @@ class Program {
   std::vector<std::unique_ptr<Product>> products_;  // of each op; null where it is none
   std::vector<std::unique_ptr<Experts>> experts_;  // likewise
   ExpertsMemory experts_memory_;
+  std::unique_ptr<ExpertCache> expert_cache_;
   std::vector<Stage> stages_;
   Sampler sampler_;
 

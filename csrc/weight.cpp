@@ -1,5 +1,8 @@
 #include "weight.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <mutex>
 #include <stdexcept>
@@ -64,6 +67,14 @@ Place place(size_t bytes) {
   return {memory, data};
 }
 
+// Advice about the pages that lie whole in [data, data + bytes); a kernel that does not take it is only slower.
+void advise(const uint8_t* data, size_t bytes, int advice) {
+  static const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
+}
+
 }  // namespace
 
 size_t source_bytes(Format format, int64_t rows, int64_t cols) {
@@ -78,21 +89,50 @@ size_t source_bytes(Format format, int64_t rows, int64_t cols) {
 
 Weight::Weight(const KernelTable& table, Format format, int64_t rows, int64_t cols, int64_t experts)
     : table_(&table), format_(format), rows_(rows), cols_(cols), experts_(experts) {
-  source_bytes(format, rows, cols);
-  if (experts <= 0 || rows % experts != 0)
-    throw std::invalid_argument("experts: " + std::to_string(experts) + " do not divide " + std::to_string(rows) + " rows");
-  bytes_ = table.packed_bytes(format, expert_rows(), cols) * experts;
-  if (bytes_ == 0)
-    throw std::invalid_argument("format: type " + std::to_string(static_cast<int32_t>(format)) + " with " +
-                                std::to_string(cols) + " columns is not supported by " + table.name);
+  check();
   Place where = place(bytes_);
   memory_ = std::move(where.memory);
   packed_ = where.data;
 }
 
-void Weight::pack(ThreadPool& pool, int64_t expert, const uint8_t* src, size_t size) {
+Weight::Weight(const KernelTable& table, Format format, int64_t rows, int64_t cols, std::vector<const uint8_t*> sources,
+               size_t size)
+    : table_(&table),
+      format_(format),
+      rows_(rows),
+      cols_(cols),
+      experts_(static_cast<int64_t>(sources.size())),
+      sources_(std::move(sources)) {
+  check();
+  check_size(size);
+}
+
+void Weight::check() {
+  source_bytes(format_, rows_, cols_);
+  if (experts_ <= 0 || rows_ % experts_ != 0)
+    throw std::invalid_argument("experts: " + std::to_string(experts_) + " do not divide " + std::to_string(rows_) +
+                                " rows");
+  bytes_ = table_->packed_bytes(format_, expert_rows(), cols_) * experts_;
+  if (bytes_ == 0)
+    throw std::invalid_argument("format: type " + std::to_string(static_cast<int32_t>(format_)) + " with " +
+                                std::to_string(cols_) + " columns is not supported by " + table_->name);
+}
+
+void Weight::check_size(size_t size) const {
   if (const size_t expected = source_bytes(format_, expert_rows(), cols_); size != expected)
     throw std::invalid_argument("data: " + std::to_string(size) + " bytes, expected " + std::to_string(expected));
+}
+
+void Weight::will_need(int64_t expert) const {
+  advise(sources_[expert], source_bytes(format_, expert_rows(), cols_), MADV_WILLNEED);
+}
+
+void Weight::release(int64_t expert) const {
+  advise(sources_[expert], source_bytes(format_, expert_rows(), cols_), MADV_DONTNEED);
+}
+
+void Weight::pack(ThreadPool& pool, int64_t expert, const uint8_t* src, size_t size) {
+  check_size(size);
   uint8_t* to = packed_ + expert * expert_bytes();
   const ThreadPool::Session session(pool);
   const int64_t chunks = std::min<int64_t>(panels(), int64_t{pool.threads()} * 8);

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "cpu/kernel_table.h"
 #include "cpu/memory.h"
@@ -26,6 +27,20 @@ class Weight {
   // fit.
   void pack(ThreadPool& pool, int64_t expert, const uint8_t* src, size_t size);
 
+  // Experts whose panels are not kept: sources[e] is `size` bytes of a file's read-only mapping, which must outlive this.
+  // std::invalid_argument as above.
+  Weight(const KernelTable& table, Format format, int64_t rows, int64_t cols, std::vector<const uint8_t*> sources,
+         size_t size);
+
+  // Whether experts stay in their file: then packed() is nullptr, and pack_panels makes panels where they are wanted.
+  bool mapped() const { return !sources_.empty(); }
+  void pack_panels(int64_t expert, int64_t begin, int64_t end, uint8_t* packed) const {
+    table_->pack(format_, sources_[expert], expert_rows(), cols_, begin, end, packed);
+  }
+  // Have the kernel read an expert from the file, without waiting for it; give its pages back.
+  void will_need(int64_t expert) const;
+  void release(int64_t expert) const;
+
   const KernelTable& table() const { return *table_; }
   Format format() const { return format_; }
   int64_t rows() const { return rows_; }  // of all experts
@@ -33,7 +48,7 @@ class Weight {
   int64_t experts() const { return experts_; }
   int64_t expert_rows() const { return rows_ / experts_; }
   int64_t panels() const { return (expert_rows() + kPanelRows - 1) / kPanelRows; }  // of one expert
-  const uint8_t* packed(int64_t expert = 0) const { return packed_ + expert * expert_bytes(); }
+  const uint8_t* packed(int64_t expert = 0) const { return packed_ == nullptr ? nullptr : packed_ + expert * expert_bytes(); }
   size_t expert_bytes() const { return bytes_ / experts_; }
   size_t panel_bytes() const { return expert_bytes() / panels(); }
   size_t bytes() const { return bytes_; }
@@ -44,10 +59,14 @@ class Weight {
   }
 
  private:
+  void check();
+  void check_size(size_t size) const;
+
   const KernelTable* table_;
   Format format_;
   int64_t rows_, cols_, experts_;
   size_t bytes_ = 0;
+  std::vector<const uint8_t*> sources_;
   std::shared_ptr<Mapping> memory_;  // often shared with other weights
   uint8_t* packed_ = nullptr;
 };

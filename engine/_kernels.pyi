@@ -56,6 +56,12 @@ def pack_experts(
 ) -> Weight:
     """The same for the rows of several experts, one after another; `read` gives the bytes of one expert."""
 
+def map_experts(isa: str, format: int, rows: int, cols: int, data: list[U8]) -> Weight:  # noqa: A002
+    """Experts that stay where they are: one array for each, a view of a file's read-only mapping.
+
+    Only Experts takes such a weight; a Program keeps the packed experts that it used last, `expert_bytes` of
+    them, packs the others when they are chosen, and gives their pages back."""
+
 def gemm(pool: ThreadPool, weight: Weight, x: F32) -> F32:
     """x [n, cols] -> [n, rows]: quantises x as the weight's format asks, then the product. For tests."""
 
@@ -112,6 +118,7 @@ class Program:
         blocks: int,
         max_tokens: int,
         max_rows: int,
+        expert_bytes: int = 0,
     ) -> None: ...
     @property
     def block_bytes(self) -> int: ...

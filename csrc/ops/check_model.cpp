@@ -80,6 +80,7 @@ class Checker {
   }
   void check_shape(const std::string& field, int64_t id, int64_t rows, int64_t cols, int64_t experts = 1) const {
     const Weight& w = weight(field, id);
+    require(experts > 1 || !w.mapped(), field, "must not stay in its file");
     if (w.experts() != experts)
       fail(field, "weight " + std::to_string(id) + " has " + std::to_string(w.experts()) + " experts, expected " +
                       std::to_string(experts));
@@ -101,6 +102,7 @@ class Checker {
   void check(const op::Embed& op) {
     start("Embed", Rows::kTokens);
     const Weight& table = weight("table", op.table);
+    require(!table.mapped(), "table", "must not stay in its file");
     require(result_.vocab == 0 || result_.vocab == table.rows(), "table", "differs in rows from another Embed");
     result_.vocab = table.rows();
     check_number("scale", op.scale, false);
@@ -203,6 +205,9 @@ class Checker {
     check_shape("gate", op.gate, op.experts * hidden, in, op.experts);
     check_shape("up", op.up, op.experts * hidden, in, op.experts);
     check_shape("down", op.down, op.experts * out, hidden, op.experts);
+    const bool mapped = weight("gate", op.gate).mapped();
+    require(weight("up", op.up).mapped() == mapped && weight("down", op.down).mapped() == mapped, "down",
+            "must stay in its file as gate and up do, or not");
     if (op.gate_bias != op::kNone) check_shape("gate_bias", op.gate_bias, op.experts, hidden);
     if (op.up_bias != op::kNone) check_shape("up_bias", op.up_bias, op.experts, hidden);
     if (op.down_bias != op::kNone) check_shape("down_bias", op.down_bias, op.experts, out);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "ops/rows.h"
 
@@ -20,6 +21,10 @@ constexpr int64_t kPanelStep = 2;
 constexpr int64_t kChunksPerThread = 8;
 // A panel is read for its first row at the cost of computing this many more.
 constexpr int64_t kRowsWorthReading = 4;
+// Pieces in which an expert is packed.
+constexpr int64_t kParts = 4;
+// With more rows the next layer would be guessed to need most of its experts, which is no news.
+constexpr int64_t kRowsReadAhead = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -51,6 +56,8 @@ Experts::Experts(const KernelTable& table, const Model& model, const Values& val
       hidden_bytes_(table.activation_bytes(hidden_, down_.weight->cols())) {
   present_for(gate_);
   present_for(up_);
+  up_.offset = align(gate_.weight->expert_bytes());
+  down_.offset = up_.offset + align(up_.weight->expert_bytes());
 }
 
 Experts::Matrix Experts::matrix(const Model& model, int64_t weight, int64_t bias) const {
@@ -95,9 +102,77 @@ void Experts::reserve(ExpertsMemory& memory, int64_t max_rows, int threads) cons
   grow(memory.hidden, hidden_bytes_ * choices);
   memory.scratch.resize(threads);
   for (Mapping& scratch : memory.scratch) grow(scratch, scratch_bytes(max_rows));
+  memory.slots.resize(std::max(memory.slots.size(), static_cast<size_t>(experts_)));
   memory.starts.resize(std::max(memory.starts.size(), static_cast<size_t>(experts_ + 1)));
   memory.row.resize(std::max(memory.row.size(), static_cast<size_t>(choices)));
   memory.place.resize(std::max(memory.place.size(), static_cast<size_t>(choices)));
+}
+
+// ---- experts that stay in the model's file
+
+size_t Experts::unit_bytes() const { return down_.offset + align(down_.weight->expert_bytes()); }
+
+void Experts::use(ExpertCache& cache, int64_t first_unit) {
+  cache_ = &cache;
+  first_unit_ = first_unit;
+}
+
+void Experts::read_ahead(const Weight& router, const Experts& next) {
+  next_router_ = &router;
+  next_ = &next;
+}
+
+// Finds the chosen experts, or makes room for them and packs them. All reads are announced before the first is waited
+// for, those of the next layer behind them.
+void Experts::fetch(ThreadPool& pool, int64_t rows, ExpertsMemory& memory) const {
+  memory.missing.clear();
+  for (int64_t e = 0; e < experts_; ++e) {
+    if (memory.starts[e] == memory.starts[e + 1]) continue;
+    memory.slots[e] = cache_->find(first_unit_ + e);
+    if (memory.slots[e] == nullptr) memory.missing.push_back(e);
+  }
+  for (const int64_t e : memory.missing) {
+    memory.slots[e] = cache_->take(first_unit_ + e);
+    for (const Matrix* m : {&gate_, &up_, &down_}) m->weight->will_need(e);
+  }
+  if (next_ != nullptr && rows <= kRowsReadAhead) announce(rows);
+  const int64_t parts = static_cast<int64_t>(memory.missing.size()) * kParts;
+  pool.parallel_for(parts, [&](int64_t i, int) {
+    const int64_t e = memory.missing[i / kParts];
+    pack_part(e, i % kParts, memory.slots[e]);
+  });
+  for (const int64_t e : memory.missing)
+    for (const Matrix* m : {&gate_, &up_, &down_}) m->weight->release(e);
+}
+
+void Experts::pack_part(int64_t expert, int64_t part, uint8_t* unit) const {
+  for (const Matrix* m : {&gate_, &up_, &down_}) {
+    const int64_t panels = m->weight->panels();
+    m->weight->pack_panels(expert, panels * part / kParts, panels * (part + 1) / kParts, unit + m->offset);
+  }
+}
+
+// A guess needs neither bias nor groups. That the next layer's input has another norm matters little: what goes from layer
+// to layer changes slowly (Eliseev and Mazur 2023, https://arxiv.org/abs/2312.17238, section 3.2).
+void Experts::announce(int64_t rows) const {
+  const Weight& w = *next_router_;
+  const Activation kind = table_.activation(w.format());
+  const size_t row_bytes = table_.activation_bytes(kind, cols_);
+  std::vector<uint8_t> input(row_bytes * rows);
+  table_.quantize(kind, x_, cols_, rows, cols_, input.data());
+  std::vector<float> logits(rows * w.rows());
+  table_.gemm(w.format(), w.packed(), w.rows(), cols_, input.data(), rows, 0, w.panels(), nullptr, logits.data(), w.rows());
+  std::vector<int64_t> order(w.rows());
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* row = logits.data() + r * w.rows();
+    std::iota(order.begin(), order.end(), int64_t{0});
+    std::partial_sort(order.begin(), order.begin() + next_->top_, order.end(),
+                      [row](int64_t a, int64_t b) { return row[a] > row[b] || (row[a] == row[b] && a < b); });
+    for (int64_t i = 0; i < next_->top_; ++i) {
+      if (cache_->has(next_->first_unit_ + order[i])) continue;
+      for (const Matrix* m : {&next_->gate_, &next_->up_, &next_->down_}) m->weight->will_need(order[i]);
+    }
+  }
 }
 
 // ---- a step
@@ -117,6 +192,7 @@ WholeFunction Experts::make_compute(ThreadPool& pool, const uint8_t* activations
     const int64_t rows = step.rows(rows_);
     if (rows == 0) return;
     group(rows, memory);
+    if (cache_ != nullptr) fetch(pool, rows, memory);
     plan(pool.threads(), memory);
     pool.parallel_for(static_cast<int64_t>(memory.tasks.size()), [&](int64_t i, int thread) {
       uint8_t* scratch = memory.scratch[thread].data();
@@ -214,8 +290,8 @@ void Experts::gate_and_up(const ExpertTask& task, const Inputs& inputs, float* s
   float *gate = scratch, *up = scratch + task.rows * width;
   for (int64_t panel = task.begin; panel < task.end; panel += step) {
     const int64_t end = std::min(panel + step, task.end);
-    multiply(gate_, task.expert, inputs.of[gate_.input], task.rows, panel, end, gate, width);
-    multiply(up_, task.expert, inputs.of[up_.input], task.rows, panel, end, up, width);
+    multiply(gate_, task.expert, memory, inputs.of[gate_.input], task.rows, panel, end, gate, width);
+    multiply(up_, task.expert, memory, inputs.of[up_.input], task.rows, panel, end, up, width);
     const int64_t first = panel * kPanelRows, n = std::min(end * kPanelRows, outputs) - first;
     uint8_t* hidden = memory.hidden.data() + task.first * hidden_bytes_ + table_.activation_offset(hidden_, first);
     for (int64_t r = 0; r < task.rows; ++r) {
@@ -245,7 +321,7 @@ void Experts::down_and_sum(int64_t begin, int64_t end, int64_t rows, const Exper
   for (int64_t e = 0; e < experts_; ++e) {
     const int64_t first = memory.starts[e], chosen = memory.starts[e + 1] - first;
     if (chosen > 0)
-      multiply(down_, e, memory.hidden.data() + first * hidden_bytes_, chosen, begin, end, scratch + first * width, width);
+      multiply(down_, e, memory, memory.hidden.data() + first * hidden_bytes_, chosen, begin, end, scratch + first * width, width);
   }
   const int64_t column = begin * kPanelRows, n = std::min(end * kPanelRows, outputs) - column;
   std::vector<const float*> given(top_);
@@ -258,12 +334,13 @@ void Experts::down_and_sum(int64_t begin, int64_t end, int64_t rows, const Exper
 }
 
 // y[r][o - 16 begin] for panels [begin, end) of one expert.
-void Experts::multiply(const Matrix& m, int64_t expert, const uint8_t* act, int64_t rows, int64_t begin, int64_t end,
-                       float* y, int64_t ldy) const {
+void Experts::multiply(const Matrix& m, int64_t expert, const ExpertsMemory& memory, const uint8_t* act, int64_t rows,
+                       int64_t begin, int64_t end, float* y, int64_t ldy) const {
   const Weight& w = *m.weight;
   const int64_t first = begin * kPanelRows;
   const float* bias = m.bias.empty() ? nullptr : m.bias.data() + expert * w.expert_rows() + first;
-  table_.gemm(w.format(), w.packed(expert) + begin * w.panel_bytes(), w.expert_rows() - first, w.cols(), act, rows, 0,
+  const uint8_t* packed = cache_ == nullptr ? w.packed(expert) : memory.slots[expert] + m.offset;
+  table_.gemm(w.format(), packed + begin * w.panel_bytes(), w.expert_rows() - first, w.cols(), act, rows, 0,
               end - begin, bias, y, ldy);
 }
 

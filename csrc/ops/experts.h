@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/memory.h"
+#include "ops/expert_cache.h"
 #include "ops/step.h"
 
 namespace kt {
@@ -22,6 +23,8 @@ struct ExpertsMemory {
   std::vector<int32_t> row;      // [choices] whose choice it is
   std::vector<int32_t> place;    // [rows][top] where each row's choices went
   std::vector<ExpertTask> tasks;
+  std::vector<uint8_t*> slots;   // [experts] where a cached layer's chosen experts are
+  std::vector<int64_t> missing;  // of them, those that have to be packed
 };
 
 // Two fork-joins: gate, up and the activation over pieces of (expert, outputs, rows); then down and the weighted sum over
@@ -40,6 +43,17 @@ class Experts {
   // Presents rows of the input in `activations`, which has max_rows * activation_bytes().
   RowFunction make_present(uint8_t* activations, int64_t max_rows) const;
 
+  // Bytes of one expert when packed; whether experts stay in the model's file.
+  size_t unit_bytes() const;
+  bool mapped() const { return gate_.weight->mapped(); }
+  int64_t experts() const { return experts_; }
+
+  // Keep packed experts in `cache`, as units from `first_unit` on. They are mapped.
+  void use(ExpertCache& cache, int64_t first_unit);
+
+  // Whose experts the next layer's router, asked with the input of this layer, would choose: they are read ahead.
+  void read_ahead(const Weight& router, const Experts& next);
+
   WholeFunction make_compute(ThreadPool& pool, const uint8_t* activations, int64_t max_rows, ExpertsMemory& memory) const;
 
  private:
@@ -48,6 +62,7 @@ class Experts {
     const Weight* weight;
     std::vector<float> bias;  // [experts][rows]; empty: none
     size_t input = 0;         // index in inputs_
+    size_t offset = 0;        // in a unit
   };
   struct Input {
     Activation activation;
@@ -65,6 +80,9 @@ class Experts {
   int64_t gated_floats() const;
   size_t scratch_bytes(int64_t max_rows) const;
   void group(int64_t rows, ExpertsMemory& memory) const;
+  void fetch(ThreadPool& pool, int64_t rows, ExpertsMemory& memory) const;
+  void announce(int64_t rows) const;
+  void pack_part(int64_t expert, int64_t part, uint8_t* unit) const;
   void plan(int threads, ExpertsMemory& memory) const;
   Inputs gather(const ExpertTask& task, const uint8_t* activations, int64_t max_rows, const ExpertsMemory& memory,
                 uint8_t* scratch) const;
@@ -72,8 +90,8 @@ class Experts {
   void activate(const float* gate, const float* up, int64_t n, float* y) const;
   int64_t down_panels(int64_t rows, int threads) const;
   void down_and_sum(int64_t begin, int64_t end, int64_t rows, const ExpertsMemory& memory, float* scratch) const;
-  void multiply(const Matrix& m, int64_t expert, const uint8_t* act, int64_t rows, int64_t begin, int64_t end, float* y,
-                int64_t ldy) const;
+  void multiply(const Matrix& m, int64_t expert, const ExpertsMemory& memory, const uint8_t* act, int64_t rows, int64_t begin,
+                int64_t end, float* y, int64_t ldy) const;
 
   const KernelTable& table_;
   const Rows rows_;
@@ -88,6 +106,10 @@ class Experts {
   size_t activation_bytes_ = 0;
   Activation hidden_;        // how down's input is presented
   size_t hidden_bytes_ = 0;  // of one row of it
+  ExpertCache* cache_ = nullptr;
+  int64_t first_unit_ = 0;
+  const Weight* next_router_ = nullptr;
+  const Experts* next_ = nullptr;
 };
 
 }  // namespace kt

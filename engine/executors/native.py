@@ -7,14 +7,16 @@ import numpy as np
 
 from ktransformers.engine import _kernels
 from ktransformers.engine.batch import F32, MAX_LOGPROBS, U8, Batch, Drawn, SamplingBatch
-from ktransformers.engine.program import LinearPart, Op, Program
+from ktransformers.engine.program import Experts, LinearPart, Op, Program, Tensor, WeightId
+from ktransformers.engine.weights import pages
 
 
 class NativeExecutor:
     """Runs a program on the CPU. A request's bits depend neither on its batch nor on chunking.
 
-    `isa` is one of `_kernels.isas()`, None the best. `progress` is told bytes of weights packed so far and in
-    total. ValueError for a program that does not fit together (with op and field), MemoryError.
+    `isa` is one of `_kernels.isas()`, None the best. With `expert_bytes` routed experts stay in the model's
+    file, and that much memory holds those that were used last; at least what one layer has. `progress` is told
+    bytes of weights packed so far and in total. ValueError for a program that does not fit together (with op and field), MemoryError.
     """
 
     block_tokens: int = _kernels.BLOCK_TOKENS
@@ -28,6 +30,7 @@ class NativeExecutor:
         blocks: int,
         max_tokens: int,
         max_rows: int,
+        expert_bytes: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         if program.cache.kind != "kv":
@@ -35,7 +38,8 @@ class NativeExecutor:
         self.isa = isa or _kernels.isas()[0]
         self.blocks = blocks
         pool = _kernels.ThreadPool(threads)
-        weights = pack_weights(pool, self.isa, program, progress)
+        mapped = set() if expert_bytes is None else expert_weights(program)
+        weights = pack_weights(pool, self.isa, program, mapped, progress)
         self.weights_digest = tuple(weight.digest(pool) for weight in weights)
         self._program: _kernels.Program | None = _kernels.Program(
             pool,
@@ -49,6 +53,7 @@ class NativeExecutor:
             blocks,
             max_tokens,
             max_rows,
+            expert_bytes or 0,
         )
 
     @property
@@ -107,28 +112,59 @@ class NativeExecutor:
         return self._program
 
 
+def expert_weights(program: Program) -> set[WeightId]:
+    """The weights of routed experts: gate, up and down of each layer that has them."""
+    return {w for op in program.ops if isinstance(op, Experts) for w in (op.gate, op.up, op.down)}
+
+
 def pack_weights(
-    pool: _kernels.ThreadPool, isa: str, program: Program, progress: Callable[[int, int], None] | None
+    pool: _kernels.ThreadPool,
+    isa: str,
+    program: Program,
+    mapped: set[WeightId],
+    progress: Callable[[int, int], None] | None,
 ) -> list[_kernels.Weight]:
-    """Repack every tensor, in order. What a tensor's bytes are mapped from may be dropped afterwards."""
-    total = sum(t.data.nbytes for t in program.weights)
+    """Repack every tensor, in order, but those in `mapped`, which stay in their file. Pages of files are
+    given back as soon as they are packed, so that a model is never twice in memory."""
+    total = sum(t.data.nbytes for i, t in enumerate(program.weights) if i not in mapped)
     done = 0
     packed = []
-    for t in program.weights:
+    for i, t in enumerate(program.weights):
         if progress is not None:
             progress(done, total)
         try:
-            if t.experts == 1:
-                weight = _kernels.pack(pool, isa, t.format, t.rows, t.cols, t.read())
-            else:
-                weight = _kernels.pack_experts(pool, isa, t.format, t.rows, t.cols, t.experts, t.expert)
-            packed.append(weight)
+            packed.append(_map(isa, t) if i in mapped else _pack(pool, isa, t))
         except ValueError as error:
             raise ValueError(f"tensor '{t.name}': {error}") from error
-        done += t.data.nbytes
+        done += 0 if i in mapped else t.data.nbytes
     if progress is not None:
         progress(done, total)
     return packed
+
+
+def _pack(pool: _kernels.ThreadPool, isa: str, t: Tensor) -> _kernels.Weight:
+    last: list[U8] = []
+
+    def expert(e: int) -> U8:
+        while last:
+            pages.release(last.pop())
+        last.append(t.expert(e))
+        return last[0]
+
+    if t.experts == 1:
+        last.append(t.read())
+        weight = _kernels.pack(pool, isa, t.format, t.rows, t.cols, last[0])
+    else:
+        weight = _kernels.pack_experts(pool, isa, t.format, t.rows, t.cols, t.experts, expert)
+    pages.release(last.pop())
+    return weight
+
+
+def _map(isa: str, t: Tensor) -> _kernels.Weight:
+    data = [t.expert(e) for e in range(t.experts)]
+    if not all(pages.mapped(d) for d in data):
+        raise ValueError("its file has not the bytes of an expert in one piece, so they cannot stay there")
+    return _kernels.map_experts(isa, t.format, t.rows, t.cols, data)
 
 
 def _op_tuple(op: Op) -> tuple[object, ...]:

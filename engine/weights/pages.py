@@ -1,0 +1,39 @@
+"""Pages of mapped files, and how to let them go.
+
+What is read through a mapping counts as memory of the process for as long as nobody else wants it: a model
+that is repacked while it is read would show, and in a tight control group need, twice its size.
+"""
+
+import mmap
+
+import numpy as np
+import numpy.typing as npt
+
+U8 = npt.NDArray[np.uint8]
+
+
+def mapped(data: U8) -> bool:
+    """Whether `data` is a view of a mapped file."""
+    return _mapping(data) is not None
+
+
+def release(data: U8) -> None:
+    """Give back the whole pages under `data`, if they are of a mapped file; touched again, they are read again."""
+    mapping = _mapping(data)
+    if mapping is None:
+        return
+    begin = data.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
+    first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (begin + data.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first:
+        mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def _mapping(data: object) -> mmap.mmap | None:
+    """The mapping that an array is a view of. Only one that cannot be written to: giving back other pages
+    would lose what they hold."""
+    while isinstance(data, np.ndarray | memoryview):
+        if isinstance(data, np.ndarray) and data.flags.writeable:
+            return None
+        data = data.base if isinstance(data, np.ndarray) else data.obj
+    return data if isinstance(data, mmap.mmap) else None
