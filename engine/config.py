@@ -24,6 +24,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Most tokens that one step computes."""
     max_sequences: Annotated[int, Meta(ge=1, le=4096)] = 64
     """Slots: sequences that may hold KV at once."""
+    expert_bytes: Annotated[int, Meta(ge=1)] | None = None
+    """Memory for routed experts, which then stay in the model's file: those used last are kept, the others
+    are read when they are chosen. None: all of them are in memory."""
     cache: CacheConfig = CacheConfig()
     socket: str = ""
     """Path of the engine's unix socket; the supervisor fills it in."""

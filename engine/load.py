@@ -14,14 +14,15 @@ from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.models.decoder import compile_program
 from ktransformers.engine.models.registry import read_spec
 from ktransformers.engine.models.spec import ModelError, ModelSpec
-from ktransformers.engine.program import Logits, Program
+from ktransformers.engine.program import Logits, Program, expert_weights
 from ktransformers.engine.weights.gguf import GgufFile, read
 
 Progress = Callable[[int, int], None]
 """Told bytes of weights done, and in total."""
 
 HEADROOM: Final = 0.25
-"""Share of the available memory that is left alone."""
+MOST_HEADROOM: Final = 2 << 30
+"""Share of the available memory that is left alone, and bytes that are enough of it."""
 POOL_SHARE: Final = 0.4
 """Largest share of the available memory that a KV pool takes by itself."""
 HOST_SHARE: Final = 0.25
@@ -68,14 +69,19 @@ class CannotFit(ModelError):
             *needs,
             ("needed", sum(n for _, n in needs)),
             ("available", available),
-            (f"usable ({HEADROOM:.0%} stays free)", int(available * (1 - HEADROOM))),
+            ("usable (some stays free)", usable(available)),
         ]
         table = "\n".join(f"  {what:<28}{n / 2**20:>12,.1f} MiB" for what, n in rows)
         super().__init__(
             f"the model does not fit in memory:\n{table}\n"
             "free memory, or lower cache.device_bytes, cache.host_bytes, context, max_batch_tokens or "
-            "max_sequences"
+            "max_sequences; experts can stay on disk (expert_bytes)"
         )
+
+
+def usable(available: int) -> int:
+    """Of the available bytes, those that a model may take."""
+    return available - min(int(available * HEADROOM), MOST_HEADROOM)
 
 
 def open_model(config: EngineConfig) -> tuple[Program, Facts]:
@@ -164,13 +170,13 @@ def plan(config: EngineConfig, program: Program, facts: Facts, available: int | 
         if blocks < least:
             what = f"{config.cache.device_bytes} bytes are {blocks} blocks of {block} bytes"
             raise ModelError(f"cache.device_bytes: {what}; one sequence needs {least}")
-        usable = available - fixed
+        room = available - fixed
     else:
-        usable = int(available * (1 - HEADROOM)) - fixed
+        room = usable(available) - fixed
         useful = config.max_sequences * -(-wanted // size)
-        blocks = max(min(useful, int(available * POOL_SHARE) // block, usable // block), least)
+        blocks = max(min(useful, int(available * POOL_SHARE) // block, room // block), least)
     needs = (*needs, (f"KV cache, {blocks} blocks", blocks * block))
-    if blocks * block > usable:
+    if blocks * block > room:
         raise CannotFit(needs, available)
     return Plan(
         threads=config.threads or machine.cpus(),
@@ -192,7 +198,13 @@ def _fixed_needs(config: EngineConfig, program: Program, facts: Facts) -> tuple[
     weights = facts.weight_bytes
     if config.executor == "torch":
         weights = 4 * sum(w.rows * w.cols for w in program.weights)
-    return ("weights", weights), ("activations", activations)
+    if config.expert_bytes is None:
+        return ("weights", weights), ("activations", activations)
+    experts = sum(program.weights[w].data.nbytes for w in expert_weights(program))
+    if not experts:
+        raise ModelError("expert_bytes: this model has no routed experts")
+    kept = ("experts used last", min(config.expert_bytes, experts))
+    return ("weights but experts", weights - experts), kept, ("activations", activations)
 
 
 def block_bytes(config: EngineConfig, program: Program) -> int:
@@ -227,7 +239,7 @@ def _host_bytes(config: EngineConfig) -> int:
     available = machine.available_memory()
     if wanted is None:
         return int(available * HOST_SHARE)
-    if wanted > available * (1 - HEADROOM):
+    if wanted > usable(available):
         raise CannotFit((("KV cache of the host", wanted),), available)
     return wanted
 
@@ -244,6 +256,8 @@ def build_executor(config: EngineConfig, program: Program, plan: Plan, progress:
     """Load the weights. ModelError for settings that this executor cannot honour."""
     if config.executor == "torch":
         _need_torch()
+        if config.expert_bytes is not None:
+            raise ModelError("expert_bytes: only the native executor can leave experts on disk")
         from ktransformers.engine.executors.torch import TorchExecutor
 
         return TorchExecutor(
@@ -268,6 +282,7 @@ def build_executor(config: EngineConfig, program: Program, plan: Plan, progress:
             blocks=plan.blocks,
             max_tokens=config.max_batch_tokens,
             max_rows=config.max_sequences,
+            expert_bytes=config.expert_bytes,
             progress=progress,
         )
     except ValueError as e:

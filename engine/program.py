@@ -329,3 +329,8 @@ class Program:
     weights: tuple[Tensor, ...]
     cache: CacheShape
     vocab: int
+
+
+def expert_weights(program: Program) -> set[WeightId]:
+    """The weights of routed experts: gate, up and down of each layer that has them."""
+    return {w for op in program.ops if isinstance(op, Experts) for w in (op.gate, op.up, op.down)}

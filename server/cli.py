@@ -101,6 +101,9 @@ def serve(
     context: Annotated[int | None, _option("Longest sequence in tokens [as trained, as fits].")] = None,
     max_batch_tokens: Annotated[int | None, _option("Most tokens of a step [512].")] = None,
     max_sequences: Annotated[int | None, _option("Sequences computed at once [64].")] = None,
+    expert_bytes: Annotated[
+        int | None, _option("Bytes for experts that stay in the model's file [all are in memory].")
+    ] = None,
     block_tokens: Annotated[int | None, _option("Tokens of a KV block [16].")] = None,
     device_bytes: Annotated[int | None, _option("Bytes of the KV pool [a share of free memory].")] = None,
     prefix_reuse: Annotated[bool | None, _option("Reuse the KV of common beginnings [on].")] = None,

@@ -7,7 +7,7 @@ from ktransformers.engine.explain import Row, explain
 from ktransformers.engine.limits import Limits
 from ktransformers.engine.program import Program
 
-_PRODUCTS = ("Linear", "Logits")
+_PRODUCTS = ("Linear", "HeadLinear", "Experts", "Logits")
 
 
 def bound(program: Program, limits: Limits, load: Load) -> float:
@@ -17,10 +17,12 @@ def bound(program: Program, limits: Limits, load: Load) -> float:
     by two operations for each active parameter.
     """
     if load.kind == "decode":
-        return load.streams / _seconds(explain(program, limits), limits, load.streams, load.streams)
+        rows = explain(program, limits, tokens=load.streams)
+        return load.streams / _seconds(rows, limits, load.streams, load.streams)
     steps = [min(STEP_TOKENS, load.tokens - begin) for begin in range(0, load.tokens, STEP_TOKENS)]
-    rows = explain(program, limits)
-    return load.tokens / sum(_seconds(rows, limits, tokens, 1) for tokens in steps)
+    return load.tokens / sum(
+        _seconds(explain(program, limits, tokens=tokens), limits, tokens, 1) for tokens in steps
+    )
 
 
 def _seconds(rows: list[Row], limits: Limits, tokens: int, drawn: int) -> float:
@@ -67,8 +69,10 @@ def profile(bench: Bench, limits: Limits, load: Load, steps: int) -> Profile:
     tokens, sequences = (load.tokens, 1) if load.kind == "prefill" else (load.streams, load.streams)
     spent = []
     rows = explain(bench.program, limits, tokens=tokens // sequences, context=load.context)
-    for row, seconds in zip(rows, ops, strict=True):
-        nbytes = row.weight_bytes + row.kv_bytes * sequences
+    # Sequences share what they read of weights, and choose experts of their own.
+    weights = [row.weight_bytes for row in explain(bench.program, limits, tokens=tokens)]
+    for row, weight_bytes, seconds in zip(rows, weights, ops, strict=True):
+        nbytes = weight_bytes + row.kv_bytes * sequences
         flops = row.flops * (sequences if row.drawn else tokens)
         spent.append(Spent(row, seconds, nbytes, flops, limits.seconds(nbytes, flops, row.dot)))
     return Profile(load, spent, drawing, plain)

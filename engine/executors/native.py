@@ -7,7 +7,7 @@ import numpy as np
 
 from ktransformers.engine import _kernels
 from ktransformers.engine.batch import F32, MAX_LOGPROBS, U8, Batch, Drawn, SamplingBatch
-from ktransformers.engine.program import Experts, LinearPart, Op, Program, Tensor, WeightId
+from ktransformers.engine.program import LinearPart, Op, Program, Tensor, WeightId, expert_weights
 from ktransformers.engine.weights import pages
 
 
@@ -15,8 +15,9 @@ class NativeExecutor:
     """Runs a program on the CPU. A request's bits depend neither on its batch nor on chunking.
 
     `isa` is one of `_kernels.isas()`, None the best. With `expert_bytes` routed experts stay in the model's
-    file, and that much memory holds those that were used last; at least what one layer has. `progress` is told
-    bytes of weights packed so far and in total. ValueError for a program that does not fit together (with op and field), MemoryError.
+    file, and that much memory holds those that were used last; at least what one layer has. `progress` is
+    told bytes of weights packed so far and in total. ValueError for a program that does not fit together
+    (with op and field), MemoryError.
     """
 
     block_tokens: int = _kernels.BLOCK_TOKENS
@@ -110,11 +111,6 @@ class NativeExecutor:
         if self._program is None:
             raise RuntimeError("the executor is closed")
         return self._program
-
-
-def expert_weights(program: Program) -> set[WeightId]:
-    """The weights of routed experts: gate, up and down of each layer that has them."""
-    return {w for op in program.ops if isinstance(op, Experts) for w in (op.gate, op.up, op.down)}
 
 
 def pack_weights(

@@ -18,7 +18,7 @@ def mapped(data: U8) -> bool:
 
 
 def release(data: U8) -> None:
-    """Give back the whole pages under `data`, if they are of a mapped file; touched again, they are read again."""
+    """Give back the whole pages under `data`, if they are of a mapped file: touched again, they are read."""
     mapping = _mapping(data)
     if mapping is None:
         return

@@ -1,4 +1,4 @@
-"""One mixture-of-experts layer against the machine's limits, and against PyPI's kt-kernel where it is installed.
+"""One mixture-of-experts layer against the machine's limits, and against PyPI's kt-kernel where it is.
 
     PYTHONPATH=build/ns python tests/bench/experts.py [--shapes qwen3] [--formats Q4_0,Q8_0] [--tokens 1,512]
     PYTHONPATH=build/ns python tests/bench/experts.py --kt-python VENV/bin/python   # a venv with kt-kernel
@@ -19,13 +19,21 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ktransformers.engine import _kernels
 from ktransformers.engine import limits as machine_limits
 from ktransformers.engine.bench.loads import batch, greedy
 from ktransformers.engine.bench.synthetic import noise
 from ktransformers.engine.executors.native import NativeExecutor
 from ktransformers.engine.program import (
-    CacheShape, Embed, Experts, GatherRows, Logits, Program, Route, Tensor,
-)  # fmt: skip
+    CacheShape,
+    Embed,
+    Experts,
+    GatherRows,
+    Logits,
+    Program,
+    Route,
+    Tensor,
+)
 from ktransformers.engine.weights.formats import FORMATS
 
 NUMBERS = {fmt.name: number for number, fmt in FORMATS.items()}
@@ -43,6 +51,9 @@ class Shape:
 
 
 SHAPES = {"qwen3": Shape(2048, 768, 128, 8), "deepseek": Shape(7168, 2048, 32, 8)}
+CASE = ("layer", "format", "tokens", "ms", "bound", "share")
+MEASURED = ("GB/s", "GOPS", "of peak", "router", "kt-kernel", "ratio")
+ROW = "{:9} {:6} {:>6} {:>8} {:>7} {:>6} {:>6} {:>6} {:>8} {:>7} {:>10} {:>6}"
 PEER_FORMATS = {"Q4_0": "int4", "Q4_K": "int4", "Q8_0": "int8", "BF16": "bf16"}
 
 
@@ -73,12 +84,16 @@ def layer(shape: Shape, kind: str) -> Program:
         ),
         widths=(h, shape.experts, 2 * shape.top, h, shape.experts, VOCAB),
         weights=(
-            floats("x", VOCAB, h), floats("logits", VOCAB, shape.experts), floats("head", VOCAB, shape.experts),
-            weights("gate", f, h), weights("up", f, h), weights("down", h, f),
+            floats("x", VOCAB, h),
+            floats("logits", VOCAB, shape.experts),
+            floats("head", VOCAB, shape.experts),
+            weights("gate", f, h),
+            weights("up", f, h),
+            weights("down", h, f),
         ),
         cache=CacheShape(1, 1, 16),
         vocab=VOCAB,
-    )  # fmt: skip
+    )
 
 
 def chosen(program: Program, shape: Shape, tokens: npt.NDArray[np.int32]) -> int:
@@ -87,7 +102,9 @@ def chosen(program: Program, shape: Shape, tokens: npt.NDArray[np.int32]) -> int
     return len(np.unique(np.argsort(-logits, axis=1)[:, : shape.top]))
 
 
-def measure(ex: NativeExecutor, program: Program, shape: Shape, n: int, steps: int) -> tuple[float, float, int]:
+def measure(
+    ex: NativeExecutor, program: Program, shape: Shape, n: int, steps: int
+) -> tuple[float, float, int]:
     """Seconds of the router and of the experts in the best step, and the experts that it read."""
     best, route, read = float("inf"), 0.0, 0
     table = np.arange(-(-n // 16), dtype=np.int32)
@@ -114,13 +131,15 @@ def peer(python: str, shape: Shape, kind: str, tokens: list[int]) -> dict[int, f
         if done.returncode:
             print(f"kt-kernel: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
             return {}
-        for n, ms in json.loads(done.stdout.splitlines()[-1]).items():
+        for n, ms in json.loads(done.stdout[done.stdout.rindex("{") : done.stdout.rindex("}") + 1]).items():
             best[int(n)] = min(ms, best.get(int(n), float("inf")))
     return best
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--formats", default="Q4_0,Q4_K,Q8_0,BF16")
     parser.add_argument("--tokens", default="1,8,64,512")
@@ -130,9 +149,9 @@ def main() -> int:
     parser.add_argument("--kt-python", help="a python with kt-kernel")
     given = parser.parse_args()
     limits = machine_limits.measure(given.threads, isa=given.isa)
-    print(f"{limits.isa}, {limits.threads} threads, {limits.bandwidth / 1e9:.1f} GB/s, load {os.getloadavg()[0]:.1f}")
-    print(f"{'layer':9} {'format':6} {'tokens':>6} {'ms':>8} {'bound':>7} {'share':>6} {'GB/s':>6} {'GOPS':>6} "
-          f"{'of peak':>7} {'router':>7} {'kt-kernel':>10} {'ratio':>6}")  # fmt: skip
+    rate, load = limits.bandwidth / 1e9, os.getloadavg()[0]
+    print(f"{limits.isa}, {limits.threads} threads, {rate:.1f} GB/s, load {load:.1f}")
+    print(ROW.format(*CASE, *MEASURED))
     counts = [int(n) for n in given.tokens.split(",")]
     for name in given.shapes.split(","):
         shape = SHAPES[name]
@@ -142,28 +161,21 @@ def main() -> int:
                 program, isa=given.isa, threads=given.threads, blocks=64, max_tokens=max(counts), max_rows=1
             )
             others = peer(given.kt_python, shape, kind, counts) if given.kt_python else {}
-            dot = machine_limits_dot(limits.isa, kind)
+            dot = _kernels.activation(limits.isa, NUMBERS[kind])
             for n in counts:
                 steps = given.steps or max(4, min(60, 3000 // n))
                 seconds, route, read = measure(ex, program, shape, n, steps)
                 nbytes = sum(program.weights[w].data.nbytes for w in (3, 4, 5)) * read // shape.experts
                 ops = 6 * n * shape.top * shape.hidden * shape.ffn
                 bound = limits.seconds(nbytes, ops, dot)
-                row = f"{name:9} {kind:6} {n:6} {seconds * 1e3:8.2f} {bound * 1e3:7.2f} {bound / seconds:6.0%} "
-                row += f"{nbytes / seconds / 1e9:6.1f} {ops / seconds / 1e9:6.0f} {ops / seconds / limits.peaks[dot]:7.0%} "
-                row += f"{route * 1e3:7.3f}"
-                if n in others:
-                    row += f" {others[n]:10.2f} {others[n] / seconds / 1e3:6.2f}"
-                print(row, flush=True)
+                cells = [f"{seconds * 1e3:.2f}", f"{bound * 1e3:.2f}", f"{bound / seconds:.0%}"]
+                cells += [f"{nbytes / seconds / 1e9:.1f}", f"{ops / seconds / 1e9:.0f}"]
+                cells += [f"{ops / seconds / limits.peaks[dot]:.0%}", f"{route * 1e3:.3f}"]
+                peer_ms = others.get(n)
+                cells += [f"{peer_ms:.2f}", f"{peer_ms / seconds / 1e3:.2f}"] if peer_ms else ["", ""]
+                print(ROW.format(name, kind, n, *cells), flush=True)
             ex.close()
     return 0
-
-
-def machine_limits_dot(isa: str, kind: str) -> machine_limits.Dot:
-    """The dot product that a format's products use."""
-    from ktransformers.engine import _kernels
-
-    return _kernels.activation(isa, NUMBERS[kind])
 
 
 if __name__ == "__main__":

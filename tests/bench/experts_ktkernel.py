@@ -45,11 +45,8 @@ def main() -> None:
             ids = torch.stack([torch.randperm(experts)[:top] for _ in range(n)])
             weights = torch.rand((n, top), dtype=torch.float32)
             start = time.perf_counter()
-            cpu.submit(
-                layer.forward_task(
-                    count.data_ptr(), top, ids.data_ptr(), weights.data_ptr(), x.data_ptr(), out.data_ptr(), False
-                )
-            )
+            pointers = (t.data_ptr() for t in (ids, weights, x, out))
+            cpu.submit(layer.forward_task(count.data_ptr(), top, *pointers, False))
             cpu.sync()
             best[n] = min(best[n], (time.perf_counter() - start) * 1e3)
         if not (torch.isfinite(out.float()).all() and out.float().abs().max() > 0):

@@ -77,7 +77,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert "blk.0.ffn_down.weight" in tensors and "blk.1.ffn_down.weight" not in tensors
     assert [p.name for p in path.parent.iterdir()] == ["cut.gguf"]
     before = path.read_bytes()
-    monkeypatch.setattr("ktransformers.engine.bench.synthetic._noise", lambda *_: 1 / 0)
+    monkeypatch.setattr("ktransformers.engine.bench.synthetic.noise", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write(path, SMALL, "Q8_0")
     assert path.read_bytes() == before

@@ -1,6 +1,7 @@
 """Router and experts of the native executor: against torch, against the bare products, and law 1."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,12 +17,15 @@ from ktransformers.engine.program import (
     Embed,
     Experts,
     GatherRows,
+    Linear,
+    LinearPart,
     Logits,
     Op,
     Program,
     Route,
     Tensor,
 )
+from ktransformers.engine.weights import pages
 
 F32 = npt.NDArray[np.float32]
 ISAS = _kernels.isas()
@@ -350,3 +354,99 @@ def test_experts_do_not_divide_the_rows(small: ModuleType) -> None:
     weights = (*p.weights[:3], replace(p.weights[3], experts=7), *p.weights[4:])
     with pytest.raises(ValueError, match=r"tensor 'gate'.*experts"):
         small.executor(replace(p, weights=weights))
+
+
+# ---- experts that stay in their file
+
+
+def on_disk(p: Program, path: Path, weights: tuple[int, ...] = (3, 4, 5)) -> Program:
+    """The same with these weights as views of a mapped file."""
+    tensors = list(p.weights)
+    path.write_bytes(b"".join(tensors[w].read().tobytes() for w in weights))
+    data, at = np.memmap(path, np.uint8, "r"), 0
+    for w in weights:
+        size = tensors[w].data.nbytes
+        tensors[w] = replace(tensors[w], data=np.asarray(data[at : at + size]))
+        at += size
+    return replace(p, weights=tuple(tensors))
+
+
+def two_layers(p: Program) -> Program:
+    """What the experts give goes through a second router and the same experts again."""
+    embed, scores, choose, experts, gather, logits = p.ops
+    assert isinstance(choose, Route)
+    width, x2 = p.widths[X], len(p.widths)
+    router = len(p.weights)
+    table = np.random.default_rng(2).standard_normal((choose.experts, width)).astype(np.float32)
+    tensor = Tensor("router", 0, *table.shape, table.reshape(-1).view(np.uint8))
+    more: tuple[Op, ...] = (
+        Linear(Y, (LinearPart(router, None, R),)),
+        choose,
+        replace(experts, x=Y, out=x2),  # type: ignore[call-arg]
+        replace(gather, x=x2),  # type: ignore[call-arg]
+    )
+    ops = (embed, scores, choose, experts, *more, logits)
+    return replace(p, ops=ops, weights=(*p.weights, tensor), widths=(*p.widths, width))
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q4_0"])
+def test_experts_on_disk_give_the_same_bits(small: ModuleType, tmp_path: Path, kind: str) -> None:
+    """With room for all, for one layer's, and for hardly more, whatever was computed before."""
+    shape = Shape(70, 96, 64, 96, 8, 2)
+    p = two_layers(program(small, shape, route(), kind=kind))
+    want = run(small, small.executor(p, threads=2), list(range(70)))
+    mapped = on_disk(p, tmp_path / "experts")
+    layer = sum(p.weights[w].data.nbytes for w in (3, 4, 5))
+    for room in (4 * layer, 2 * layer, int(1.3 * layer)):
+        ex = small.executor(mapped, threads=2, expert_bytes=room)
+        for tokens in ([3], [60, 2], list(range(70)), [3], list(range(40, 10, -1))):
+            got = run(small, ex, tokens)
+            np.testing.assert_array_equal(got.view(np.uint32), want[tokens].view(np.uint32))
+
+
+def test_too_little_room_for_experts_is_refused(small: ModuleType, tmp_path: Path) -> None:
+    p = program(small, Shape(), route())
+    with pytest.raises(ValueError, match="expert_bytes: 1000 do not hold the 8 experts of one layer"):
+        small.executor(on_disk(p, tmp_path / "experts"), expert_bytes=1000)
+
+
+def test_experts_that_are_in_no_file_cannot_stay_there(small: ModuleType, tmp_path: Path) -> None:
+    p = program(small, Shape(), route())
+    with pytest.raises(ValueError, match="tensor 'gate': its file"):
+        small.executor(p, expert_bytes=1 << 30)
+    data = [np.zeros(4 * 6 * 4, np.uint8)] * 2
+    one = _kernels.map_experts(ISAS[0], 0, 12, 4, data)
+    ops: list[tuple[object, ...]] = [("Embed", 0, 0, 1.0), ("GatherRows", 0, 1), ("Logits", 1, 0, 2, 0.0)]
+    with pytest.raises(ValueError, match=r"op 0 \(Embed\): table: must not stay in its file"):
+        _kernels.Program(_kernels.ThreadPool(1), ISAS[0], ops, [4, 4, 12], [one], 1, 1, 16, 1, 1, 1)
+    with pytest.raises(ValueError, match="data: differ in size"):
+        _kernels.map_experts(ISAS[0], 0, 12, 4, [data[0], data[0][:-1]])
+    with pytest.raises(ValueError, match="data: 96 bytes, expected 48"):
+        _kernels.map_experts(ISAS[0], 0, 6, 4, data)
+    with pytest.raises(ValueError, match="weight: stays in its file"):
+        one.row(0)
+
+
+def test_pages_of_a_file_are_given_back(small: ModuleType, tmp_path: Path) -> None:
+    """Packing a mapped model leaves its pages outside, and what cannot be read again is left alone."""
+    p = program(small, Shape(width=1024, hidden=256, out=1024), route())
+    mapped = on_disk(p, tmp_path / "experts")
+    small.executor(mapped)
+    resident = [int(line.split()[1]) for line in smaps(tmp_path / "experts") if line.startswith("Rss:")]
+    assert sum(resident) * 1024 < mapped.weights[3].data.nbytes / 10
+    data = np.ones(1 << 16, np.uint8)
+    pages.release(data)
+    assert data.all()
+    assert not pages.mapped(data)
+    assert pages.mapped(mapped.weights[3].read())
+
+
+def smaps(path: Path) -> list[str]:
+    """The lines of /proc/self/smaps about mappings of a file."""
+    lines, here = [], False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            here = line.endswith(str(path))
+        if here:
+            lines.append(line)
+    return lines
