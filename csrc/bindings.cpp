@@ -244,7 +244,9 @@ uint64_t digest_of(ThreadPool& pool, const Array<uint8_t>& data) {
 
 uint64_t weight_digest(const Weight& weight, ThreadPool& pool) {
   const py::gil_scoped_release release;
-  return digest(pool, weight.packed(), weight.bytes());
+  if (!weight.mapped()) return digest(pool, weight.packed(), weight.bytes());
+  const std::vector<uint8_t> samples = weight.samples();
+  return digest(pool, samples.data(), samples.size());
 }
 
 Activation kind_of(const std::string& name) {

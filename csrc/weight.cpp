@@ -123,6 +123,18 @@ void Weight::check_size(size_t size) const {
     throw std::invalid_argument("data: " + std::to_string(size) + " bytes, expected " + std::to_string(expected));
 }
 
+std::vector<uint8_t> Weight::samples() const {
+  constexpr int64_t kSamples = 16;
+  constexpr size_t kSampleBytes = 256;
+  const size_t size = source_bytes(format_, expert_rows(), cols_), bytes = std::min(size, kSampleBytes);
+  std::vector<uint8_t> all;
+  for (int64_t e = 0; e < experts_; e += std::max(experts_ / kSamples, int64_t{1})) {
+    const uint8_t* middle = sources_[e] + (size - bytes) / 2;
+    all.insert(all.end(), middle, middle + bytes);
+  }
+  return all;
+}
+
 void Weight::will_need(int64_t expert) const {
   advise(sources_[expert], source_bytes(format_, expert_rows(), cols_), MADV_WILLNEED);
 }

@@ -37,6 +37,8 @@ class Weight {
   void pack_panels(int64_t expert, int64_t begin, int64_t end, uint8_t* packed) const {
     table_->pack(format_, sources_[expert], expert_rows(), cols_, begin, end, packed);
   }
+  // A few bytes of some experts, all over the weight: to read all of it would take as long as to load it.
+  std::vector<uint8_t> samples() const;
   // Have the kernel read an expert from the file, without waiting for it; give its pages back.
   void will_need(int64_t expert) const;
   void release(int64_t expert) const;

@@ -44,7 +44,7 @@ class Weight:
     @property
     def nbytes(self) -> int: ...
     def digest(self, pool: ThreadPool) -> int:
-        """Of the packed bytes; see the function."""
+        """Of the packed bytes, see the function; of experts that stay in their file, of samples of them."""
     def row(self, i: int) -> F32:
         """Dequantised row [cols]."""
 
