@@ -122,6 +122,7 @@ Op op_of(const std::string& kind, Fields& f) {
   if (kind == "Rope")
     return op::Rope{id("x"),           id("heads"), id("head_dim"), id("inv_freq"), f.get<bool>("interleaved"),
                     number("scale"), id("offset")};
+  if (kind == "PositionScale") return op::PositionScale{id("x"), id("span"), number("scale")};
   if (kind == "Attention")
     return op::Attention{id("q"),           id("k"),           id("v"),        id("out"),       id("layer"),
                          id("heads"),       id("kv_heads"),    id("head_dim"), number("scale"), id("window"),

@@ -188,9 +188,12 @@ void Program::add(size_t i, const op::Rope& op) {
   const int64_t pairs = model_.weights[op.inv_freq]->cols();
   add_row_op(i, rows_.of_op[i], values_.widths[op.x], make_rope(table_, values_, op, pairs, angles->cos_sin.data()));
 }
+void Program::add(size_t i, const op::PositionScale& op) {
+  add_row_op(i, rows_.of_op[i], values_.widths[op.x], make_position_scale(values_, op));
+}
 void Program::add(size_t i, const op::Attention& op) {
   add_row_op(i, rows_.of_op[i], 4 * values_.widths[op.k], make_store_kv(table_, values_, kv_, op));
-  stages_.push_back(WholeOp{i, make_attention(table_, *pool_, values_, kv_, op, attention_memory_)});
+  stages_.push_back(WholeOp{i, make_attention(table_, *pool_, model_, values_, kv_, op, attention_memory_)});
 }
 void Program::add(size_t i, const op::Gated& op) {
   add_row_op(i, rows_.of_op[i], 3 * values_.widths[op.out], make_gated(table_, values_, op));

@@ -77,6 +77,7 @@ class Program {
   void add(size_t i, const op::RmsNorm& op);
   void add(size_t i, const op::Linear& op);
   void add(size_t i, const op::Rope& op);
+  void add(size_t i, const op::PositionScale& op);
   void add(size_t i, const op::Attention& op);
   void add(size_t i, const op::Gated& op);
   void add(size_t i, const op::Route& op);

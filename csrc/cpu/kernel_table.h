@@ -45,7 +45,16 @@ struct AttentionTask {
   const int32_t* blocks;   // block table of the sequence
   float scale, softcap;    // softcap 0: none
   int64_t window;          // 0: none; else position p sees (p - window, p]
+  int64_t chunk;           // 0: none; else position p sees [p - p % chunk, p]
+  const float* sinks;      // one more score of each head, without a value; null: none
 };
+
+// First position that `position` sees.
+static inline int64_t first_seen(const AttentionTask& t, int64_t position) {
+  const int64_t chunk = t.chunk > 0 ? position - position % t.chunk : 0;
+  const int64_t window = t.window > 0 ? position - t.window + 1 : 0;
+  return window > chunk ? window : chunk;
+}
 
 struct KernelTable {
   const char* name;

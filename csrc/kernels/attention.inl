@@ -230,7 +230,7 @@ inline bool make_front(const AttentionTask& t, int64_t first, int count, int64_t
   int64_t row = first / t.group, head = first % t.group;
   for (int m = 0; m < count; ++m) {
     const int64_t position = t.first_position + row;
-    const int64_t begin = (t.window > 0 ? position - t.window + 1 : 0) - start;
+    const int64_t begin = first_seen(t, position) - start;
     const int64_t end = position + 1 - start;
     f.q[m] = q + (first + m) * t.head_dim;
     f.out[m] = out + (first + m) * t.head_dim;
@@ -263,11 +263,6 @@ inline void prepare_queries(const AttentionTask& t, float* q) {
   }
 }
 
-// First position that any row sees.
-inline int64_t seen_from(const AttentionTask& t) {
-  return t.window > 0 && t.first_position >= t.window ? t.first_position - t.window + 1 : 0;
-}
-
 inline Tile tile_at(const AttentionTask& t, int64_t start, int64_t end) {
   Tile tile;
   for (int b = 0; b < kTileBlocks; ++b) {
@@ -284,7 +279,7 @@ void fold_span(const AttentionTask& t, int64_t span, float* at, const Scratch& s
   const int64_t queries = t.rows * t.group;
   for (int64_t i = 0; i < queries; ++i) state.maximum[i] = kMinusInfinity;
   for (int64_t i = 0; i < queries * (kLanes + t.head_dim); i += kLanes) store(state.sum + i, set1(0.0f));
-  const int64_t seen = t.first_position + t.rows, from = seen_from(t);
+  const int64_t seen = t.first_position + t.rows, from = first_seen(t, t.first_position);
   const int64_t begin = span * kSpanTokens > from / kTile * kTile ? span * kSpanTokens : from / kTile * kTile;
   const int64_t end = (span + 1) * kSpanTokens < seen ? (span + 1) * kSpanTokens : seen;
   for (int64_t start = begin; start < end; start += kTile) {
@@ -304,7 +299,7 @@ void fold_span(const AttentionTask& t, int64_t span, float* at, const Scratch& s
 void merge(const AttentionTask& t, int64_t span, const State<float>& total, const State<const float>& part) {
   for (int64_t i = 0; i < t.rows * t.group; ++i) {
     const int64_t position = t.first_position + i / t.group;
-    const int64_t from = t.window > 0 && position >= t.window ? position - t.window + 1 : 0;
+    const int64_t from = first_seen(t, position);
     if (span < from / kSpanTokens || span > position / kSpanTokens) continue;
     float factors[kLanes] = {kMinusInfinity, 0.0f};
     float top = part.maximum[i];
@@ -325,9 +320,19 @@ void merge(const AttentionTask& t, int64_t span, const State<float>& total, cons
   }
 }
 
+// What the sums of query i are multiplied by.
+inline float last_factor(const AttentionTask& t, const State<float>& total, int64_t i) {
+  const float sum = hsum(load(total.sum + i * kLanes));
+  if (t.sinks == nullptr) return 1.0f / sum;
+  const float sink = t.sinks[i % t.group] * kLog2E, top = total.maximum[i] > sink ? total.maximum[i] : sink;
+  float factors[kLanes] = {total.maximum[i] - top, sink - top};
+  store(factors, exp2_of_negative(load(factors)));
+  return factors[0] / (sum * factors[0] + factors[1]);
+}
+
 void finish_attention(const AttentionTask& t, const State<float>& total) {
   for (int64_t i = 0; i < t.rows * t.group; ++i) {
-    const Floats inverse = set1(1.0f / hsum(load(total.sum + i * kLanes)));
+    const Floats inverse = set1(last_factor(t, total, i));
     float* out = t.out + i / t.group * t.out_stride + i % t.group * t.head_dim;
     for (int64_t d = 0; d < t.head_dim; d += kLanes) store(out + d, load(total.out + i * t.head_dim + d) * inverse);
   }
@@ -339,7 +344,7 @@ void attention(const AttentionTask& t, float* memory) {
   const State<float> total(t, scratch.total);
   const State<const float> part(t, scratch.part);
   const int64_t last = (t.first_position + t.rows - 1) / kSpanTokens;
-  for (int64_t span = seen_from(t) / kSpanTokens; span <= last; ++span) {
+  for (int64_t span = first_seen(t, t.first_position) / kSpanTokens; span <= last; ++span) {
     fold_span(t, span, scratch.part, scratch);
     merge(t, span, total, part);
   }
@@ -355,7 +360,7 @@ void attention_span(const AttentionTask& t, int64_t span, float* state, float* m
 void attention_merge(const AttentionTask& t, const float* states, float* memory) {
   const State<float> total(t, Scratch(t, memory).total);
   const int64_t last = (t.first_position + t.rows - 1) / kSpanTokens;
-  for (int64_t span = seen_from(t) / kSpanTokens; span <= last; ++span) {
+  for (int64_t span = first_seen(t, t.first_position) / kSpanTokens; span <= last; ++span) {
     merge(t, span, total, State<const float>(t, states));
     states += attention_state_floats(t);
   }

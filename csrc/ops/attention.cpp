@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <variant>
 
+#include "ops/rows.h"
+
 namespace kt {
 
 KvPool::KvPool(const CacheShape& shape, int64_t blocks)
@@ -55,9 +57,11 @@ namespace {
 // first: what is left for the end is short.
 class Attention {
  public:
-  Attention(const KernelTable& table, const Values& values, const KvPool& kv, const op::Attention& op,
+  Attention(const KernelTable& table, const Model& model, const Values& values, const KvPool& kv, const op::Attention& op,
             AttentionMemory& memory)
-      : table_(table), q_(values.data[op.q]), out_(values.data[op.out]), kv_(kv), op_(op), memory_(memory) {}
+      : table_(table), q_(values.data[op.q]), out_(values.data[op.out]), kv_(kv), op_(op), memory_(memory) {
+    if (op.sinks != op::kNone) sinks_ = vector_of(*model.weights[op.sinks]);
+  }
 
   void run(const Step& step, ThreadPool& pool) const {
     const int64_t units = static_cast<int64_t>(step.query_rows.size()) * op_.kv_heads;
@@ -73,7 +77,7 @@ class Attention {
     size_t floats = 0;
     for (int64_t unit = 0; unit < units; ++unit) {
       const AttentionTask t = task(step, unit);
-      const int64_t from = t.window > 0 ? std::max(t.first_position - t.window + 1, int64_t{0}) : 0;
+      const int64_t from = first_seen(t, t.first_position);
       const int64_t first = from / kSpanTokens, last = (t.first_position + t.rows - 1) / kSpanTokens;
       memory_.unfinished[unit].store(last - first + 1, std::memory_order_relaxed);
       const size_t states = floats;
@@ -110,7 +114,9 @@ class Attention {
             .blocks = step.batch.blocks.data() + step.batch.block_starts[piece.sequence],
             .scale = op_.scale,
             .softcap = op_.softcap,
-            .window = op_.window};
+            .window = op_.window,
+            .chunk = op_.chunk,
+            .sinks = sinks_.empty() ? nullptr : sinks_.data() + kv_head * group};
   }
 
   float* scratch(int thread) const { return memory_.scratch.data() + thread * memory_.stride; }
@@ -121,13 +127,16 @@ class Attention {
   const KvPool& kv_;
   op::Attention op_;
   AttentionMemory& memory_;
+  std::vector<float> sinks_;
 };
 
 }  // namespace
 
-WholeFunction make_attention(const KernelTable& table, ThreadPool& pool, const Values& values, const KvPool& kv,
-                             const op::Attention& op, AttentionMemory& memory) {
-  return [attention = Attention(table, values, kv, op, memory), &pool](const Step& step) { attention.run(step, pool); };
+WholeFunction make_attention(const KernelTable& table, ThreadPool& pool, const Model& model, const Values& values,
+                             const KvPool& kv, const op::Attention& op, AttentionMemory& memory) {
+  return [attention = Attention(table, model, values, kv, op, memory), &pool](const Step& step) {
+    attention.run(step, pool);
+  };
 }
 
 }  // namespace kt

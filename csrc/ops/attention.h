@@ -57,7 +57,7 @@ struct AttentionMemory {
   std::unique_ptr<std::atomic<int64_t>[]> unfinished;  // parts of each unit
 };
 
-WholeFunction make_attention(const KernelTable& table, ThreadPool& pool, const Values& values, const KvPool& kv,
-                             const op::Attention& op, AttentionMemory& memory);
+WholeFunction make_attention(const KernelTable& table, ThreadPool& pool, const Model& model, const Values& values,
+                             const KvPool& kv, const op::Attention& op, AttentionMemory& memory);
 
 }  // namespace kt

@@ -144,6 +144,13 @@ class Checker {
     check_number("scale", op.scale, false);
   }
 
+  void check(const op::PositionScale& op) {
+    start("PositionScale", Rows::kTokens);
+    read("x", op.x, Rows::kTokens, width("x", op.x));
+    require(op.span > 0, "span", "must be positive");
+    check_number("scale", op.scale, false);
+  }
+
   void check(const op::Attention& op) {
     start("Attention", Rows::kTokens);
     const CacheShape& cache = model_.cache;
@@ -161,8 +168,8 @@ class Checker {
     check_number("scale", op.scale, false);
     require(op.window >= 0, "window", "must not be negative");
     check_softcap(op.softcap);
-    require(op.sinks == op::kNone, "sinks", "are not supported");
-    require(op.chunk == 0, "chunk", "is not supported");
+    if (op.sinks != op::kNone) check_shape("sinks", op.sinks, 1, op.heads);
+    require(op.chunk >= 0, "chunk", "must not be negative");
     write("out", op.out, Rows::kTokens, q_width);
   }
 
@@ -228,7 +235,9 @@ class Checker {
     start("GatherRows", Rows::kLogits);
     read("x", op.x, Rows::kTokens, width("x", op.x));
     require(op.out != op.x, "out", "must not be x");
+    const Choice choice = routes_[op.x];
     write("out", op.out, Rows::kLogits, width("x", op.x));
+    routes_[op.out] = choice;
   }
 
   void check(const op::Logits& op) {

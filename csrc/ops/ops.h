@@ -33,6 +33,10 @@ struct Rope {
   float scale;
   int64_t offset;
 };
+struct PositionScale {
+  int64_t x, span;
+  float scale;
+};
 struct Attention {
   int64_t q, k, v, out, layer, heads, kv_heads, head_dim;
   float scale;
@@ -74,7 +78,7 @@ struct Logits {
 
 }  // namespace op
 
-using Op = std::variant<op::Embed, op::RmsNorm, op::Linear, op::Rope, op::Attention, op::Gated, op::Route,
+using Op = std::variant<op::Embed, op::RmsNorm, op::Linear, op::Rope, op::PositionScale, op::Attention, op::Gated, op::Route,
                         op::Experts, op::Add, op::GatherRows, op::Logits>;
 
 struct CacheShape {

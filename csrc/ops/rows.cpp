@@ -75,6 +75,17 @@ RowFunction make_gather(const Values& values, const op::GatherRows& op) {
   };
 }
 
+RowFunction make_position_scale(const Values& values, const op::PositionScale& op) {
+  return [x = values.data[op.x], width = values.widths[op.x], span = op.span,
+          scale = op.scale](const Step& step, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const double spans = std::floor(static_cast<double>(step.positions[r] + 1) / static_cast<double>(span));
+      const float factor = static_cast<float>(1.0 + scale * std::log1p(spans));
+      for (int64_t i = r * width; i < (r + 1) * width; ++i) x[i] *= factor;
+    }
+  };
+}
+
 RowFunction make_rope_angles(std::vector<float> inv_freq, float scale, float* cos_sin) {
   return [inv_freq = std::move(inv_freq), scale, cos_sin](const Step& step, int64_t begin, int64_t end) {
     const size_t pairs = inv_freq.size();

@@ -14,6 +14,7 @@ RowFunction make_rms_norm(const KernelTable& table, const Model& model, const Va
 RowFunction make_gated(const KernelTable& table, const Values& values, const op::Gated& op);
 RowFunction make_add(const KernelTable& table, const Values& values, const op::Add& op);
 RowFunction make_gather(const Values& values, const op::GatherRows& op);
+RowFunction make_position_scale(const Values& values, const op::PositionScale& op);
 
 // Fills cos_sin, for each token of the step the `2 * pairs` floats that rope takes: scale * cos, then scale * sin of
 // position * inv_freq.

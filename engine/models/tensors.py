@@ -59,7 +59,7 @@ class Tensors:
 
     def expert_biases(self, name: str, experts: int, rows: int) -> WeightId:
         """F32 [experts, rows]."""
-        return self.add(f32_tensor(name, self._floats(name, (experts, rows)), experts))
+        return self.add(f32_tensor(name, self._floats(name, (experts, rows))))
 
     def vector(self, name: str, n: int) -> WeightId:
         """Norm weights and biases as F32 [1, n]."""
@@ -113,7 +113,7 @@ class Tensors:
         return values.reshape(shape)
 
 
-def f32_tensor(name: str, values: npt.NDArray[np.float32], experts: int = 1) -> Tensor:
+def f32_tensor(name: str, values: npt.NDArray[np.float32]) -> Tensor:
     """Floats as a weight: a row [1, n] of a vector."""
     rows, cols = (1, len(values)) if values.ndim == 1 else values.shape
-    return Tensor(name, F32, rows, cols, np.ascontiguousarray(values).reshape(-1).view(np.uint8), experts)
+    return Tensor(name, F32, rows, cols, np.ascontiguousarray(values).reshape(-1).view(np.uint8))
