@@ -1,4 +1,4 @@
-"""Sinks, chunks and scaled positions in the native executor, against the torch executor and against itself."""
+"""Sinks, chunks and scaled positions in the native executor, against the torch executor and itself."""
 
 from dataclasses import replace
 from types import ModuleType
