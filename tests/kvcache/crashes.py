@@ -1,6 +1,6 @@
 """Kills and failing system calls in a disk store's life: `python crashes.py WHAT FOLDER …`.
 
-    kills COUNT SEED   a child puts, reads and forgets until it is killed with SIGKILL; COUNT times in one folder
+    kills COUNT SEED   a child puts, reads and forgets until SIGKILL; COUNT times in one folder
     points             a script of calls is cut off before, in the middle of and after each system call
     errors ERRNO       each of them fails instead
 
