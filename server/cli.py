@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ktransformers.server import cli_tenants
+from ktransformers.server import cli_cache, cli_tenants
 
 app = typer.Typer(
     name="ktransformers",
@@ -20,6 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_tenants.app, name="tenants")
+app.add_typer(cli_cache.app, name="cache")
 
 Model = Annotated[
     str | None, typer.Argument(help="GGUF file, or a name of `models`; the default model if absent.")

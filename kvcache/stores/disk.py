@@ -47,7 +47,7 @@ class _Calls:
             return not self.closed
 
     def leave(self) -> None:
-        """One call less."""
+        """One call less, of those that had entered."""
         with self.ended:
             self.running -= 1
             if self.closed:
@@ -114,6 +114,7 @@ class DiskStore:
             with self._books.lock:
                 self._puts += size > 0
                 self._refused += size == 0
+            self._books.commit_if_due()
             return size
         finally:
             self._calls.leave()
@@ -147,6 +148,7 @@ class DiskStore:
                 empty = {b.segment for b in blocks if b.segment.sealed and not b.segment.blocks}
             for segment in empty:
                 books.drop(segment)
+            books.commit_if_due()
         finally:
             self._calls.leave()
 

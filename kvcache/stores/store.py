@@ -126,7 +126,10 @@ class BlockStore(Protocol):
         """
 
     def flush(self) -> None:
-        """Commit to the index what has changed: to be called about once a second; cheap when nothing has."""
+        """Write down what has changed; cheap when nothing has.
+
+        put and forget see to it themselves, once a second: this is for the end of a busy time.
+        """
 
     def stats(self) -> StoreStats:
         """How it is."""
