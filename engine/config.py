@@ -12,7 +12,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """One model on one machine."""
 
     model: str
-    """Path of a GGUF file."""
+    """Path of a GGUF file, or of a folder in Hugging Face's layout."""
     executor: Literal["native", "torch"] = "native"
     device: str = "cpu"
     """torch device; only the torch executor reads it."""

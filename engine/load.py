@@ -12,10 +12,12 @@ from ktransformers.engine import machine
 from ktransformers.engine.batch import Executor
 from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.models.decoder import compile_program
+from ktransformers.engine.models.folder import FolderModel, open_folder
 from ktransformers.engine.models.registry import read_spec
 from ktransformers.engine.models.spec import ModelError, ModelSpec
 from ktransformers.engine.program import Logits, Program, expert_weights
 from ktransformers.engine.weights.gguf import GgufFile, read
+from ktransformers.engine.weights.safetensors import Folder
 
 Progress = Callable[[int, int], None]
 """Told bytes of weights done, and in total."""
@@ -36,7 +38,7 @@ class Facts:
     """What is known of a model before it is loaded."""
 
     name: str
-    """general.name, or the name of the file."""
+    """general.name, or the name of the file or folder."""
     spec: ModelSpec
     weight_bytes: int
     """Of the tensors that the program reads, in the file's formats."""
@@ -85,27 +87,40 @@ def usable(available: int) -> int:
 
 
 def open_model(config: EngineConfig) -> tuple[Program, Facts]:
-    """Read and check the file of a model; takes milliseconds, as weights are only mapped.
+    """Read and check a model's file, or its folder in Hugging Face's layout; takes milliseconds, as weights
+    are only mapped.
 
-    GgufError for a broken file, ModelError for a model that is not supported; both name the file.
+    GgufError and FolderError for broken files, ModelError for a model that is not supported; all name the
+    file.
     """
-    file = read(config.model)
+    path = Path(config.model)
+    file: GgufFile | FolderModel
+    files: GgufFile | Folder
     try:
-        spec = read_spec(file.metadata)
+        if path.is_dir():
+            file = open_folder(path)
+            spec, files, name = file.spec, file.folder, path.resolve().name
+        else:
+            file = files = read(path)
+            spec, name = read_spec(file.metadata), _general_name(file)
         program = compile_program(spec, file)
     except ModelError as e:
         raise ModelError(f"{config.model}: {e}") from None
-    name = file.metadata.get("general.name")
     facts = Facts(
-        name=name if isinstance(name, str) and name else file.path.stem,
+        name=name,
         spec=spec,
         weight_bytes=sum(w.data.nbytes for w in program.weights),
-        identity=identity(file),
+        identity=identity(files),
     )
     return program, facts
 
 
-def identity(file: GgufFile) -> bytes:
+def _general_name(file: GgufFile) -> str:
+    name = file.metadata.get("general.name")
+    return name if isinstance(name, str) and name else file.path.stem
+
+
+def identity(file: GgufFile | Folder) -> bytes:
     """SHA-256 of the header and size of each file: configuration, tokenizer, names and shapes."""
     digest = hashlib.sha256()
     for shard, header in zip(file.shards, file.header_bytes, strict=True):

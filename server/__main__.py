@@ -178,7 +178,7 @@ def _load(path: Path) -> TextModel:
     yet.
     """
     try:
-        return TextModel.from_gguf(path)
+        return TextModel.load(path)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (

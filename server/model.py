@@ -31,6 +31,8 @@ class ModelCard:
     template: str = ""
     info: Mapping[str, str | int] = field(default_factory=dict)
     """By the names of GGUF metadata."""
+    container: str = "gguf"
+    """What holds it: "gguf", or "safetensors" for a folder in Hugging Face's layout."""
 
     @property
     def modified_at(self) -> str:
@@ -39,9 +41,9 @@ class ModelCard:
 
 
 def model_card(path: Path, name: str, text: TextModel) -> ModelCard:
-    """The card of the GGUF file that `text` was read from; `name` "" is made of the file's name."""
+    """The card of the file or folder that `text` was read from; `name` "" is made of its name."""
     stat = path.stat()
-    identity = f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    identity = f"{path.name}\0{text.facts.file_bytes}\0{stat.st_mtime_ns}"
     facts = text.facts
     return ModelCard(
         name=name or _NOT_IN_NAMES.sub("-", path.stem.lower()).strip("-.") or "model",
@@ -51,6 +53,7 @@ def model_card(path: Path, name: str, text: TextModel) -> ModelCard:
         family=facts.architecture,
         parameter_size=facts.parameter_size,
         quantization=facts.quantization,
+        container="safetensors" if path.is_dir() else "gguf",
         license=facts.license,
         template=text.template.source if text.template is not None else "",
         info={

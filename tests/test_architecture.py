@@ -44,6 +44,7 @@ EXCEPTIONS = {
     "server.commands.cache": ("kvcache.stores",),  # looks at the disk tier's folder while no engine has it
     "server.commands.simulate": ("scheduler.simulator", "scheduler.workload"),
     "server.text.model": ("engine.weights",),  # one parser of hostile files, not two
+    "server.text.folder": ("engine.weights",),
 }
 
 # Third-party package -> where it may be imported.

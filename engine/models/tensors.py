@@ -10,7 +10,7 @@ from ktransformers.engine.models.spec import ModelError
 from ktransformers.engine.program import U8, Pieces, Tensor, WeightId
 from ktransformers.engine.weights import names
 from ktransformers.engine.weights.checkpoint import Checkpoint, StoredTensor
-from ktransformers.engine.weights.formats import BF16, F16, F32, FORMATS
+from ktransformers.engine.weights.formats import F32, FORMATS, as_floats
 
 COMPUTED_FORMATS: Final = frozenset({0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, 30})
 """GGUF types that a matrix may have: F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL and IQ4_XS."""
@@ -101,13 +101,8 @@ class Tensors:
     def _floats(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         info = self._info(name, shape)
         raw = Tensor(name, info.format, 1, int(np.prod(shape)), self.file.tensor_bytes(name)).read()
-        if info.format == F32:
-            values = np.frombuffer(raw.tobytes(), "<f4")
-        elif info.format == F16:
-            values = np.frombuffer(raw.tobytes(), "<f2").astype(np.float32)
-        elif info.format == BF16:
-            values = (np.frombuffer(raw.tobytes(), "<u2").astype(np.uint32) << 16).view(np.float32)
-        else:
+        values = as_floats(raw, info.format)
+        if values is None:
             what = FORMATS[info.format].name
             raise ModelError(f"tensor '{name}' has format {what}; F32, F16 or BF16 is expected")
         return values.reshape(shape)

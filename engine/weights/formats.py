@@ -7,6 +7,9 @@ layout: their elements, scales and zero points lie in tensors of their own and a
 
 from typing import Final, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 
 class Format(NamedTuple):
     """How elements are stored: `block` consecutive elements of a row take `nbytes` bytes."""
@@ -59,3 +62,14 @@ GGUF_FORMATS: Final[dict[int, Format]] = {
 
 FORMATS: Final[dict[int, Format]] = {**GGUF_FORMATS}
 """Every format. Executors compute with fewer."""
+
+
+def as_floats(raw: npt.NDArray[np.uint8], number: int) -> npt.NDArray[np.float32] | None:
+    """Elements of F32, F16 or BF16 in float32, copied; None for any other format."""
+    if number == F32:
+        return np.frombuffer(raw.tobytes(), "<f4")
+    if number == F16:
+        return np.frombuffer(raw.tobytes(), "<f2").astype(np.float32)
+    if number == BF16:
+        return (np.frombuffer(raw.tobytes(), "<u2").astype(np.uint32) << 16).view(np.float32)
+    return None

@@ -9,7 +9,6 @@ import math
 import mmap
 import os
 import re
-import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from ktransformers.engine.weights.files import map_file
 from ktransformers.engine.weights.formats import GGUF_FORMATS
 
 MAX_KEYS: Final = 65_536
@@ -297,25 +297,8 @@ def _tensors(h: _Header, count: int, alignment: int, shard: int) -> tuple[dict[s
     return tensors, min(start, h.size)
 
 
-def _map(path: Path) -> mmap.mmap:
-    """Map a regular file. O_NONBLOCK, because opening a FIFO would otherwise wait for a writer."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError) as e:
-        raise GgufError(f"{path}: cannot be opened: {getattr(e, 'strerror', None) or e}") from None
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise GgufError(f"{path}: not a regular file")
-        if status.st_size == 0:
-            raise GgufError(f"{path}: the file is empty")
-        return mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
-    finally:
-        os.close(fd)
-
-
 def _read_one(path: Path, shard: int) -> tuple[dict[str, Value], dict[str, TensorInfo], mmap.mmap, int]:
-    data = _map(path)
+    data = map_file(path, GgufError)
     h = _Header(path, data)
     n_tensors, n_keys = _counts(h)
     metadata = _metadata(h, n_keys)

@@ -200,7 +200,7 @@ def _description(context: Context) -> dict[str, Any]:
         "digest": card.digest,
         "details": {
             "parent_model": "",
-            "format": "gguf",
+            "format": card.container,
             "family": card.family,
             "families": [card.family],
             "parameter_size": card.parameter_size,

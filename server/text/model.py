@@ -1,6 +1,6 @@
 """Everything about a model that is text: tokenizer, chat template, and what its file says of it.
 
-The server may import one module of the engine's room, `engine.weights.gguf`: it is the one parser of GGUF,
+The server may import one part of the engine's room, `engine.weights`: those are the parsers of model files,
 and a second parser of hostile files would be a second set of holes.
 """
 
@@ -16,7 +16,10 @@ from typing import Final
 from ktransformers.engine.weights.formats import FORMATS
 from ktransformers.engine.weights.gguf import GgufFile
 from ktransformers.engine.weights.gguf import read as read_gguf
+from ktransformers.engine.weights.safetensors import read_folder
+from ktransformers.engine.weights.stored import stored_tensors
 from ktransformers.server.text import messages as chat
+from ktransformers.server.text.folder import read_folder_text
 from ktransformers.server.text.templates import FALLBACKS, ChatTemplate, TemplateError
 from ktransformers.server.text.tokenizer import Tokenizer
 from ktransformers.server.text.vocabulary import VocabularyError
@@ -50,9 +53,9 @@ class ModelFacts:
     """What lists of models show."""
 
     name: str
-    """`general.name`, or the file's name."""
+    """`general.name`, or the name of the file or folder."""
     architecture: str
-    """`general.architecture`: "llama", "qwen2", ..."""
+    """`general.architecture` or `model_type`: "llama", "qwen2", ..."""
     parameters: int
     """Weights, counted from the tensors."""
     quantization: str
@@ -99,6 +102,16 @@ class TextModel:
         if template is not None and not isinstance(template, str):
             raise VocabularyError("tokenizer.chat_template: not a string")
         return cls(Tokenizer.from_metadata(file.metadata), template, _facts(file))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "TextModel":
+        """A GGUF file or a folder in Hugging Face's layout. Blocks for 0.1 to 3 s, by the size of the
+        vocabulary. Raises GgufError, FolderError, VocabularyError."""
+        if not Path(path).is_dir():
+            return cls.from_gguf(path)
+        text = read_folder_text(Path(path))
+        tokenizer = Tokenizer(text.vocabulary, text.rust, text.inner)
+        return cls(tokenizer, text.template, _folder_facts(Path(path), text.config))
 
     def chat_text(
         self,
@@ -201,6 +214,32 @@ def _fallback(tokenizer: Tokenizer) -> str | None:
         if tokenizer.token_id(token) is not None:
             return template
     return None
+
+
+def _folder_facts(path: Path, config: Mapping[str, object]) -> ModelFacts:
+    inner = config.get("text_config")
+    fields = {**config, **inner} if isinstance(inner, dict) else config
+
+    def number(name: str) -> int:
+        value = fields.get(name)
+        return value if type(value) is int else 0
+
+    folder = read_folder(path)
+    stored = stored_tensors(folder, config)
+    sizes: dict[int, int] = {}
+    for tensor in stored.values():
+        sizes[tensor.format] = sizes.get(tensor.format, 0) + tensor.nbytes
+    kind = config.get("model_type")
+    return ModelFacts(
+        name=path.resolve().name,
+        architecture=kind if isinstance(kind, str) else "unknown",
+        parameters=sum(math.prod(tensor.shape) for tensor in stored.values()),
+        quantization=FORMATS[max(sizes, key=lambda f: sizes[f])].name if sizes else "unknown",
+        context_length=number("max_position_embeddings"),
+        embedding_length=number("hidden_size"),
+        file_bytes=sum(shard.nbytes for shard in folder.shards),
+        license="",
+    )
 
 
 def _facts(file: GgufFile) -> ModelFacts:

@@ -1,4 +1,4 @@
-"""Text to token ids and back, from the vocabulary in a GGUF file.
+"""Text to token ids and back, from the vocabulary of a GGUF file or a tokenizer.json.
 
 Two kinds of vocabulary: byte-level BPE (`tokenizer.ggml.model` "gpt2": words found by a regex, bytes written
 as printable characters, ranked merges) and SentencePiece BPE ("llama": the text as a whole, merges by the
@@ -41,8 +41,14 @@ class Tokenizer:
         longest: Bytes of text that one token can stand for at most; None when there is no bound.
     """
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        """Raises VocabularyError. Takes 0.1 s for a vocabulary of 49 k tokens, up to 2 s for one of 256 k."""
+    def __init__(
+        self, vocabulary: Vocabulary, rust: RustTokenizer | None = None, inner: RustTokenizer | None = None
+    ) -> None:
+        """Raises VocabularyError. Takes 0.1 s for a vocabulary of 49 k tokens, up to 2 s for one of 256 k.
+
+        `rust` encodes plain text; without it, it is made from the vocabulary's merges or scores. `inner`, if
+        given, does so for text that follows a token.
+        """
         self._tokens = vocabulary.tokens
         self._types = vocabulary.types
         self._byte_level = vocabulary.model == "gpt2"
@@ -51,31 +57,37 @@ class Tokenizer:
         self.eos_id = vocabulary.eos_id
         self.eog_ids = vocabulary.end_ids
         self.longest: int | None = max(map(len, map(str.encode, vocabulary.tokens)))
-        if vocabulary.model == "gpt2":
+        self.add_space_prefix = False
+        add_bos = False
+        if rust is not None:
+            self._rust = rust
+            self.add_space_prefix = vocabulary.add_space_prefix is True
+        elif vocabulary.model == "gpt2":
             pre = _pre_tokenizer(vocabulary.pre)
             add_bos = pre.add_bos
-            self.add_space_prefix = False
             self._rust = _byte_level_bpe(vocabulary, pre)
         elif vocabulary.model == "llama":
             add_bos = True
             self.add_space_prefix = vocabulary.add_space_prefix is not False
             self._rust = _sentencepiece_bpe(vocabulary, self.add_space_prefix)
-            if TokenType.BYTE not in vocabulary.types:
-                self.longest = None  # a run of unknown characters is one unknown token
         else:
             raise VocabularyError(
                 f"tokenizer.ggml.model: {vocabulary.model!r:.40} is not supported (gpt2 and llama are)"
             )
+        self._inner = inner or self._rust
+        if not self._byte_level and TokenType.BYTE not in vocabulary.types:
+            self.longest = None  # a run of unknown characters is one unknown token
         wants_bos = add_bos if vocabulary.add_bos is None else vocabulary.add_bos
         self.add_bos = wants_bos and self.bos_id is not None
         self.add_eos = vocabulary.add_eos is True and self.eos_id is not None
-        self._rust.add_tokens(
-            [
-                AddedToken(text, normalized=False, special=False)
-                for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
-                if kind == TokenType.USER_DEFINED and text
-            ]
-        )
+        if rust is None:
+            self._rust.add_tokens(
+                [
+                    AddedToken(text, normalized=False, special=False)
+                    for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+                    if kind == TokenType.USER_DEFINED and text
+                ]
+            )
         self.special_tokens = _special_tokens(vocabulary)
 
     @classmethod
@@ -105,20 +117,22 @@ class Tokenizer:
     def encode_pieces(self, pieces: Iterable[str | int], limit: int | None = None) -> list[int]:
         """Ids of plain text (special=False) between ids. Text that follows an id is a new beginning."""
         ids: list[int] = []
+        rust = self._rust
         for piece in pieces:
             if isinstance(piece, int):
                 ids.append(piece)
             elif piece:
                 if limit is not None:
                     self._refuse_far_too_long(piece, limit - len(ids))
-                ids += self._encode_plain(piece)
+                ids += self._encode_plain(piece, rust)
+            rust = self._inner
             if limit is not None and len(ids) > limit:
                 raise TooLongError(f"the text has more than {limit} tokens")
         return ids
 
-    def _encode_plain(self, text: str) -> list[int]:
+    def _encode_plain(self, text: str, rust: RustTokenizer) -> list[int]:
         # The batch call is the one that releases the GIL.
-        batch = self._rust.encode_batch_fast([without_surrogates(text)], add_special_tokens=False)
+        batch = rust.encode_batch_fast([without_surrogates(text)], add_special_tokens=False)
         ids: list[int] = batch[0].ids
         return ids
 
@@ -135,7 +149,7 @@ class Tokenizer:
         self.refuse_characters(len(text), room)
         count = 0
         for start in range(0, len(text) if len(text) > _PART else 0, _PART):
-            count += len(self._encode_plain(text[start : start + _PART]))
+            count += len(self._encode_plain(text[start : start + _PART], self._inner))
             if count > room + room // 8 + 64:
                 raise TooLongError(f"the text has more than {room} tokens")
 

@@ -1,4 +1,5 @@
-"""The vocabulary of a model file: the keys `tokenizer.ggml.*` of its GGUF metadata, checked and typed."""
+"""The vocabulary of a model, checked and typed: from the keys `tokenizer.ggml.*` of a GGUF file. (folder.py
+makes one from a tokenizer.json.)"""
 
 import re
 from collections.abc import Mapping
@@ -88,12 +89,12 @@ class Vocabulary:
         """Raises VocabularyError."""
         model = _text(metadata, "tokenizer.ggml.model")
         tokens = _strings(metadata, "tokenizer.ggml.tokens")
-        _check_tokens(tokens)
+        check_tokens(tokens)
         eos_id = _id(metadata, "eos", len(tokens))
         eot_id = _id(metadata, "eot", len(tokens))
         types = _types(metadata, tokens)
         named = (eos_id, eot_id, _id(metadata, "eom", len(tokens)))
-        end_ids = _end_ids(tokens, types, {i for i in named if i is not None})
+        end_ids = find_end_ids(tokens, types, {i for i in named if i is not None})
         for i in end_ids:
             types[i] = TokenType.CONTROL
         return cls(
@@ -150,7 +151,8 @@ def _id(metadata: Mapping[str, object], name: str, count: int) -> int | None:
     return value
 
 
-def _check_tokens(tokens: list[str]) -> None:
+def check_tokens(tokens: list[str]) -> None:
+    """Raises VocabularyError for a vocabulary that would cost too much."""
     if not 0 < len(tokens) <= MAX_TOKENS:
         raise VocabularyError(f"tokenizer.ggml.tokens: {len(tokens)} tokens, not 1 to {MAX_TOKENS}")
     if (longest := max(map(len, tokens))) > MAX_TOKEN_CHARS:
@@ -159,6 +161,11 @@ def _check_tokens(tokens: list[str]) -> None:
         )
     if (total := sum(map(len, tokens))) > MAX_CHARS:
         raise VocabularyError(f"tokenizer.ggml.tokens: {total} characters in all, more than {MAX_CHARS}")
+
+
+def is_byte_token(text: str) -> bool:
+    """Whether a SentencePiece token stands for one byte: "<0x0A>"."""
+    return _BYTE.fullmatch(text) is not None
 
 
 def _types(metadata: Mapping[str, object], tokens: list[str]) -> list[int]:
@@ -171,7 +178,7 @@ def _types(metadata: Mapping[str, object], tokens: list[str]) -> list[int]:
         raise VocabularyError(f"{key}: not an array of {count} integers")
     types: list[int] = value.tolist()
     for token, kind in zip(tokens, types, strict=True):
-        if kind == TokenType.BYTE and not _BYTE.fullmatch(token):
+        if kind == TokenType.BYTE and not is_byte_token(token):
             raise VocabularyError(f"{key}: {token!r:.80} is no byte token")
     return types
 
@@ -189,7 +196,7 @@ def _scores(metadata: Mapping[str, object], count: int) -> npt.NDArray[np.float3
     return scores
 
 
-def _end_ids(tokens: list[str], types: list[int], named: set[int]) -> frozenset[int]:
+def find_end_ids(tokens: list[str], types: list[int], named: set[int]) -> frozenset[int]:
     """Ids of tokens that end generation: those that metadata names, and known texts.
 
     A known text counts when its type says that it is no ordinary text: "</s>" is HTML in many a vocabulary.
