@@ -247,8 +247,8 @@ class Entrance:
     def _reserved(self, account: Account, entry: Entry, running: list[Request]) -> bool:
         """Whether it would take of the room that is kept for those that are about but do not wait just now.
 
-        It is what they had at once of late, and within the surplus of the others' shares. Who has less than its
-        plain share may; so may who has nothing running.
+        It is what they had at once of late, and within the surplus of the others' shares. Who has less than
+        its plain share may; so may who has nothing running.
         """
         reserve = min(1 - 1 / self._surplus, self._queue.absent) if self._surplus > 1 else 0.0
         slots, tokens = self._queue.kept
@@ -275,7 +275,8 @@ class Entrance:
     # ---- who makes room
 
     def victims(self, running: list[Request]) -> list[Request]:
-        """Those that have to make room for the tenant that is owed most, if any: for one request in a step."""
+        """Those that have to make room for the tenant that is owed most, if any: for one request in a
+        step."""
         gap = self._window(self._queue.rules.preempt)
         least = self._queue.least()
         if gap <= 0 or least is None or not running:
@@ -299,7 +300,8 @@ class Entrance:
         return chosen
 
     def _enough(self, movable: list[Request], entry: Entry, running: list[Request]) -> list[Request]:
-        """The first whose room is enough for it; else the fewest from the beginning on whose room together is."""
+        """The first whose room is enough for it; else the fewest from the beginning on whose room together
+        is."""
         for request in movable[:_LOOK]:
             if self._makes_room([request], entry, running):
                 return [request]

@@ -294,7 +294,8 @@ class FairQueue:
         account.largest = max(size, account.largest * 15 // 16)
 
     def _keep(self, account: Account) -> None:
-        """Of a tenant that is about and has nothing waiting: as much as it had of late, and one request more."""
+        """Of a tenant that is about and has nothing waiting: as much as it had of late, and one request
+        more."""
         slots = tokens = 0
         if account.largest and not account.waiting:
             slots = max(0, account.most_running + 1 - len(account.running))
@@ -438,9 +439,13 @@ class FairQueue:
         """Part of the weight that is or was lately here of those that have nothing waiting now."""
         return 1 - self._milli_waiting / self._milli_active if self._milli_active else 0.0
 
-    def key(self, request: Request) -> int:
-        """Of its tenant: the smaller, the more it is owed."""
-        return 0 if self.rules.by_arrival else self._of(request)[0].key
+    def prompt_order(self, request: Request) -> tuple[bool, int]:
+        """Of running requests with a part of their prompt to come: tenants without a backlog first, then by
+        key."""
+        if not self.rules.fresh_first:
+            return False, 0
+        account, _ = self._of(request)
+        return account.waiting > 0 and account not in self._fresh, account.key
 
     def account(self, request: Request) -> Account:
         """Of a request that waits or runs."""

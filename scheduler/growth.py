@@ -59,10 +59,10 @@ class OutputEstimate:
 
     Of the recent outputs that were longer than what it has drawn so far, the average of what was still to
     come: who has outlived the short ones is known to be one of the long. Its tenant's own count once there
-    are some: one that writes briefly and often says nothing of one that writes at length. While little has been
-    observed its max_tokens counts too, less with each observation, for the first to end are the short ones. All
-    that times a factor which each preemption raises and each step lets decay towards 1 (SGLang's new-token
-    ratio, turned round).
+    are some: one that writes briefly and often says nothing of one that writes at length. While little has
+    been observed its max_tokens counts too, less with each observation, for the first to end are the short
+    ones. All that times a factor which each preemption raises and each step lets decay towards 1 (SGLang's
+    new-token ratio, turned round).
     """
 
     def __init__(self) -> None:

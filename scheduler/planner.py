@@ -185,14 +185,14 @@ class Planner:
             self._entrance.grown()
             self._let_in(draft, now, fresh=True)
         prompts = [r for r in self.running if r.remaining > 1 and r not in draft.planned]
-        self._go_on_with(sorted(prompts, key=lambda r: (not r.fresh, self._queue.key(r), r.rank)), draft)
+        self._go_on_with(sorted(prompts, key=lambda r: (*self._queue.prompt_order(r), r.rank)), draft)
         if self._counters.preemptions == preemptions:
             self._entrance.grown()
             self._let_in(draft, now)
 
     def _may_pause(self) -> bool:
-        """Whether a step without the streams is worth its while for the prompt of one who asks seldom: they are
-        most of what the next step would take, and were not left out of the last one."""
+        """Whether a step without the streams is worth its while for the prompt of one who asks seldom: they
+        are most of what the next step would take, and were not left out of the last one."""
         if self._paused or not self._queue.has_fresh or not self._step_time.warm:
             return False
         streams = [r for r in self.running if r.remaining == 1]
@@ -301,7 +301,6 @@ class Planner:
 
     def _enter(self, request: Request, found: list[int], now: float) -> None:
         hit_tokens = len(found) * self._cache.block_tokens
-        request.fresh = self._queue.is_fresh(self._queue.account(request))
         self._queue.enter(request, hit_tokens)
         self._entrance.entered(request)
         self._cache.attach(request.table, found, again=request.entered)

@@ -53,8 +53,6 @@ class Request:
 
     rank: int = 0
     """By first admission: who came later makes room for who came before."""
-    fresh: bool = False
-    """Its tenant had no backlog when it was let in: its prompt goes before others'."""
     preempted: int = 0
     """Times that it had to make room."""
     cost: int = 0

@@ -178,8 +178,8 @@ class Scheduler:
             self._ports.to_engine(plan.step)
 
     def _next_plan_at(self, engine: _Engine) -> float:
-        """The later, the more of those that ask seldom find a place in the next step. The engine waits if it is
-        done before its time, so this is done only where there is somebody to gain from it."""
+        """The later, the more of those that ask seldom find a place in the next step. The engine waits if it
+        is done before its time, so this is done only where there is somebody to gain from it."""
         if not (self._queue.hurry and engine.step_time.warm):
             return -math.inf
         seconds = engine.step_time.predict(engine.in_flight[0].features)

@@ -14,7 +14,7 @@ LEAST_CHUNK = 16
 MOST_CHUNK = 2048
 FIRST_CHUNK = 64
 """Of an engine of which nothing is known."""
-HURRY, PAUSE = 1 / 5, 1 / 2
+HURRY, PAUSE = 1 / 8, 1 / 2
 """Of the time that a step may take: while somebody is about who should not have to wait for long steps; and a
 step without the streams, for the prompt of such a one."""
 _SCALES = (1.0, 1 / 256, 1 / 16, 1 / 4096, 1 / (1 << 20))
@@ -98,8 +98,9 @@ class Chunking:
     """How many prompt tokens the step being planned may take.
 
     With streams it may last `slo` seconds. Without, nobody notices: then it is long enough that what a step
-    takes anyhow is a small part of it. While somebody is about who asks seldom (`hurry`) it is much shorter, so
-    that who comes next does not wait for it, but prompts get as much of it as the streams do. With an `slo` of
+    takes anyhow is a small part of it. While somebody is about who asks seldom (`hurry`) it is much shorter,
+    so that who comes next does not wait for it, but what a step takes anyhow stays a twelfth, and prompts
+    get as much of it as the streams do. With an `slo` of
     0 there is no limit.
     """
 
@@ -128,7 +129,8 @@ class Chunking:
         base = self._model.predict(decodes)
         limit = self._slo if decodes.decodes else max(self._slo, 4 * base)
         if hurry:
-            limit = min(limit, max(self._slo * HURRY, 2 * base))
+            empty = self._model.predict(Features())
+            limit = min(limit, max(self._slo * HURRY, 2 * base, 12 * empty))
         self._left = limit - base
 
     def take(self, wanted: int, context: int) -> int:
