@@ -1,6 +1,8 @@
-"""serve_llamacpp.py MODEL THREADS SLOTS: llama.cpp's HTTP server, from PyPI's xllamacpp (AVX2 only).
+"""serve_llamacpp.py MODEL THREADS SLOTS [CONTEXT [cache]]: llama.cpp's HTTP server, from PyPI's xllamacpp
+(AVX2 only).
 
-Prints "Ready: URL" and serves until its input ends.
+Prints "Ready: URL" and serves until its input ends. CONTEXT is that of one slot; "cache" lets a slot begin with
+what it has of a prompt.
 """
 
 import sys
@@ -14,8 +16,8 @@ def main() -> None:
     threads, slots = int(sys.argv[2]), int(sys.argv[3])
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.n_parallel = slots
-    params.n_ctx = slots * 512
-    params.cache_prompt = False
+    params.n_ctx = slots * (int(sys.argv[4]) if len(sys.argv) > 4 else 512)
+    params.cache_prompt = "cache" in sys.argv[5:]
     params.port = 0
     server = xllamacpp.Server(params)
     print(f"Ready: {server.listening_address}", flush=True)
