@@ -174,7 +174,7 @@ class Service:
             runner.reset()
         self._send(peer, _ready(engine, runner.steps))
         if is_new and engine.disk is not None:
-            for piece in _stored(engine.disk):
+            for piece in stored(engine.disk):
                 self._send(peer, piece)
 
     def _send(self, peer: bytes, answer: FromEngine) -> None:
@@ -210,7 +210,7 @@ def _disk_bytes(disk: BlockStore | None) -> int:
     return stats.cap if stats.state != "off" else 0
 
 
-def _stored(disk: BlockStore) -> Iterator[Stored]:
+def stored(disk: BlockStore) -> Iterator[Stored]:
     """What the disk has, in messages of a bounded size; the last one may be empty."""
     entries = disk.entries()
     for begin in range(0, len(entries) + 1, _STORED_BLOCKS):

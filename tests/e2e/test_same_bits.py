@@ -6,108 +6,16 @@ them.
 """
 
 import random
-from collections import deque
-from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
+from stack import BLOCKS, Answer, Prompts, Stack, check
 
-from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.executors.native import NativeExecutor
-from ktransformers.engine.protocol import Ready, Sampling, Step, StepDone, ToEngine
-from ktransformers.engine.runner import Limits, Runner
-from ktransformers.kvcache.config import CacheConfig
-from ktransformers.scheduler.config import SchedulerConfig
-from ktransformers.scheduler.protocol import Failed, FromScheduler, Hello, Submit, Tenant, TokenEvent, Tokens
-from ktransformers.scheduler.scheduler import Scheduler
-
-SLOTS = 64
-BLOCKS = 512
-
-
-@dataclass
-class Answer:
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[tuple[float, tuple[tuple[int, float], ...]]] = field(default_factory=list)
-    finish: str = ""
-
-
-class Stack:
-    """Scheduler and engine in one thread, two steps deep as in production."""
-
-    def __init__(
-        self, executor: NativeExecutor, *, chunk: int, blocks: int = BLOCKS, reuse: bool = True
-    ) -> None:
-        limits = Limits(blocks, executor.block_tokens, 2048, SLOTS, chunk, 49152)
-        self.runner = Runner(executor, limits)
-        config = SchedulerConfig(engine=EngineConfig(model="", cache=CacheConfig(prefix_reuse=reuse)))
-        self.steps: deque[Step] = deque()
-        self.answers: dict[str, Answer] = {}
-        self.now = 0.0
-        self.scheduler = Scheduler(config, self, self.now)
-        self.scheduler.engine(
-            Ready(
-                1,
-                blocks,
-                executor.block_tokens,
-                1,
-                limits.max_len,
-                SLOTS,
-                chunk,
-                limits.vocab,
-                executor.isa,
-                0,
-                b"f",
-            ),
-            self.now,
-        )
-
-    def to_engine(self, message: ToEngine) -> None:
-        assert isinstance(message, Step)
-        self.steps.append(message)
-
-    def to_front(self, peer: bytes, message: FromScheduler) -> bool:
-        assert not isinstance(message, Failed), message
-        if isinstance(message, Tokens):
-            for event in message.events:
-                self._take(event)
-        return True
-
-    def signal_engine(self, pid: int, signum: object) -> None:
-        raise AssertionError("the scheduler gives the engine up")
-
-    def _take(self, event: TokenEvent) -> None:
-        answer = self.answers[event.id]
-        assert not answer.finish, "news after the end"
-        answer.tokens += event.tokens
-        answer.logprobs += [(p.logprob, tuple(p.top)) for p in event.logprobs]
-        answer.finish = event.finish
-
-    def submit(self, name: str, prompt: list[int], sampling: Sampling) -> None:
-        self.answers[name] = Answer()
-        submit = Submit(name, Tenant("t"), list(prompt), sampling, 0.0, b"scope")
-        self.scheduler.front(b"front", submit, self.now)
-        self.scheduler.advance(self.now)
-
-    def step(self) -> bool:
-        if not self.steps:
-            return False
-        done = self.runner.step(self.steps.popleft())
-        assert isinstance(done, StepDone), done
-        self.now += 0.01
-        self.scheduler.front(b"front", Hello(), self.now)
-        self.scheduler.engine(done, self.now)
-        self.scheduler.advance(self.now)
-        self.scheduler.check()
-        return True
-
-    def run(self) -> dict[str, Answer]:
-        while self.step():
-            pass
-        assert self.scheduler.open_requests == 0 and self.scheduler.status().blocks_used == 0
-        return self.answers
-
-
-Prompts = dict[str, tuple[list[int], Sampling]]
+from ktransformers.engine.program import Program
+from ktransformers.engine.protocol import Sampling
+from ktransformers.kvcache.blocks import Tier
+from ktransformers.kvcache.stores.disk import DiskStore
 
 
 @pytest.fixture(scope="module")
@@ -166,12 +74,6 @@ def alone(native_executor, prompts: Prompts) -> dict[str, Answer]:
     return answers
 
 
-def check(answers: dict[str, Answer], alone: dict[str, Answer]) -> None:
-    assert answers.keys() == alone.keys()
-    for name, answer in answers.items():
-        assert answer == alone[name], name  # floats compared by ==: the same bits
-
-
 @pytest.mark.parametrize("chunk", [16, 64, 512])
 @pytest.mark.parametrize("reuse", [False, True])
 def test_all_together(
@@ -208,7 +110,7 @@ def test_prefix_hits(native_executor, prompts: Prompts, alone: dict[str, Answer]
         stack.run()
     check(stack.answers, alone)
     hits = stack.scheduler.status().prefix_hit_tokens - before
-    assert hits >= 0.5 * sum(len(tokens) for tokens, _ in prompts.values())
+    assert hits >= 0.5 * sum(len(tokens) for tokens, _ in some.values())
 
 
 def test_forced_preemption(native_executor, prompts: Prompts, alone: dict[str, Answer]) -> None:
@@ -222,3 +124,96 @@ def test_forced_preemption(native_executor, prompts: Prompts, alone: dict[str, A
         stack.submit(name, tokens, sampling)
     check(stack.run(), alone)
     assert stack.scheduler.status().preemptions > 0
+
+
+# ---- from other tiers
+
+FEW = 32
+"""Blocks of a device pool that holds a fifth of what the prompts below have."""
+FINGERPRINT = bytes(32)
+
+
+@pytest.fixture(scope="module")
+def some(prompts: Prompts) -> Prompts:
+    """Of the prompts the first few, among them all kinds."""
+    return dict(list(prompts.items())[:16])
+
+
+@pytest.fixture(scope="module")
+def expected(some: Prompts, alone: dict[str, Answer]) -> dict[str, Answer]:
+    return {name: alone[name] for name in some}
+
+
+def ask_each(stack: Stack, some: Prompts, times: int = 1) -> None:
+    """One after another, each `times` times in a row."""
+    for name, (tokens, sampling) in some.items():
+        for _ in range(times):
+            stack.submit(name, tokens, sampling)
+            stack.run()
+
+
+def most_tokens(some: Prompts) -> float:
+    """Hits that can be called most of what the prompts have."""
+    return 0.5 * sum(len(tokens) for tokens, _ in some.values())
+
+
+def test_hits_on_the_host(native_executor, some: Prompts, expected: dict[str, Answer]) -> None:
+    stack = Stack(native_executor, chunk=512, blocks=FEW, host_blocks=1024)
+    ask_each(stack, some)
+    check(stack.answers, expected)
+    before = stack.cache.hit_tokens[Tier.HOST]
+    ask_each(stack, some)
+    check(stack.answers, expected)
+    assert stack.cache.hit_tokens[Tier.HOST] - before > most_tokens(some)
+    stack.close()
+
+
+def test_hits_on_disk_and_after_a_restart(
+    native_executor, default_program: Program, some: Prompts, expected: dict[str, Answer], tmp_path: Path
+) -> None:
+    """The second time each is found on the device, and written; the third time it is read. Then all is new
+    but the disk: another executor, with one thread, and another scheduler."""
+    executor = native_executor
+    for life in range(2):
+        disk = DiskStore.open(tmp_path / "kv", FINGERPRINT, executor.block_bytes, 1 << 30)
+        stack = Stack(executor, chunk=512, blocks=FEW, disk=disk)
+        if life == 0:
+            ask_each(stack, some, times=2)
+            check(stack.answers, expected)
+        before = stack.cache.hit_tokens[Tier.DISK]
+        ask_each(stack, some)
+        check(stack.answers, expected)
+        assert stack.cache.hit_tokens[Tier.DISK] - before > most_tokens(some)
+        stack.close()
+        disk.close()
+        executor = NativeExecutor(default_program, threads=1, blocks=FEW, max_tokens=512, max_rows=64)
+    executor.close()
+
+
+def test_hits_on_disk_through_the_host(
+    native_executor, some: Prompts, expected: dict[str, Answer], tmp_path: Path
+) -> None:
+    """Device and host too small, all prompts at once, three times."""
+    disk = DiskStore.open(tmp_path / "kv", FINGERPRINT, native_executor.block_bytes, 1 << 27)
+    stack = Stack(native_executor, chunk=64, blocks=FEW, host_blocks=FEW, disk=disk)
+    for _ in range(3):
+        for name, (tokens, sampling) in some.items():
+            stack.submit(name, tokens, sampling)
+        check(stack.run(), expected)
+    assert stack.cache.hit_tokens[Tier.HOST] + stack.cache.hit_tokens[Tier.DISK] > 0
+    stack.close()
+    disk.close()
+
+
+def test_preemption_with_a_swap(native_executor, some: Prompts, expected: dict[str, Answer]) -> None:
+    stack = Stack(native_executor, chunk=128, blocks=FEW, host_blocks=1024)
+    for i in range(60):
+        stack.submit(f"short {i}", [i + 1], Sampling(temperature=0.0, max_tokens=1))
+    stack.run()
+    stack.answers.clear()
+    for name, (tokens, sampling) in some.items():
+        stack.submit(name, tokens, sampling)
+    check(stack.run(), expected)
+    status = stack.scheduler.status()
+    assert status.preemptions > 0 and stack.cache.moves.traffic[Tier.HOST, Tier.DEVICE].moves > 0
+    stack.close()
