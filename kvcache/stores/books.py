@@ -2,7 +2,6 @@
 
 import logging
 import threading
-import time
 
 from ktransformers.kvcache.stores.catalog import Block, Catalog, Segment, Spare
 from ktransformers.kvcache.stores.folder import BAD, GOOD, Folder
@@ -10,7 +9,6 @@ from ktransformers.kvcache.stores.health import Health
 from ktransformers.kvcache.stores.index import ERRORS, Changes, DiskIndex, is_damage
 from ktransformers.kvcache.stores.segments import file_name
 
-COMMIT_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 
@@ -28,7 +26,6 @@ class Books:
         self.health = Health()
         self._index = index
         self._index_broken = False
-        self._due = 0.0
         self._committing = threading.Lock()  # taken before `lock`
 
     def is_known(self, block: Block) -> bool:
@@ -110,15 +107,13 @@ class Books:
             self.catalog.lose(self.catalog.close_segment(segment))
         self.changes = Changes()
 
-    def commit_if_due(self) -> None:
-        """Commit if the last time was a second ago, unless somebody is about it."""
-        if time.monotonic() >= self._due and not self._committing.locked():
-            self.commit()
-
     def commit(self) -> None:
-        """Write to the index what has changed."""
+        """Delete the segments in which nothing is left, and write to the index what has changed."""
         with self._committing:
-            self._due = time.monotonic() + COMMIT_SECONDS
+            with self.lock:
+                empty = [s for s in self.catalog.segments.values() if s.sealed and not s.blocks]
+            for segment in empty:
+                self.drop(segment)
             with self.lock:
                 changes, self.changes = self.changes, Changes()
             if not changes or self._index_broken:

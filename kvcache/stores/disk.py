@@ -114,7 +114,6 @@ class DiskStore:
             with self._books.lock:
                 self._puts += size > 0
                 self._refused += size == 0
-            self._books.commit_if_due()
             return size
         finally:
             self._calls.leave()
@@ -138,19 +137,10 @@ class DiskStore:
     def forget(self, keys: list[bytes]) -> None:
         """See BlockStore."""
         books = self._books
-        if not self._calls.enter():
-            return
-        try:
-            with books.lock:
-                blocks = [block for key in set(keys) if (block := books.catalog.blocks.get(key))]
-                for block in blocks:
+        with books.lock:
+            for key in keys:
+                if block := books.catalog.blocks.get(key):
                     books.give_up(block)
-                empty = {b.segment for b in blocks if b.segment.sealed and not b.segment.blocks}
-            for segment in empty:
-                books.drop(segment)
-            books.commit_if_due()
-        finally:
-            self._calls.leave()
 
     def lost(self) -> list[bytes]:
         """See BlockStore."""

@@ -114,8 +114,8 @@ class BlockStore(Protocol):
     def forget(self, keys: list[bytes]) -> None:
         """Give these blocks up; those that are not there are ignored. They are not reported by `lost`.
 
-        Their space is free once the rest of their segment goes, too. A block forgotten in the second before a
-        crash may be there again after it.
+        Their space is free when the rest of their segment goes, too. After a crash what was forgotten since
+        the last flush may be there again.
         """
 
     def lost(self) -> list[bytes]:
@@ -126,10 +126,7 @@ class BlockStore(Protocol):
         """
 
     def flush(self) -> None:
-        """Write down what has changed; cheap when nothing has.
-
-        put and forget see to it themselves, once a second: this is for the end of a busy time.
-        """
+        """Write down what has changed: to be called within a second or so of it; cheap when nothing has."""
 
     def stats(self) -> StoreStats:
         """How it is."""
