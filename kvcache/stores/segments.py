@@ -1,5 +1,6 @@
 """Segment files: made, sealed, and read again after whatever has happened to them."""
 
+import errno
 import os
 from collections.abc import Sequence
 
@@ -114,11 +115,28 @@ def read_record(fd: int, head: SegmentHead, offset: int, payload: bytearray) -> 
 
 
 def scan(fd: int, head: SegmentHead) -> list[Row]:
-    """Every record that is whole, by reading all slots. Errors: OSError."""
+    """Every record that is whole, by reading all slots that were written to. Errors: OSError."""
     payload = bytearray(head.payload_bytes)
     rows = []
-    for offset in map(head.offset, range(head.slots)):
+    slot = 0
+    while (slot := _next_written(fd, head, slot)) < head.slots:
+        offset = head.offset(slot)
         name = read_record(fd, head, offset, payload)
         if name is not None:
             rows.append(Row(offset, name.key, name.parent, name.owner))
+        slot += 1
     return rows
+
+
+def _next_written(fd: int, head: SegmentHead, slot: int) -> int:
+    """The first slot from `slot` on that may hold anything; `slots` when there is none.
+
+    What is only allocated counts as a hole, where the filesystem knows (others say that all is data).
+    """
+    try:
+        data = os.lseek(fd, head.offset(slot), os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # no data from there on
+            return head.slots
+        raise
+    return max(slot, (data - PAGE) // head.stride)

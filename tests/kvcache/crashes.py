@@ -101,7 +101,7 @@ def kills(folder: Path, count: int, seed: int) -> dict[str, Any]:
 # ---- system calls
 
 CALLS = [
-    *("open", "mkdir", "listdir", "rename", "unlink", "fstat", "fstatvfs", "pread", "preadv"),
+    *("open", "mkdir", "listdir", "rename", "unlink", "fstat", "fstatvfs", "lseek", "pread", "preadv"),
     *("pwrite", "pwritev", "ftruncate", "posix_fallocate", "posix_fadvise", "fsync", "fdatasync"),
 ]
 

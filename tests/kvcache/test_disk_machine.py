@@ -1,6 +1,6 @@
 """K1, the disk's part: random calls, crashes, damage and reopenings of a store against sets of numbers.
 
-DISK_STEPS sets how many steps a run has at least (of itself a few thousand; `make nightly` takes 10^6).
+DISK_STEPS sets how many steps a run has, about (of itself a few thousand; `make nightly` takes 10^6).
 """
 
 import os
