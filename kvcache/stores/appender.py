@@ -80,7 +80,7 @@ class Appender:
         self._writer: _Writer | None = None
         self._rolling = threading.Lock()  # taken before any other
         self.reclaimed = 0
-        """Segments deleted to make room."""
+        """Files deleted to make room."""
 
     def append(self, name: Name, data: memoryview) -> int:
         """Write a record and enter it. The bytes it takes; 0: it could not be stored."""
@@ -98,15 +98,20 @@ class Appender:
         return writer.segment.head.stride if written else 0
 
     def _write(self, writer: _Writer, offset: int, name: Name, data: memoryview, use: Use | None) -> bool:
-        """Whether the block can be found now. Without `use` it is new. Errors: OSError."""
+        """Whether the block can be found now. Without `use` it is new, else in transit. Errors: OSError."""
         head = writer.segment.head
         write_all(writer.fd, [record_head(head, offset, name, checksum(data)), data], offset)
         row = Row(offset, bytes(name.key), bytes(name.parent), bytes(name.owner))
         with self._books.lock:
             if not self._books.holds(writer.segment):  # given up meanwhile, and this block with it
                 return False
-            new = Use(0, time.time(), self._books.catalog.newest)
-            self._books.catalog.add(writer.segment, row, use or new)
+            catalog = self._books.catalog
+            if use is None:
+                use = Use(0, time.time(), catalog.newest)
+            elif row.key not in catalog.in_transit:  # forgotten meanwhile
+                return False
+            catalog.in_transit.discard(row.key)
+            catalog.add(writer.segment, row, use)
             return True
 
     def _wrote(self, writer: _Writer) -> None:
@@ -124,10 +129,10 @@ class Appender:
         with self._rolling:
             if claimed := self._take_slot(content_bytes):
                 return claimed
-            self.retire()  # it is for names of another length, or was given up
             with self._books.lock:
                 if self._books.health.state != "on":
                     return None
+            self.retire()  # it is for names of another length, or was given up
             return self._roll(content_bytes)
 
     def _take_slot(self, content_bytes: int) -> tuple[_Writer, int] | None:
@@ -163,19 +168,21 @@ class Appender:
             if rows:
                 size = seal(writer.fd, segment.head, rows)
         except OSError as error:
+            # It can be read, or else that is noticed then; the next opening finds a segment to be recovered.
             books.failed("sealing a segment", error)
         finally:
             os.close(writer.fd)
-        if not size:
+        if not rows:
             books.drop(segment)
             return
         with books.lock:
             if not books.holds(segment):
                 return
-            books.catalog.resize(segment, size)
             segment.sealed = True
-            live = [(block.row, block.use) for block in segment.blocks.values()]
-            books.changes.sealed.append((segment.head, live))
+            if size:
+                books.catalog.resize(segment, size)
+                live = [(block.row, block.use) for block in segment.blocks.values()]
+                books.changes.sealed.append((segment.head, live))
         books.commit()
 
     # ---- the next segment
@@ -189,8 +196,8 @@ class Appender:
         carried: list[_Carried] = []
         fd = self._create(head, carried)
         if fd is None:
-            with self._books.lock:
-                self._books.catalog.lose(each.name.key for each in carried)
+            for each in carried:
+                self._lose(each)
             return None
         writer = _Writer(Segment(head, head.file_bytes, sealed=False), fd)
         with self._books.lock:
@@ -214,7 +221,12 @@ class Appender:
             finally:
                 self._wrote(writer)
         if not kept:
-            with self._books.lock:
+            self._lose(each)
+
+    def _lose(self, each: _Carried) -> None:
+        with self._books.lock:
+            if each.name.key in self._books.catalog.in_transit:
+                self._books.catalog.in_transit.discard(each.name.key)
                 self._books.catalog.lose([each.name.key])
 
     def _create(self, head: SegmentHead, carried: list[_Carried]) -> int | None:

@@ -45,7 +45,7 @@ class Books:
             self.changes.forgotten.append(place)
 
     def drop(self, segment: Segment, keep: frozenset[bytes] = frozenset()) -> None:
-        """Delete a segment; its blocks are lost but for `keep`, which are put elsewhere."""
+        """Delete a segment; its blocks are lost, but for those in `keep`, which are in transit then."""
         if self._take_out(segment, keep):
             self.delete(file_name(segment.head.seq))
 
@@ -69,8 +69,9 @@ class Books:
         with self.lock:
             if not self.holds(segment):
                 return False
-            keys = self.catalog.close_segment(segment)
-            self.catalog.lose(key for key in keys if key not in keep)
+            keys = set(self.catalog.close_segment(segment))
+            self.catalog.lose(keys - keep)
+            self.catalog.in_transit |= keys & keep
             self.changes.dropped.append(segment.head.seq)
             return True
 
@@ -103,6 +104,8 @@ class Books:
             self._lose_all()
 
     def _lose_all(self) -> None:
+        self.catalog.lose(self.catalog.in_transit)
+        self.catalog.in_transit.clear()
         for segment in list(self.catalog.segments.values()):
             self.catalog.lose(self.catalog.close_segment(segment))
         self.changes = Changes()
@@ -127,9 +130,11 @@ class Books:
     def close(self) -> None:
         """Commit, close the index and give up the folder."""
         self.commit()
+        with self.lock:
+            off = self.health.state == "off"
         with self._committing:
             try:
-                if self.health.state == "off" or self._index_broken:
+                if off or self._index_broken:
                     self._index.abandon()
                 else:
                     self._index.close()

@@ -44,6 +44,7 @@ class Segment:
     size: int
     """Of the file."""
     sealed: bool
+    """Nothing is written to it any more."""
     blocks: dict[int, Block] = field(default_factory=dict)
     """By offset: those that can be found."""
 
@@ -73,6 +74,8 @@ class Catalog:
         self.newest = 0
         """Highest number of a segment so far, of whatever model."""
         self.owner_bytes: dict[bytes, int] = {}
+        self.in_transit: set[bytes] = set()
+        """Keys of blocks that are written again just now; who forgets one takes it out."""
         self._lost: dict[bytes, None] = {}
 
     def open_segment(self, segment: Segment) -> None:
@@ -147,7 +150,7 @@ class Catalog:
 
     def lose(self, keys: Iterable[bytes]) -> None:
         """To be reported, if they are not put again before."""
-        self._lost.update((key, None) for key in keys if key not in self.blocks)
+        self._lost.update(dict.fromkeys(keys))
 
     def take_lost(self) -> list[bytes]:
         """What was lost since the last call."""

@@ -95,6 +95,7 @@ class DiskStore:
         books = Books(folder, contents.index, contents.catalog)
         appender = Appender(books, fingerprint, block_bytes, cap, contents.next_seq)
         appender.shrink()
+        contents.catalog.take_lost()  # nobody knew of them
         return cls(books, appender, block_bytes, cap)
 
     def entries(self) -> list[Entry]:
@@ -110,7 +111,12 @@ class DiskStore:
         try:
             with self._books.lock:
                 block = self._books.catalog.blocks.get(name.key)
-            size = self._appender.append(name, data) if block is None else block.segment.head.stride
+            if block is None:
+                size = self._appender.append(name, data)
+            elif (block.row.parent, block.row.owner) == (name.parent, name.owner):
+                size = block.segment.head.stride
+            else:  # it would never be found
+                size = 0
             with self._books.lock:
                 self._puts += size > 0
                 self._refused += size == 0
@@ -139,6 +145,7 @@ class DiskStore:
         books = self._books
         with books.lock:
             for key in keys:
+                books.catalog.in_transit.discard(key)
                 if block := books.catalog.blocks.get(key):
                     books.give_up(block)
 

@@ -73,8 +73,9 @@ class Folder:
     # ---- segments, by file name
 
     def segment_names(self) -> list[str]:
-        """All files among the segments, in order."""
-        return sorted(os.listdir(self._segments_fd))
+        """All regular files among the segments, in order."""
+        with os.scandir(self._segments_fd) as entries:
+            return sorted(entry.name for entry in entries if entry.is_file(follow_symlinks=False))
 
     def create_segment(self, name: str) -> int:
         """A new empty file, opened for reading and writing."""

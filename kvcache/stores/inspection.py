@@ -160,6 +160,8 @@ def _size(folder: Folder, name: str) -> int:
 
 def _listed(path: Path, verdict: Verdict) -> dict[int, tuple[bytes, set[Row]]]:
     """(id, rows) of the segments that the index knows."""
+    if not path.exists():
+        return {}
     try:
         index = DiskIndex.open(path)
         try:

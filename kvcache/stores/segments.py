@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 
 from ktransformers.kvcache.stores.folder import GOOD, Folder
 from ktransformers.kvcache.stores.layout import (
@@ -36,6 +37,8 @@ def write_all(fd: int, buffers: Sequence[Buffer], offset: int) -> None:
     left = [memoryview(buffer) for buffer in buffers]
     while left:
         done = os.pwritev(fd, left, offset)
+        if not done:
+            raise OSError(errno.EIO, "nothing could be written")
         offset += done
         left = _after(left, done)
 
@@ -81,8 +84,10 @@ def seal(fd: int, head: SegmentHead, rows: Sequence[Row]) -> int:
     write_all(fd, [foot], end)
     os.ftruncate(fd, end + len(foot))
     os.fdatasync(fd)
-    # What was just written is in a tier above for now: leave the page cache to others.
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    with suppress(
+        OSError
+    ):  # advice: what was just written is in a tier above, leave the page cache to others
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     return end + len(foot)
 
 

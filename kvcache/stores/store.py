@@ -73,7 +73,7 @@ class StoreStats:
     quarantined: int = 0
     """Segments that were taken out because of a mismatch."""
     reclaimed: int = 0
-    """Segments deleted to make room."""
+    """Files deleted to make room: segments of this and other models, and damaged ones."""
     io_errors: int = 0
     owner_bytes: dict[bytes, int] = field(default_factory=dict)
     """Live bytes by owner, of this fingerprint."""

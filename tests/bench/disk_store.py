@@ -4,8 +4,8 @@
 
 Puts and gets take turns with a copy (memcpy of a block, from and to memory that no cache holds) and with the
 checksum, by rounds; each figure is the median of them. `cpu` is the thread's own time, with the kernel's
-copying to or from the page cache in it, `rate` is by the clock, `of copy` its share of the copy's. Then stores
-of several sizes are opened: after they were closed, after a crash, and without the index.
+copying to or from the page cache in it, `rate` is by the clock, `of copy` its share of the copy's. Stores of
+several sizes are then opened: after they were closed, after a crash, and without the index.
 """
 
 import argparse
