@@ -8,7 +8,8 @@ from typing import Final
 
 import numpy as np
 
-from ktransformers.engine.models.huggingface import Family, Read, read_config
+from ktransformers.engine.models.huggingface import Family, read_config
+from ktransformers.engine.models.huggingface_base import Read
 from ktransformers.engine.models.spec import ModelError, ModelSpec
 from ktransformers.engine.program import U8, Pieces
 from ktransformers.engine.weights import names

@@ -17,7 +17,7 @@ from ktransformers.engine.program import Program
 CAPITAL = [504, 3575, 282, 4649, 314, 7042, 30, 198]
 PROMPT = [*CAPITAL * 4, *CAPITAL[:5]]
 """The capital of France is Paris, four times, and once more: what follows is likely enough not to be changed
-by noise. (The native executor rounds activations to 8 bits, other ones where sums differ in their last bit.)"""
+by noise. (The native executor rounds activations to 8 bits: other ones where sums differ in the last bit.)"""
 STEPS = 16
 
 
