@@ -41,6 +41,11 @@ class Account:
         self._tokens = 0
         self._failure = ""
 
+    @property
+    def tenant(self) -> str:
+        """Its project, as the ledger names it."""
+        return self._subject[0]
+
     def begin(self, prompt: int, prompt_tokens: int, event: TokenEvent) -> None:
         """The first token of an answer to a prompt, which counts once."""
         now = time.monotonic()

@@ -26,6 +26,7 @@ def _limit(text: str) -> Any:
 RequestsPerMinute = Annotated[int | None, _limit("Requests in a minute")]
 TokensPerMinute = Annotated[int | None, _limit("Prompt and output tokens in a minute")]
 TokensPerDay = Annotated[int | None, _limit("The same in a day (UTC)")]
+RequestsPerDay = Annotated[int | None, _limit("Requests in a day (UTC)")]
 MaxRunning = Annotated[int | None, _limit("Answers computed at once")]
 MaxWaiting = Annotated[int | None, _limit("Answers that may wait")]
 Expires = Annotated[
@@ -41,6 +42,7 @@ def create(
     requests_per_minute: RequestsPerMinute = None,
     tokens_per_minute: TokensPerMinute = None,
     tokens_per_day: TokensPerDay = None,
+    requests_per_day: RequestsPerDay = None,
     max_running: MaxRunning = None,
     max_waiting: MaxWaiting = None,
     models: Models = None,
@@ -77,6 +79,7 @@ def set_(
     requests_per_minute: RequestsPerMinute = None,
     tokens_per_minute: TokensPerMinute = None,
     tokens_per_day: TokensPerDay = None,
+    requests_per_day: RequestsPerDay = None,
     max_running: MaxRunning = None,
     max_waiting: MaxWaiting = None,
     models: Models = None,
@@ -108,6 +111,7 @@ def key(
     requests_per_minute: RequestsPerMinute = None,
     tokens_per_minute: TokensPerMinute = None,
     tokens_per_day: TokensPerDay = None,
+    requests_per_day: RequestsPerDay = None,
     max_running: MaxRunning = None,
     max_waiting: MaxWaiting = None,
 ) -> None:

@@ -120,6 +120,8 @@ class Gate:
                 status = message["status"]
                 answer = MutableHeaders(scope=message)
                 answer.update(extra)
+                # OpenAI's: until the answer begins, of a stream until its first token.
+                answer["openai-processing-ms"] = str(round((time.monotonic() - started) * 1e3))
                 _add_headers(
                     answer,
                     request_id,

@@ -33,6 +33,12 @@ DEFAULT_MODEL = "default"
 MERGED_DELTAS = 64
 """Deltas of several choices that may lie unread before their producers wait."""
 SEEDS = 1 << 63
+QUEUE_PATIENCE = 15.0
+"""Seconds that a stream's status waits for its first token: after that the client is told that it is in the
+queue, for the sake of proxies that give up on a silent server after a minute."""
+REFUSAL_SECONDS = 0.25
+"""So long what the scheduler has refused a tenant is refused to it again without asking."""
+_MOST_REFUSALS = 1024
 
 log = logging.getLogger("ktransformers.server.generation")
 
@@ -125,16 +131,20 @@ class Delta:
 
 
 class Generation:
-    """The deltas of all choices of one call, of which the first has been drawn already. Close it when leaving
-    early."""
+    """The deltas of all choices of one call, of which the first is there already or is waited for no longer.
+    Close it when leaving early."""
 
     def __init__(
-        self, first: Delta, rest: AsyncGenerator[Delta, None], usage: Usage, headers: Mapping[str, str]
+        self,
+        first: asyncio.Future[Delta],
+        rest: AsyncGenerator[Delta, None],
+        usage: Usage,
+        headers: Mapping[str, str],
     ) -> None:
         self.usage = usage
         self.headers = headers
         """How much the client's limits leave, for the answer."""
-        self._first: Delta | None = first
+        self._first: asyncio.Future[Delta] | None = first
         self._rest = rest
 
     def __aiter__(self) -> AsyncIterator[Delta]:
@@ -142,12 +152,16 @@ class Generation:
 
     async def __anext__(self) -> Delta:
         if (first := self._first) is not None:
+            delta = await first
             self._first = None
-            return first
+            return delta
         return await self._rest.__anext__()
 
     async def aclose(self) -> None:
         """Cancel what has not ended."""
+        if self._first is not None:
+            await _abandon(self._first)
+            self._first = None
         await self._rest.aclose()
 
 
@@ -175,6 +189,8 @@ class Generator:
         self._deadline = request_timeout
         self._open: set[str] = set()
         self._stopped = False
+        self._refusals: dict[str, tuple[float, RequestError]] = {}
+        """By tenant: until when, and how, its requests are refused as its last one was."""
 
     def check_model(self, name: str, caller: Caller) -> None:
         """Raises RequestError unless `name` is the served model's, with or without Ollama's tag, or
@@ -185,11 +201,24 @@ class Generator:
             raise RequestError("model_not_found", f"model '{name[:256]}' not found", "model")
 
     def admit(self, name: str, caller: Caller) -> None:
-        """The same for a request that is to be answered: refused here, it costs nothing, if the caller's own
-        limits leave no room for any."""
+        """The same for a request that is to be answered: refused here, it costs nothing."""
         self.check_model(name, caller)
+        self.refuse_early(caller)
+
+    def refuse_early(self, caller: Caller) -> None:
+        """Before its body is read: if the caller's own limits leave no room for any, or the scheduler has
+        just refused it. Raises RequestError."""
         with self._rejections(caller):
             self._limiter.check(caller.limits)
+            until, error = self._refusals.get(caller.tenant, (0.0, None))
+            if error is not None and time.monotonic() < until:
+                raise error
+
+    def _remember(self, tenant: str, error: RequestError) -> None:
+        """The scheduler will refuse the tenant's next request, too, unless something has ended meanwhile."""
+        if len(self._refusals) >= _MOST_REFUSALS:
+            self._refusals.clear()
+        self._refusals[tenant] = (time.monotonic() + REFUSAL_SECONDS, error)
 
     @contextmanager
     def _rejections(self, caller: Caller) -> Iterator[None]:
@@ -234,9 +263,15 @@ class Generator:
     # ---- generation
 
     async def start(
-        self, prompts: Sequence[list[int]], parameters: Parameters, caller: Caller, continues: bool = False
+        self,
+        prompts: Sequence[list[int]],
+        parameters: Parameters,
+        caller: Caller,
+        continues: bool = False,
+        patience: float | None = None,
     ) -> Generation:
-        """Submit, and wait for the first delta, so that what fails before it can still be an HTTP status.
+        """Submit, and wait for the first delta, so that what fails before it can still be an HTTP status; but
+        no longer than `patience` seconds.
 
         Choice j of prompt i has index i * n + j. `continues`: the output goes on with the prompt's text, so
         that a space before its first word is part of it. Raises RequestError.
@@ -255,9 +290,13 @@ class Generator:
             for index, submit in enumerate(submits)
         ]
         deltas = _accounted(choices[0] if len(choices) == 1 else _merged(choices), account)
+        first = asyncio.ensure_future(anext(deltas))
         try:
-            first = await anext(deltas)
+            await asyncio.wait({first}, timeout=patience)
+            if first.done():
+                first.result()
         except BaseException:
+            await _abandon(first)
             await deltas.aclose()
             raise
         return Generation(first, deltas, usage, reservation.headers)
@@ -360,7 +399,10 @@ class Generator:
             # The scheduler's word for a limit of the tenant's own, in the clients' protocol.
             code = "rate_limit_exceeded" if error.code == "rate_limited" else error.code
             counted.fail(code)
-            raise RequestError(code, error.message, retry_after=error.retry_after) from None
+            failure = RequestError(code, error.message, retry_after=error.retry_after)
+            if code in ("rate_limit_exceeded", "overloaded"):
+                self._remember(account.tenant, failure)
+            raise failure from None
         except RequestError as error:
             counted.fail(error.code)
             raise
@@ -402,6 +444,12 @@ class Generator:
         if cut_off:
             log.warning("shutting down: %d requests did not end within %.0f s", cut_off, timeout)
         return cut_off == 0
+
+
+async def _abandon(task: "asyncio.Future[Delta]") -> None:
+    """End it, whatever it was about to say."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def _invalid(name: str, why: str) -> RequestError:

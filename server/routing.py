@@ -18,6 +18,7 @@ from ktransformers.server.generation import Generator
 from ktransformers.server.metrics import Metrics
 from ktransformers.server.model import ModelCard
 from ktransformers.server.tenants.directory import Directory
+from ktransformers.server.tenants.records import REQUEST
 
 
 class UndeclaredRoute(TypeError):
@@ -83,6 +84,8 @@ class GuardedRoute(APIRoute):
                 service.generator.ledger.touch(caller.key)
             if role is not Role.PUBLIC and service.generator.draining:
                 raise RequestError("draining", "the server is shutting down", retry_after=5)
+            if scope == REQUEST and role is Role.USER:
+                service.generator.refuse_early(caller)
             headers = request.scope.setdefault(EXTRA_HEADERS, {})
             request.scope["ktransformers.context"] = Context(service, caller, headers)
             bounded = BoundedRequest(request.scope, request.receive)

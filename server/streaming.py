@@ -16,32 +16,61 @@ from ktransformers.server.errors import RequestError
 
 SEND_SECONDS = 30.0
 """How long a client may take no bytes at all before it counts as gone."""
+HEARTBEAT_SECONDS = 15.0
+"""Proxies give up after 60 s without a byte as a rule, some after 30 s."""
+SSE_IDLE = b": in the queue\n\n"
+"""A comment: the event stream's own way to say nothing (https://html.spec.whatwg.org/multipage/server-sent-events.html)."""
 Result = TypeVar("Result")
 
 log = logging.getLogger("ktransformers.server.streaming")
 
 
 class ByteStream(Response):
-    """Sends each chunk as it comes. When the client leaves or stops reading, `chunks` is closed."""
+    """Sends each chunk as it comes. When the client leaves or stops reading, `chunks` is closed.
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None], media_type: str) -> None:
+    Before the first chunk `idle`, which says nothing, is sent each HEARTBEAT_SECONDS, so that neither client
+    nor proxy gives up while a request waits for its turn. (SSE: a comment.)
+    """
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None], media_type: str, idle: bytes) -> None:
         super().__init__(media_type=media_type, headers={"X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._chunks = chunks
+        self._idle = idle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await while_connected(receive, self._send_all(send))
 
+    async def _beat(self, send: Send) -> None:
+        while True:
+            await send({"type": "http.response.body", "body": self._idle, "more_body": True})
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+
     async def _send_all(self, send: Send) -> None:
         async with aclosing(self._chunks) as chunks:
+            # The first chunk is there already unless the request is still in the queue.
+            first = asyncio.ensure_future(anext(chunks, None))
+            await asyncio.wait({first}, timeout=0)
+            beat = None if first.done() else asyncio.ensure_future(self._beat(send))
+            try:
+                chunk = await first
+            finally:
+                for task in filter(None, (first, beat)):
+                    task.cancel()
+                await asyncio.gather(*filter(None, (first, beat)), return_exceptions=True)
+            if chunk is not None:
+                await self._send(send, chunk)
             async for chunk in chunks:
-                try:
-                    async with asyncio.timeout(SEND_SECONDS):
-                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                except TimeoutError:
-                    raise ClientDisconnect from None
+                await self._send(send, chunk)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send(self, send: Send, chunk: bytes) -> None:
+        try:
+            async with asyncio.timeout(SEND_SECONDS):
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except TimeoutError:
+            raise ClientDisconnect from None
 
 
 async def with_error_event(

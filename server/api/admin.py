@@ -30,6 +30,7 @@ _LIMITS = {
     "max_requests_per_1_minute": "requests_per_minute",
     "max_tokens_per_1_minute": "tokens_per_minute",
     "max_tokens_per_1_day": "tokens_per_day",
+    "max_requests_per_1_day": "requests_per_day",
     "max_running": "max_running",
     "max_waiting": "max_waiting",
 }
@@ -57,6 +58,7 @@ class RateLimitChange(StrictModel):
     max_requests_per_1_minute: Count | None = None
     max_tokens_per_1_minute: Count | None = None
     max_tokens_per_1_day: Count | None = None
+    max_requests_per_1_day: Count | None = None
     max_running: Count | None = None
     max_waiting: Count | None = None
 

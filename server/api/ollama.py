@@ -20,7 +20,7 @@ from ktransformers.server.api.ollama_requests import (
 )
 from ktransformers.server.auth import Role, requires
 from ktransformers.server.errors import RESPONSES, RequestError
-from ktransformers.server.generation import Generation, Generator, TokenLogprob
+from ktransformers.server.generation import QUEUE_PATIENCE, Generation, Generator, TokenLogprob
 from ktransformers.server.routing import Context, GuardedRoute, context_of
 from ktransformers.server.streaming import ByteStream, while_connected, with_error_event
 from ktransformers.server.tenants.records import REQUEST
@@ -112,17 +112,23 @@ async def _answer(
     """`before` and `after` enclose the JSON string of a piece of text in a chunk; `answer` is the whole of
     it."""
     generator = context.generator
+    streamed = body.stream is None or body.stream
 
     async def start() -> Generation:
         parameters = body.parameters(generator.context())
-        generation = await generator.start([await prompt()], parameters, context.caller, continues)
+        patience = QUEUE_PATIENCE if streamed else None
+        generation = await generator.start(
+            [await prompt()], parameters, context.caller, continues, patience
+        )
         context.headers.update(generation.headers)
         return generation
 
-    if body.stream is None or body.stream:
+    if streamed:
         generation = await while_connected(request.receive, start())
         lines = _lines(generation, body.model, generator, before, after, answer)
-        return ByteStream(with_error_event(lines, _error_line), "application/x-ndjson")
+        # An empty piece: lines know no comment.
+        idle = encode({"model": body.model, "created_at": _now(), **answer(""), "done": False}) + b"\n"
+        return ByteStream(with_error_event(lines, _error_line), "application/x-ndjson", idle)
 
     async def fold() -> dict[str, Any]:
         generation = await start()

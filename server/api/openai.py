@@ -16,9 +16,9 @@ from ktransformers.server.api.encoding import encode
 from ktransformers.server.api.openai_requests import ChatRequest, CompletionRequest
 from ktransformers.server.auth import Role, requires
 from ktransformers.server.errors import RESPONSES, RequestError
-from ktransformers.server.generation import Generation, TokenLogprob
+from ktransformers.server.generation import QUEUE_PATIENCE, Generation, TokenLogprob
 from ktransformers.server.routing import Context, GuardedRoute, context_of
-from ktransformers.server.streaming import ByteStream, while_connected, with_error_event
+from ktransformers.server.streaming import SSE_IDLE, ByteStream, while_connected, with_error_event
 from ktransformers.server.tenants.records import REQUEST
 from ktransformers.server.text.detokenizer import Pieces
 
@@ -91,7 +91,10 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
 
     async def start() -> Generation:
         prompt = await generator.chat_prompt([message.for_template() for message in body.messages])
-        generation = await generator.start([prompt], body.to_parameters(), context.caller)
+        patience = QUEUE_PATIENCE if body.stream else None
+        generation = await generator.start(
+            [prompt], body.to_parameters(), context.caller, patience=patience
+        )
         context.headers.update(generation.headers)
         return generation
 
@@ -121,7 +124,7 @@ class _Head:
 
 
 def _event_stream(chunks: AsyncGenerator[bytes, None]) -> ByteStream:
-    return ByteStream(with_error_event(chunks, _error_event), "text/event-stream")
+    return ByteStream(with_error_event(chunks, _error_event), "text/event-stream", SSE_IDLE)
 
 
 class _Folded:
@@ -225,7 +228,10 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         tokens = [
             await generator.text_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts
         ]
-        generation = await generator.start(tokens, body.to_parameters(), context.caller, continues=True)
+        patience = QUEUE_PATIENCE if body.stream else None
+        generation = await generator.start(
+            tokens, body.to_parameters(), context.caller, continues=True, patience=patience
+        )
         context.headers.update(generation.headers)
         return generation
 

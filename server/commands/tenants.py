@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ktransformers.server.config import tenants_dir
-from ktransformers.server.tenants.records import Key, Limits, Project, StoreError, check_scopes
+from ktransformers.server.tenants.records import Key, Limits, Project, StoreError, Used, check_scopes
 from ktransformers.server.tenants.store import Store
 
 _LIMITS = Limits.__struct_fields__
@@ -87,7 +87,7 @@ def show_all() -> None:
         rows += [
             (
                 p.name, p.id, f"{p.weight:g}", p.priority, str(len(store.keys(p.id))),
-                f"{used.get(p.id, 0):,}", _limits(p.limits),
+                f"{used.get(p.id, Used()).tokens:,}", _limits(p.limits),
             )
             for p in store.projects()
         ]  # fmt: skip
@@ -165,12 +165,13 @@ def _print_project(store: Store, p: Project) -> None:
     print(f"weight {p.weight:g}, priority {p.priority}: a share of {p.share:g}")
     print(f"limits: {_limits(p.limits)}")
     print(f"models: {', '.join(sorted(p.models)) or 'all'}")
-    print(f"tokens today (UTC): {used.get(p.id, 0):,}")
+    today = used.get(p.id, Used())
+    print(f"today (UTC): {today.requests:,} requests, {today.tokens:,} tokens")
     rows = [("KEY", "NAME", "SHOWN AS", "SCOPES", "EXPIRES", "LAST USED", "TOKENS TODAY", "LIMITS")]
     rows += [
         (
             k.id, k.name, k.redacted, ",".join(sorted(k.scopes)) or "all", _when(k.expires_at, "never"),
-            _when(k.last_used_at, "never"), f"{used.get(k.id, 0):,}", _limits(k.limits),
+            _when(k.last_used_at, "never"), f"{used.get(k.id, Used()).tokens:,}", _limits(k.limits),
         )
         for k in store.keys(p.id)
     ]  # fmt: skip

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ktransformers.server.errors import RequestError
-from ktransformers.server.tenants.records import NO_LIMITS, Limits
+from ktransformers.server.tenants.records import NO_LIMITS, Limits, Used
 from ktransformers.server.tenants.store import DAY
 
 MINUTE = 60.0
@@ -59,6 +59,8 @@ class _Subject:
     day: int = 0
     used: int = 0
     """Tokens on that day."""
+    asked: int = 0
+    """Requests on that day."""
     reserved: int = 0
     """Tokens of open requests' estimates."""
     open: int = 0
@@ -107,16 +109,18 @@ class Reservation:
             subject.used += tokens
             if subject.tokens is not None:
                 subject.tokens.give_back(taken - tokens)
-            if refused and subject.requests is not None:
-                subject.requests.give_back(1)
+            if refused:
+                subject.asked = max(0, subject.asked - 1)
+                if subject.requests is not None:
+                    subject.requests.give_back(1)
 
 
 class Limiter:
-    """One for each process. `used_today` gives tokens by id of project and key from before this process."""
+    """One for each process. `used_today`: by id of project and key, from before this process."""
 
     def __init__(
         self,
-        used_today: Mapping[str, int] | None = None,
+        used_today: Mapping[str, Used] | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -151,6 +155,7 @@ class Limiter:
         taken = []
         for subject in found:
             subject.open += answers
+            subject.asked += 1
             subject.reserved += estimate
             if subject.requests is not None:
                 subject.requests.take(1, now)
@@ -166,11 +171,11 @@ class Limiter:
         for name, limits in subjects:
             subject = self._subjects.get(name)
             if subject is None:
-                used = self._used_before.get(name, 0) if day == self._first_day else 0
-                subject = self._subjects[name] = _Subject(day=day, used=used)
+                used = self._used_before.get(name, Used()) if day == self._first_day else Used()
+                subject = self._subjects[name] = _Subject(day=day, used=used.tokens, asked=used.requests)
             subject.follow(limits)
             if day > subject.day:  # a clock that is set back does not give the quota anew
-                subject.day, subject.used = day, 0
+                subject.day, subject.used, subject.asked = day, 0, 0
             found.append(subject)
         return found
 
@@ -185,15 +190,14 @@ class Limiter:
                 )
 
     def _check_day(self, subject: _Subject, prompt: int) -> None:
+        most = subject.limits.requests_per_day
+        if most is not None and subject.asked >= most:
+            raise _used_up(f"{most} requests")
         limit = subject.limits.tokens_per_day
         if limit is None:
             return
         if subject.used + prompt > limit:
-            raise RequestError(
-                "insufficient_quota",
-                f"your quota of {limit} tokens a day is used up until midnight UTC",
-                headers={"x-should-retry": "false"},
-            )
+            raise _used_up(f"{limit} tokens")
         # Open requests may need less than they reserved, so this one may fit in a moment.
         if subject.used + subject.reserved + prompt > limit:
             raise RequestError(
@@ -215,6 +219,14 @@ class Limiter:
                 f"your limit of {most} answers at one time is reached; try again when one ends",
                 retry_after=1.0,
             )
+
+
+def _used_up(quota: str) -> RequestError:
+    return RequestError(
+        "insufficient_quota",
+        f"your quota of {quota} a day is used up until midnight UTC",
+        headers={"x-should-retry": "false"},
+    )
 
 
 def _headers(found: list[_Subject], now: float) -> dict[str, str]:

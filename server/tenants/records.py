@@ -2,7 +2,7 @@
 
 import hashlib
 import secrets
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -43,6 +43,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     """Prompt and output tokens together."""
     tokens_per_day: Limit | None = None
     """The same in one day (UTC): a quota, which waiting a moment does not bring back."""
+    requests_per_day: Limit | None = None
     max_running: Limit | None = None
     """Answers computed at one time. Of a project, further ones wait in the scheduler's queue; a key has no
     queue of its own, so further ones are refused."""
@@ -111,6 +112,14 @@ class AuditEntry(msgspec.Struct, frozen=True):
     project: str
     target: str
     details: dict[str, object]
+
+
+class Used(NamedTuple):
+    """By a project or a key, on one day."""
+
+    requests: int = 0
+    tokens: int = 0
+    """Prompt and output."""
 
 
 class UsageRow(msgspec.Struct, frozen=True):

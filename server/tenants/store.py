@@ -30,6 +30,7 @@ from ktransformers.server.tenants.records import (
     Project,
     StoreError,
     UsageRow,
+    Used,
     check_name,
     check_scopes,
     check_weight,
@@ -415,12 +416,14 @@ class Store:
         )
         return [UsageRow(*row) for row in rows]
 
-    def used_on(self, day: int) -> dict[str, int]:
-        """Tokens by project id and by key id on the day that contains the time `day`."""
-        found: dict[str, int] = {}
+    def used_on(self, day: int) -> dict[str, Used]:
+        """By project id and by key id, on the day that contains the time `day`."""
+        found: dict[str, Used] = {}
         for row in self.usage(day - day % DAY, day - day % DAY + DAY, by_day=True):
             for subject in (row.project, row.key):
-                found[subject] = found.get(subject, 0) + row.input + row.output
+                before = found.get(subject, Used())
+                tokens = before.tokens + row.input + row.output
+                found[subject] = Used(before.requests + row.requests, tokens)
         return found
 
 

@@ -11,7 +11,9 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from ktransformers.scheduler.client import RequestFailed
 from ktransformers.server import gate, streaming
+from ktransformers.server.api import ollama, openai
 from ktransformers.server.api.encoding import encode
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
@@ -187,3 +189,44 @@ def test_no_line_separator_inside_an_event() -> None:
     encoded = encode({"text": text})
     assert len(encoded.decode().splitlines()) == 1
     assert json.loads(encoded) == {"text": text}
+
+
+@pytest.mark.parametrize("failure", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/api/chat"])
+def test_who_waits_in_the_queue_hears_of_it(make, served, scheduler, monkeypatch, path: str, failure: bool)
+-> None:
+    """The status, and then something that says nothing, long before a proxy gives up."""
+    for module in (openai, ollama):
+        monkeypatch.setattr(module, "QUEUE_PATIENCE", 0.05)
+    monkeypatch.setattr(streaming, "HEARTBEAT_SECONDS", 0.05)
+    scheduler.pause, scheduler.reply = 0.4, "x"
+    scheduler.failure = RequestFailed("overloaded", "full", 1) if failure else None
+    body = {"model": "tiny", "prompt": "x"} if path == "/v1/completions" else CHAT
+    with served(make()) as port:
+        begin = time.monotonic()
+        with httpx.stream("POST", f"http://localhost:{port}{path}", json=body | {"stream": True}) as answer:
+            assert answer.status_code == 200 and time.monotonic() - begin < 0.35
+            lines = [line for line in answer.iter_lines() if line]
+    if path == "/api/chat":
+        pieces = [json.loads(line) for line in lines]
+        idle = [p for p in pieces if p.get("message") == {"role": "assistant", "content": ""} and not
+        p["done"]] assert len(idle) >= 3
+        assert pieces[-1] == {"error": "full"} if failure else pieces[-1]["done"]
+        return
+    assert lines[:3] == [": in the queue"] * 3
+    events = [line for line in lines if not line.startswith(":")]
+    assert all(line.startswith("data: ") for line in events)
+    if failure:
+        assert json.loads(events[0][6:])["error"]["code"] == "overloaded" and len(events) == 1
+    else:
+        assert events[-1] == "data: [DONE]"
+
+
+def test_who_leaves_the_queue_cancels(make, served, scheduler, monkeypatch) -> None:
+    monkeypatch.setattr(openai, "QUEUE_PATIENCE", 0.05)
+    scheduler.pause = 30
+    with served(make()) as port:
+        connection = post(port, "/v1/chat/completions", CHAT | {"stream": True})
+        assert b": in the queue" in connection.recv(4096) + connection.recv(4096)
+        connection.close()
+        wait_for(lambda: scheduler.left == [submit.id for submit in scheduler.submits])

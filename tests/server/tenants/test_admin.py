@@ -73,6 +73,17 @@ def test_a_tenant_from_beginning_to_end(both, office) -> None:
     with pytest.raises(openai.RateLimitError) as refused:
         user(url, second.value).chat.completions.create(model="tiny", messages=CHAT)
     assert refused.value.code == "rate_limit_exceeded"
+    limit = organization.projects.rate_limits.update_rate_limit(
+        limit.id, project_id=project.id, max_requests_per_1_minute=(1 << 53) - 1, max_requests_per_1_day=1
+    )
+    assert limit.max_requests_per_1_day == 1  # there were more today
+    with pytest.raises(openai.RateLimitError) as refused:
+        user(url, second.value).chat.completions.create(model="tiny", messages=CHAT)
+    assert refused.value.code == "insufficient_quota"
+    assert refused.value.response.headers["x-should-retry"] == "false"
+    organization.projects.rate_limits.update_rate_limit(
+        limit.id, project_id=project.id, max_requests_per_1_day=(1 << 53) - 1
+    )
 
     assert organization.projects.model_permissions.retrieve(project.id).mode == "deny_list"
     organization.projects.model_permissions.update(project.id, mode="allow_list", model_ids=["other"])
@@ -96,9 +107,9 @@ def test_a_tenant_from_beginning_to_end(both, office) -> None:
     assert [p.id for p in organization.projects.list()] == []
     assert [p.id for p in organization.projects.list(include_archived=True)] == [project.id]
     kinds = [entry.type for entry in organization.audit_logs.list(limit=100)]
-    assert kinds[0] == "project.archived" and len(kinds) == 13
+    assert kinds[0] == "project.archived" and len(kinds) == 15
     last = organization.audit_logs.list(event_types=["rate_limit.updated"]).data
-    assert [entry.actor.api_key.id for entry in last] == [office.store.keys("")[0].id]
+    assert [entry.actor.api_key.id for entry in last] == 3 * [office.store.keys("")[0].id]
 
 
 def test_administrators(both) -> None:
@@ -151,7 +162,7 @@ def test_usage_comes_in_pages(both) -> None:
         ("GET", "/projects?limit=1;DROP", None, 400, "limit"),
         ("GET", "/projects?colour=red", None, 400, "colour"),
         ("GET", "/projects?include_archived=maybe", None, 400, "include_archived"),
-        ("POST", "/projects/{id}/rate_limits/rl_all", {"max_requests_per_1_day": 1}, 400, "_per_1_day"),
+        ("POST", "/projects/{id}/rate_limits/rl_all", {"max_images_per_1_minute": 1}, 400, "_images_"),
         ("POST", "/projects/{id}/rate_limits/rl_all", {"max_running": 0}, 400, "max_running"),
         ("POST", "/projects/{id}/rate_limits/other", {}, 404, "rl_all"),
         ("POST", "/projects/{id}/model_permissions", {"mode": "deny_list", "model_ids": ["x"]}, 400, "mode"),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ktransformers.server.errors import RequestError
 from ktransformers.server.tenants.limits import Limiter, Rate, _duration
-from ktransformers.server.tenants.records import NO_LIMITS, Limits
+from ktransformers.server.tenants.records import NO_LIMITS, Limits, Used
 
 
 class Clock:
@@ -86,7 +86,7 @@ def test_tokens_are_reserved_and_settled() -> None:
 
 def test_a_day_is_a_quota_that_must_not_be_retried() -> None:
     clock, wall = Clock(), Clock(86400.0 * 20000)
-    limiter = Limiter({"p": 900}, clock, wall)
+    limiter = Limiter({"p": Used(3, 900)}, clock, wall)
     subjects = (("p", Limits(tokens_per_day=1000)),)
     error = refusal(limiter, subjects, 101, 1)
     assert (error.status_code, error.code) == (429, "insufficient_quota")
@@ -101,6 +101,19 @@ def test_a_day_is_a_quota_that_must_not_be_retried() -> None:
     assert refusal(limiter, subjects, 1, 1).code == "insufficient_quota"
     wall.now += 3600 + 86400
     limiter.reserve(subjects, 999, 1, 1)
+
+
+def test_requests_of_a_day_are_counted_over_a_restart_and_refused_ones_are_not() -> None:
+    wall = Clock(86400.0 * 20000)
+    limiter = Limiter({"p": Used(3, 0)}, Clock(), wall)
+    subjects = (("p", Limits(requests_per_day=5)),)
+    limiter.reserve(subjects, 1, 1, 1).settle(0, refused=True)
+    limiter.reserve(subjects, 1, 1, 1).settle(2)
+    limiter.reserve(subjects, 1, 1, 1)
+    error = refusal(limiter, subjects, 1, 1)
+    assert (error.code, error.headers) == ("insufficient_quota", {"x-should-retry": "false"})
+    wall.now += 86400
+    limiter.reserve(subjects, 1, 1, 1)
 
 
 def test_a_key_has_limits_of_its_own() -> None:

@@ -9,6 +9,7 @@ import pytest
 from fastapi import FastAPI
 
 from ktransformers.scheduler.client import RequestFailed
+from ktransformers.server import generation
 from ktransformers.server.auth import Role, declared_role, declared_scope
 from ktransformers.server.config import ConfigError
 from ktransformers.server.routing import GuardedRoute
@@ -256,6 +257,7 @@ async def test_a_change_holds_within_a_second(office, connect) -> None:
         await until(200)
         office.store.change_limits(project.id, "test", {"tokens_per_day": 1})
         slowest = max(slowest, await until(429, "/v1/chat/completions", json=CHAT))
+        office.store.change_limits(project.id, "test", {"tokens_per_day": None})
         office.store.change_project(project.id, "test", models=frozenset({"x"}))
         slowest = max(slowest, await until(404, "/v1/chat/completions", json=CHAT))
         office.store.revoke_key(office.store.keys(project.id)[0], "test")
@@ -268,8 +270,11 @@ def test_keys_and_scopes_are_as_documented() -> None:
 
 
 @pytest.mark.anyio
-async def test_the_scheduler_may_say_that_it_is_the_tenants_own_limit(office, connect, scheduler) -> None:
+async def test_the_scheduler_may_say_that_it_is_the_tenants_own_limit(
+    office, connect, scheduler, monkeypatch
+) -> None:
     """Too many of its answers wait: 429, where a full server is 503; neither uses up a request."""
+    monkeypatch.setattr(generation, "REFUSAL_SECONDS", 0.0)
     _, key = office.tenant("alice", Limits(max_waiting=1, requests_per_minute=1))
     office.follow()
     async with connect(office.app()) as client:
@@ -283,3 +288,25 @@ async def test_the_scheduler_may_say_that_it_is_the_tenants_own_limit(office, co
                 assert own == (status == 429)
         scheduler.failure = None
         assert (await client.post("/v1/chat/completions", json=CHAT, headers=bearer(key))).status_code == 200
+
+
+@pytest.mark.anyio
+async def test_what_was_just_refused_is_refused_before_it_is_read(
+    office, connect, scheduler, monkeypatch
+) -> None:
+    """For a moment, to that tenant alone: nobody else pays for one that does not stop asking."""
+    _, alice = office.tenant("alice")
+    _, bob = office.tenant("bob")
+    office.follow()
+    path = "/v1/chat/completions"
+    monkeypatch.setattr(generation, "REFUSAL_SECONDS", 60.0)
+    async with connect(office.app()) as client:
+        scheduler.failure = RequestFailed("overloaded", "full", 7.0)
+        assert (await client.post(path, json=CHAT, headers=bearer(alice))).status_code == 503
+        scheduler.failure = None
+        asked = len(scheduler.submits)
+        for body in (CHAT, CHAT | {"messages": 5}):  # not even looked at
+            answer = await client.post(path, json=body, headers=bearer(alice))
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")
+        assert len(scheduler.submits) == asked
+        assert (await client.post(path, json=CHAT, headers=bearer(bob))).status_code == 200

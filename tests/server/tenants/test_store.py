@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ktransformers.server.tenants.directory import SECRET_FILE, Directory
-from ktransformers.server.tenants.records import Conflict, Limits, Missing, StoreError, UsageRow
+from ktransformers.server.tenants.records import Conflict, Limits, Missing, StoreError, UsageRow, Used
 from ktransformers.server.tenants.schema import STEPS, migrate
 from ktransformers.server.tenants.store import DAY, FILE, Store
 
@@ -148,7 +148,7 @@ def test_usage_adds_up_and_old_minutes_go(store: Store) -> None:
     assert [(r.start, r.requests) for r in minutes] == [(now - 60, 1), (now, 2)]
     days = store.usage(0, now + DAY, by_day=True)
     assert [r.requests for r in days] == [1, 3] and sum(r.input + r.output for r in days) == 4 * 15
-    assert store.used_on(now) == {"p": 45, "k": 45}
+    assert store.used_on(now) == {"p": Used(3, 45), "k": Used(3, 45)}
 
 
 # ---- what may happen to a file
