@@ -19,7 +19,7 @@ struct Block {
   int64_t elements, bytes;
 };
 
-// Sizes of GGUF's blocks.
+// Sizes of the blocks that pack reads.
 Block block_of(Format format) {
   switch (format) {
     case Format::kF32: return {1, 4};
@@ -37,6 +37,12 @@ Block block_of(Format format) {
     case Format::kQ6_K: return {256, 210};
     case Format::kIQ4_NL: return {32, 18};
     case Format::kIQ4_XS: return {256, 136};
+    case Format::kMXFP4: return {32, 17};
+    case Format::kF8_E4M3: return {128, 132};
+    case Format::kI4_32: return {32, 18};
+    case Format::kI4_128: return {128, 66};
+    case Format::kI4Z_32: return {32, 19};
+    case Format::kI4Z_128: return {128, 67};
   }
   throw std::invalid_argument("format: unknown type " + std::to_string(static_cast<int32_t>(format)));
 }

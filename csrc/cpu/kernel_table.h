@@ -5,10 +5,12 @@
 
 namespace kt {
 
-// Weight formats, with GGUF's type numbers, so that a tensor's type is its format.
+// Weight formats, with GGUF's type numbers, so that a tensor's type is its format; from 1000 on our own, for checkpoints
+// of Hugging Face (formats/block_hf.h).
 enum class Format : int32_t {
   kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ4_1 = 3, kQ5_0 = 6, kQ5_1 = 7, kQ8_0 = 8,
   kQ2_K = 10, kQ3_K = 11, kQ4_K = 12, kQ5_K = 13, kQ6_K = 14, kIQ4_NL = 20, kIQ4_XS = 23, kBF16 = 30,
+  kMXFP4 = 39, kF8_E4M3 = 1000, kI4_32 = 1001, kI4_128 = 1002, kI4Z_32 = 1003, kI4Z_128 = 1004,
 };
 
 // How a product's input rows are presented to gemm; it depends on the weight's format and on the table.

@@ -4,6 +4,7 @@
 // In this order: each uses what is above it.
 #include "formats/block32.h"
 #include "formats/block256.h"
+#include "formats/block_hf.h"
 #include "formats/float.h"
 
 namespace kt {
@@ -28,6 +29,12 @@ inline bool with_format(Format format, const Fn& fn) {
     case Format::kQ6_K: fn(Q6_K()); return true;
     case Format::kIQ4_NL: fn(IQ4_NL()); return true;
     case Format::kIQ4_XS: fn(IQ4_XS()); return true;
+    case Format::kMXFP4: fn(MXFP4()); return true;
+    case Format::kF8_E4M3: fn(F8_E4M3()); return true;
+    case Format::kI4_32: fn(I4<32>()); return true;
+    case Format::kI4_128: fn(I4<128>()); return true;
+    case Format::kI4Z_32: fn(I4Z<32>()); return true;
+    case Format::kI4Z_128: fn(I4Z<128>()); return true;
   }
   return false;
 }
@@ -40,6 +47,12 @@ template <>
 constexpr bool kIsFloat<F16> = true;
 template <>
 constexpr bool kIsFloat<BF16> = true;
+
+// Floats in blocks with a scale.
+template <class F>
+constexpr bool kIsScaledFloat = false;
+template <>
+constexpr bool kIsScaledFloat<F8_E4M3> = true;
 
 }  // namespace
 }  // namespace kt

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kChunkBytes = 384 * 1024;
 
 template <class F>
-constexpr int kMaxTile = kIsFloat<F> ? kTileRowsFloat : kTileRows;
+constexpr int kMaxTile = kIsFloat<F> || kIsScaledFloat<F> ? kTileRowsFloat : kTileRows;
 
 // Where weights need no unpacking, loads of activations are the limit: two panels share them, for half the rows.
 template <class F>
@@ -116,6 +116,19 @@ inline void float_tile(const uint8_t* panel, int64_t ahead, const uint8_t* act, 
   for (int r = 0; r < R; ++r) sum[r] = sum[r] + odd_sum[r];
 }
 
+// Each block's sum is multiplied by the block's scale.
+template <class F, int R>
+inline void scaled_tile(const uint8_t* panel, int64_t ahead, const uint8_t* act, int64_t stride, int64_t cols,
+                        Floats* sum) {
+  for (int r = 0; r < R; ++r) sum[r] = set1(0.0f);
+  for (int64_t k = 0; k < cols; k += F::kElements, panel += F::kBlockBytes) {
+    Floats part[R];
+    float_tile<F, R>(panel + F::kHeader, ahead, act + k * 4, stride, F::kElements, part);
+    const Floats scale = load(reinterpret_cast<const float*>(panel));
+    for (int r = 0; r < R; ++r) sum[r] = fma(part[r], scale, sum[r]);
+  }
+}
+
 #ifdef __AVX512BF16__
 template <int R>
 inline void bf16_tile(const uint8_t* panel, int64_t ahead, const uint8_t* act, int64_t stride, int64_t cols,
@@ -160,7 +173,9 @@ template <class F, int R, int P>
   Floats sum[P * R];
   const uint8_t* weights = p.packed + panel * p.panel_bytes;
   const uint8_t* act = p.act + row * p.stride;
-  if constexpr (!kIsFloat<F>) {
+  if constexpr (kIsScaledFloat<F>) {
+    scaled_tile<F, R>(weights, ahead, act, p.stride, p.cols, sum);
+  } else if constexpr (!kIsFloat<F>) {
     integer_tile<F, R, P>(weights, p.panel_bytes, ahead, act, p.stride, p.cols, sum);
   } else if constexpr (F::kActivation == Activation::kF32) {
     float_tile<F, R>(weights, ahead, act, p.stride, p.cols, sum);

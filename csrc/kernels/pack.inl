@@ -1,7 +1,8 @@
 // Weights: from the file's rows of blocks to panels, and one row back.
 //
 // A panel holds kPanelRows outputs. Integer formats: for each kGroups groups of 32 elements one header with the scales
-// of all outputs, then the quads of each group (formats/quads.h). Float formats: a stream of pairs (formats/float.h).
+// of all outputs, then the quads of each group (formats/quads.h). Float formats: a stream of pairs (formats/float.h), in
+// blocks with the scales of all outputs before them where the format has scales (F8_E4M3).
 // Either way a product reads a panel once, front to back, and every vector of it holds all 16 outputs.
 #pragma once
 
@@ -23,6 +24,8 @@ template <class F>
 int64_t panel_bytes(int64_t cols) {
   if constexpr (kIsFloat<F>) {
     return ceil_div(cols, 2) * F::kPairBytes;
+  } else if constexpr (kIsScaledFloat<F>) {
+    return cols / F::kElements * F::kBlockBytes;
   } else {
     const int64_t groups = cols / kGroup;
     return ceil_div(groups, F::kGroups) * F::kHeader + groups * F::Quads::kBytes;
@@ -60,6 +63,18 @@ void pack_float_panel(const uint8_t* src, int outputs, int64_t cols, uint8_t* pa
 }
 
 template <class F>
+void pack_scaled_panel(const uint8_t* src, int outputs, int64_t cols, uint8_t* panel) {
+  const int64_t blocks = cols / F::kElements;
+  for (int64_t b = 0; b < blocks; ++b, panel += F::kBlockBytes) {
+    for (int lane = 0; lane < outputs; ++lane) {
+      const uint8_t* block = src + (lane * blocks + b) * F::kFileBytes;
+      __builtin_memcpy(panel + 4 * lane, block, 4);
+      for (int k = 0; k < F::kElements; ++k) panel[F::kHeader + k * kPanelRows + lane] = block[4 + k];
+    }
+  }
+}
+
+template <class F>
 void pack_integer_panel(const uint8_t* src, int outputs, int64_t cols, uint8_t* panel) {
   constexpr int kPerBlock = F::kElements / kGroup;
   const int64_t groups = cols / kGroup;
@@ -92,6 +107,8 @@ void pack(Format format, const uint8_t* src, int64_t rows, int64_t cols, int64_t
       __builtin_memset(panel, 0, static_cast<size_t>(bytes));
       if constexpr (kIsFloat<F>) {
         pack_float_panel<F>(from, outputs, cols, panel);
+      } else if constexpr (kIsScaledFloat<F>) {
+        pack_scaled_panel<F>(from, outputs, cols, panel);
       } else {
         pack_integer_panel<F>(from, outputs, cols, panel);
       }
@@ -108,6 +125,18 @@ void unpack_float_row(const uint8_t* panel, int64_t cols, int lane, float* out) 
       float lanes[kLanes];
       store(lanes, pair[j]);
       out[k + j] = lanes[lane];
+    }
+  }
+}
+
+template <class F>
+void unpack_scaled_row(const uint8_t* panel, int64_t cols, int lane, float* out) {
+  for (int64_t b = 0; b < cols / F::kElements; ++b, panel += F::kBlockBytes) {
+    const Floats scale = load(reinterpret_cast<const float*>(panel));
+    for (int k = 0; k < F::kElements; ++k) {
+      float lanes[kLanes];
+      store(lanes, F::decode(panel + F::kHeader + k * kPanelRows) * scale);
+      *out++ = lanes[lane];
     }
   }
 }
@@ -141,6 +170,8 @@ void unpack_row(Format format, const uint8_t* packed, int64_t, int64_t cols, int
     const int lane = static_cast<int>(row % kPanelRows);
     if constexpr (kIsFloat<F>) {
       unpack_float_row<F>(panel, cols, lane, out);
+    } else if constexpr (kIsScaledFloat<F>) {
+      unpack_scaled_row<F>(panel, cols, lane, out);
     } else {
       const uint8_t* header = panel;
       for (int64_t g = 0; g < cols / kGroup; ++g) {

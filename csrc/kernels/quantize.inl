@@ -19,7 +19,7 @@ Activation activation(Format format) {
   Activation result = Activation::kInt8;
   with_format(format, [&](auto f) {
     using F = decltype(f);
-    if constexpr (kIsFloat<F>) result = F::kActivation;
+    if constexpr (kIsFloat<F> || kIsScaledFloat<F>) result = F::kActivation;
   });
   return result;
 }

@@ -38,12 +38,17 @@ from ktransformers.engine.program import (
     Tensor,
     WeightId,
 )
+from ktransformers.engine.weights.dequantise import dequantise as dequantise_blocks
+from ktransformers.engine.weights.formats import GGUF_FORMATS
 
 
 def dequantise(tensor: Tensor) -> F32:
-    """The weight in float32 [rows, cols], by the format's own package."""
-    kind = gguf.GGMLQuantizationType(tensor.format)
-    out = gguf.quants.dequantize(tensor.read().reshape(tensor.rows, -1), kind)
+    """The weight in float32 [rows, cols], by the format's own package, or its definition."""
+    raw = tensor.read().reshape(tensor.rows, -1)
+    if tensor.format in GGUF_FORMATS:
+        out = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(tensor.format))
+    else:
+        out = dequantise_blocks(raw, tensor.format)
     # A copy where it is still the file's own memory: torch wants to be able to write.
     return np.array(out, np.float32, copy=not out.flags.writeable).reshape(tensor.rows, tensor.cols)
 

@@ -10,10 +10,21 @@ from ktransformers.engine.models.spec import ModelError
 from ktransformers.engine.program import U8, Pieces, Tensor, WeightId
 from ktransformers.engine.weights import names
 from ktransformers.engine.weights.checkpoint import Checkpoint, StoredTensor
-from ktransformers.engine.weights.formats import F32, FORMATS, as_floats
+from ktransformers.engine.weights.formats import (
+    F8_E4M3,
+    F32,
+    FORMATS,
+    I4_32,
+    I4_128,
+    I4Z_32,
+    I4Z_128,
+    as_floats,
+)
 
-COMPUTED_FORMATS: Final = frozenset({0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, 30})
-"""GGUF types that a matrix may have: F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL and IQ4_XS."""
+_HUGGING_FACE: Final = frozenset({F8_E4M3, I4_32, I4_128, I4Z_32, I4Z_128})
+COMPUTED_FORMATS: Final = _HUGGING_FACE | {0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, 30, 39}
+"""Formats that a matrix may have: of GGUF's F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS and
+MXFP4."""
 
 
 @dataclass

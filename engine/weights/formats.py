@@ -23,6 +23,14 @@ F32: Final = 0
 F16: Final = 1
 BF16: Final = 30
 MXFP4: Final = 39
+F8_E4M3: Final = 1000
+"""float32 scale, 128 bytes: DeepSeek's FP8."""
+I4_32: Final = 1001
+I4_128: Final = 1002
+"""bfloat16 scale, nibbles (the even element in the low half); scale * (nibble - 8): compressed-tensors."""
+I4Z_32: Final = 1003
+I4Z_128: Final = 1004
+"""float16 scale, zero point as a byte, nibbles; scale * (nibble - zero): GPTQ and AWQ."""
 
 GGUF_FORMATS: Final[dict[int, Format]] = {
     0: Format("F32", 1, 4),
@@ -60,7 +68,14 @@ GGUF_FORMATS: Final[dict[int, Format]] = {
 }
 """Every tensor type of GGUF whose size is known."""
 
-FORMATS: Final[dict[int, Format]] = {**GGUF_FORMATS}
+FORMATS: Final[dict[int, Format]] = {
+    **GGUF_FORMATS,
+    F8_E4M3: Format("F8_E4M3", 128, 132),
+    I4_32: Format("I4_32", 32, 18),
+    I4_128: Format("I4_128", 128, 66),
+    I4Z_32: Format("I4Z_32", 32, 19),
+    I4Z_128: Format("I4Z_128", 128, 67),
+}
 """Every format. Executors compute with fewer."""
 
 

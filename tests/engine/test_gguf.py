@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 
-from ktransformers.engine.weights.formats import FORMATS
+from ktransformers.engine.weights.formats import FORMATS, GGUF_FORMATS
 from ktransformers.engine.weights.gguf import GgufError, read
 
 
@@ -55,7 +55,7 @@ def test_reads_what_the_writer_wrote(tmp_path: Path) -> None:
 
 
 def test_format_sizes_are_those_of_the_format() -> None:
-    for number, f in FORMATS.items():
+    for number, f in GGUF_FORMATS.items():
         kind = gguf.GGMLQuantizationType(number)
         assert (f.name, f.block, f.nbytes) == (kind.name, *gguf.GGML_QUANT_SIZES[kind])
 

@@ -26,7 +26,7 @@ from ktransformers.engine.program import (
     Rope,
     Tensor,
 )
-from ktransformers.engine.weights.formats import FORMATS
+from ktransformers.engine.weights.formats import FORMATS, GGUF_FORMATS
 
 VOCAB, WIDTH, BLOCK = 24, 16, 4
 
@@ -149,7 +149,7 @@ def test_draws_from_its_logits(executor: TorchExecutor) -> None:
 def test_every_computed_format_is_dequantised() -> None:
     """Against a quantiser where the format's package has one, else only for shape and finiteness."""
     rng = np.random.default_rng(2)
-    for number in sorted(COMPUTED_FORMATS):
+    for number in sorted(COMPUTED_FORMATS & GGUF_FORMATS.keys()):
         kind, block = gguf.GGMLQuantizationType(number), FORMATS[number]
         rows, cols = 3, max(block.block, 32) * 2
         values = rng.standard_normal((rows, cols)).astype(np.float32)
@@ -162,7 +162,8 @@ def test_every_computed_format_is_dequantised() -> None:
         tensor.data.flags.writeable = False
         out = dequantise(tensor)
         assert out.shape == (rows, cols) and out.dtype == np.float32 and out.flags.writeable
-        assert np.abs(out - values).max() < 0.5, block.name
+        # The largest levels of MXFP4 are far apart.
+        assert np.abs(out - values).max() < (1.0 if block.name == "MXFP4" else 0.5), block.name
 
 
 def test_default_model_continues_a_sentence() -> None:

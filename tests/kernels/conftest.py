@@ -11,6 +11,8 @@ import numpy.typing as npt
 import pytest
 
 from ktransformers.engine import _kernels
+from ktransformers.engine.weights.dequantise import dequantise
+from ktransformers.engine.weights.formats import FORMATS as SIZES
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
@@ -20,27 +22,28 @@ SCALE_OFFSETS = {
     "F32": (), "F16": (), "BF16": (),
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "IQ4_NL": (0,),
     "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_XS": (0,),
+    "MXFP4": (), "F8_E4M3": (), "I4_32": (), "I4_128": (), "I4Z_32": (0,), "I4Z_128": (0,),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """A GGUF format as the file has it."""
+    """A format as the file has it: GGUF's, or one of Hugging Face's checkpoints put together."""
 
     name: str
 
     @property
     def number(self) -> int:
-        return int(gguf.GGMLQuantizationType[self.name])
+        return next(number for number, fmt in SIZES.items() if fmt.name == self.name)
 
     @property
     def block(self) -> int:
         """Elements of a block; columns are a multiple of it."""
-        return int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.name]][0])
+        return SIZES[self.number].block
 
     @property
     def block_bytes(self) -> int:
-        return int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.name]][1])
+        return SIZES[self.number].nbytes
 
     @property
     def is_float(self) -> bool:
@@ -65,10 +68,30 @@ class WeightFormat:
                 scale = (magnitude * rng.choice([-1, 1], shape)).astype(np.float16).view(np.uint16)
             raw[:, :, offset] = scale & 0xFF
             raw[:, :, offset + 1] = scale >> 8
+        self.other_scales(rng, raw, extreme)
         return raw.reshape(rows, -1)
 
+    def other_scales(self, rng: np.random.Generator, raw: U8, extreme: bool) -> None:
+        """Scales that are not float16, and bytes that no file has, in blocks [rows, blocks, bytes]."""
+        shape = raw.shape[:2]
+        magnitude = np.exp2(rng.uniform(-60, 60, shape) if extreme else rng.uniform(-9, -2, shape))
+        scale = (magnitude * rng.choice([-1, 1], shape)).astype(np.float32).view(np.uint32)
+        if self.name == "MXFP4":
+            raw[:, :, 0] = rng.integers(0, 254, shape) if extreme else rng.integers(116, 124, shape)
+        elif self.name == "F8_E4M3":
+            raw[:, :, :4] = scale[:, :, None].view(np.uint8)
+            bits = raw[:, :, 4:]
+            bits[bits & 0x7F == 0x7F] ^= 1  # no NaN
+        elif self.name in ("I4_32", "I4_128"):
+            raw[:, :, :2] = (scale >> 16).astype(np.uint16)[:, :, None].view(np.uint8)
+        elif self.name in ("I4Z_32", "I4Z_128"):
+            raw[:, :, 2] = rng.integers(0, 17, shape)
+
     def dequantize(self, raw: U8) -> F32:
-        """What the gguf package makes of raw rows: [rows, cols]."""
+        """What the gguf package makes of raw rows, or the definition of a format that is not GGUF's:
+        [rows, cols]."""
+        if self.number >= 1000:
+            return dequantise(raw, self.number)
         kind = gguf.GGMLQuantizationType[self.name]
         if self.is_float and self.name != "BF16":
             return raw.view(np.float16 if self.name == "F16" else np.float32).astype(np.float32)

@@ -28,7 +28,7 @@ def as_presented(fmt, isa: str, x: F32) -> F64:
         bits = x.view(np.uint32)
         rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
         return rounded.view(np.float32).astype(np.float64)
-    if fmt.is_float:
+    if fmt.is_float or fmt.name == "F8_E4M3":
         return x.astype(np.float64)
     groups = x.reshape(len(x), -1, GROUP)
     largest = np.abs(groups).max(axis=2, keepdims=True)
