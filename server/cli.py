@@ -110,6 +110,13 @@ def serve(
     ] = None,
     block_tokens: Annotated[int | None, _option("Tokens of a KV block [16].")] = None,
     device_bytes: Annotated[int | None, _option("Bytes of the KV pool [a share of free memory].")] = None,
+    host_bytes: Annotated[
+        int | None, _option("Bytes of the host's KV pool, 0 is none [none on a CPU, else a share].")
+    ] = None,
+    disk_bytes: Annotated[
+        int | None, _option("Bytes of prefixes on disk, 0 is none [a tenth of what is free, 16 GiB at most].")
+    ] = None,
+    cache_dir: Annotated[str | None, _option("Their folder [kv in the user's cache folder].")] = None,
     prefix_reuse: Annotated[bool | None, _option("Reuse the KV of common beginnings [on].")] = None,
 ) -> None:
     """Serve a model to OpenAI and Ollama clients, with a chat page.

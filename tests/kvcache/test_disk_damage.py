@@ -140,6 +140,18 @@ def test_the_padding_means_nothing(stored, folder) -> None:
 # ---- files
 
 
+def test_a_record_that_was_not_whole_when_the_store_crashed(stored, tmp_path, rng) -> None:
+    """It is not found again, and its neighbours are."""
+    store = stored.open_store(tmp_path / "kv")
+    stored.put(store, *map(stored.name, range(5)))
+    stored.crash(store)
+    stored.flip(stored.segments(tmp_path / "kv")[0], PAGE + RECORD + PAGE + rng.randrange(stored.SIZE), 1)
+    store = stored.open_store(tmp_path / "kv")
+    assert [stored.has(store, stored.name(i)) for i in range(5)] == [True, False, True, True, True]
+    assert store.stats().quarantined == store.stats().mismatches == 0
+    store.close()
+
+
 def test_truncated_tails(stored, folder, rng) -> None:
     size = stored.segments(folder)[2].stat().st_size
     for left in sorted((rng.randrange(size) for _ in range(20)), reverse=True):

@@ -104,6 +104,35 @@ def test_names_of_several_lengths(stored, tmp_path) -> None:
     store.close()
 
 
+@pytest.mark.parametrize("left", ["all", "no index", "an open segment"])
+def test_opening_reads_no_blocks(stored, tmp_path, monkeypatch, left) -> None:
+    """Its time does not grow with the bytes: of a segment it reads head and footer at most."""
+    store = stored.open_store(tmp_path / "kv")
+    stored.put(store, *map(stored.name, range(47)))
+    if left == "an open segment":
+        stored.crash(store)
+    else:
+        store.close()
+    if left == "no index":
+        (tmp_path / "kv/index.sqlite").unlink()
+    files = len(stored.segments(tmp_path / "kv"))
+    reads: list[int] = []
+    for call in ("pread", "preadv"):
+        real = getattr(os, call)
+
+        def counted(*args, real=real):
+            reads.append(1)
+            return real(*args)
+
+        monkeypatch.setattr(os, call, counted)
+    store = stored.open_store(tmp_path / "kv")
+    # Of each segment the head, of the open one what may be a trailer and its two records in two reads each.
+    assert len(reads) <= {"all": files, "no index": 3 * files, "an open segment": files + 1 + 2 * 2}[left]
+    monkeypatch.undo()
+    assert len(store.entries()) == 47
+    store.close()
+
+
 # ---- space
 
 
