@@ -8,6 +8,7 @@ from typing import Final
 
 import numpy as np
 
+from ktransformers.engine.models.gather import gather, split_latent
 from ktransformers.engine.models.huggingface import Family, read_config
 from ktransformers.engine.models.huggingface_base import Read
 from ktransformers.engine.models.spec import ModelError, ModelSpec
@@ -26,6 +27,8 @@ _TOP: Final = {
     "model.norm.weight": names.OUTPUT_NORM,
     "lm_head.weight": names.OUTPUT,
 }
+_CORRECTION: Final = re.compile(r"(\.e_score_correction)_bias$", re.ASCII)
+_SINKS: Final = re.compile(r"(\.sinks)$", re.ASCII)
 _LAYER: Final = re.compile(r"model\.layers\.(\d{1,5})\.(.+)\.(weight|bias)", re.ASCII)
 _OTHER_SENSES: Final = ("vision_tower.", "multi_modal_projector.", "vision_model.", "audio_tower.")
 _TEXT_PREFIXES: Final = (
@@ -59,17 +62,34 @@ def open_folder(path: Path) -> FolderModel:
     return FolderModel(folder, read.spec, read.vocab, tensors)
 
 
-def _tensors(stored: Mapping[str, Stored], read: Read, family: Family) -> dict[str, Stored]:
+def _plain(stored: Mapping[str, Stored], read: Read) -> dict[str, Stored]:
+    """What is read, under names in "weight" or "bias"; keys and values of latent attention apart."""
+    spec = read.spec
+    unused = tuple(f"model.layers.{n}." for n in range(spec.layers, spec.layers + spec.unused_layers))
     found: dict[str, Stored] = {}
     for theirs, tensor in stored.items():
         name = _plain_name(theirs)
-        if name is None or (read.tied and name == "lm_head.weight"):
+        if name is None or name.startswith(unused) or (read.tied and name == "lm_head.weight"):
             continue
+        if spec.mla is not None and name.endswith(".kv_b_proj.weight"):
+            stem = name.removesuffix("kv_b_proj.weight")
+            keys, values = split_latent(tensor, spec.mla, spec.heads)
+            found |= {f"{stem}k_b.weight": keys, f"{stem}v_b.weight": values}
+        else:
+            found[_SINKS.sub(r"\1.weight", _CORRECTION.sub(r"\1.bias", name))] = tensor
+    return found
+
+
+def _tensors(stored: Mapping[str, Stored], read: Read, family: Family) -> dict[str, Stored]:
+    found: dict[str, Stored] = {}
+    plain = _plain(stored, read)
+    gathered = gather(plain, inputs_first=family.inputs_first, alternate=family.alternate)
+    for name, tensor in gathered.items():
         ours = our_name(name, family.layer)
         if family.norm_offset and ours.endswith("norm.weight"):
             tensor = _added(tensor, family.norm_offset)
         if ours in found:
-            raise ModelError(f"tensor {theirs[:80]!a} is the same as another")
+            raise ModelError(f"tensor {name[:80]!a} is the same as another")
         found[ours] = tensor
     if not read.tied and names.OUTPUT not in found:
         raise ModelError("tensor 'lm_head.weight' is missing, and tie_word_embeddings is not set")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
+from ktransformers.engine.models import huggingface_experts as experts
 from ktransformers.engine.models.config_json import Config, brief
 from ktransformers.engine.models.huggingface_base import Read, act_of, base, qwen_windows, rope_of, windows_of
 from ktransformers.engine.models.keys import MAX_LAYERS
@@ -102,6 +103,47 @@ _PRE_NORMS: Final = {
     "mlp.up_proj": names.FFN_UP,
     "mlp.down_proj": names.FFN_DOWN,
 }
+_EXPERTS: Final = {
+    **_PRE_NORMS,
+    "mlp.gate": names.FFN_GATE_INP,
+    "mlp.gate.e_score_correction": names.EXP_PROBS_B,
+    "mlp.experts.gate_proj": names.FFN_GATE_EXPS,
+    "mlp.experts.up_proj": names.FFN_UP_EXPS,
+    "mlp.experts.down_proj": names.FFN_DOWN_EXPS,
+    **{
+        f"mlp.{shared}.{theirs}": ours
+        for shared in ("shared_expert", "shared_experts")
+        for theirs, ours in (
+            ("gate_proj", names.FFN_GATE_SHEXP),
+            ("up_proj", names.FFN_UP_SHEXP),
+            ("down_proj", names.FFN_DOWN_SHEXP),
+        )
+    },
+    "mlp.shared_expert_gate": names.FFN_GATE_INP_SHEXP,
+}
+_MIXTRAL: Final = {
+    **{name.replace("mlp.", "block_sparse_moe."): ours for name, ours in _EXPERTS.items()},
+    "block_sparse_moe.primary_router": names.FFN_GATE_INP,
+}
+_LATENT: Final = {
+    **_EXPERTS,
+    "self_attn.q_a_proj": names.ATTN_Q_A,
+    "self_attn.q_a_layernorm": names.ATTN_Q_A_NORM,
+    "self_attn.q_b_proj": names.ATTN_Q_B,
+    "self_attn.kv_a_proj_with_mqa": names.ATTN_KV_A,
+    "self_attn.kv_a_layernorm": names.ATTN_KV_A_NORM,
+    "self_attn.k_b": names.ATTN_K_B,
+    "self_attn.v_b": names.ATTN_V_B,
+}
+_GPT_OSS: Final = {
+    **_EXPERTS,
+    "mlp.router": names.FFN_GATE_INP,
+    "self_attn.sinks": names.ATTN_SINKS,
+}
+_LLAMA4: Final = {
+    **{name.replace("mlp.", "feed_forward."): ours for name, ours in _EXPERTS.items()},
+    "feed_forward.router": names.FFN_GATE_INP,
+}
 _POST_NORMS: Final = {
     **_PRE_NORMS,
     "post_attention_layernorm": names.ATTN_POST_NORM,
@@ -119,6 +161,9 @@ class Family:
     """Names of a layer's tensors, without "model.layers.N." and ".weight", to ours."""
     norm_offset: float = 0.0
     """What is added to norm weights."""
+    inputs_first: bool = False
+    alternate: bool = False
+    """How fused experts lie, see models.gather."""
 
 
 FAMILIES: Final[dict[str, Family]] = {
@@ -126,12 +171,23 @@ FAMILIES: Final[dict[str, Family]] = {
     "mistral": Family(_mistral),
     "qwen2": Family(_qwen2),
     "qwen3": Family(_qwen3),
+    "mixtral": Family(experts.mixtral, _MIXTRAL),
+    "qwen2_moe": Family(experts.qwen2_moe, _EXPERTS),
+    "qwen3_moe": Family(experts.qwen3_moe, _EXPERTS),
+    "olmoe": Family(experts.olmoe, _EXPERTS),
+    "deepseek_v2": Family(experts.deepseek_v2, _LATENT),
+    "deepseek_v3": Family(experts.deepseek_v3, _LATENT),
+    "kimi_k2": Family(experts.deepseek_v3, _LATENT),
+    "glm4_moe": Family(experts.glm4_moe, _EXPERTS),
+    "gpt_oss": Family(experts.gpt_oss, _GPT_OSS, inputs_first=True, alternate=True),
+    "llama4_text": Family(experts.llama4, _LLAMA4, inputs_first=True),
+    "smallthinker": Family(experts.smallthinker, _MIXTRAL),
     "gemma": Family(_gemma_base, norm_offset=1.0),
     "gemma2": Family(_gemma2, _POST_NORMS, norm_offset=1.0),
     "gemma3_text": Family(_gemma3, _POST_NORMS, norm_offset=1.0),
 }
 
-TEXT_OF: Final = {"gemma3": "gemma3_text"}
+TEXT_OF: Final = {"gemma3": "gemma3_text", "llama4": "llama4_text"}
 """Models that see, too: their text part is a model of its own in the field text_config."""
 
 

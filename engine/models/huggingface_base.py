@@ -125,6 +125,7 @@ def base(
     head_dim: int | None = None,
     rope_base: float = 10_000.0,
     rope_section: Config | None = None,
+    ffn: int | None = None,
 ) -> Read:
     """What all architectures have in common. The arguments are what a file leaves out because it is the
     architecture's default; `rope_section` is for one that has several."""
@@ -154,7 +155,7 @@ def base(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        ffn=c.integer("intermediate_size", 1, MAX_FFN),
+        ffn=c.integer("intermediate_size", 1, MAX_FFN, ffn),
         context=context,
         eps=c.number("rms_norm_eps", 1e-12, 0.1, 1e-6),
         rope=rope,
@@ -171,7 +172,9 @@ def act_of(c: Config) -> Literal["silu", "gelu_tanh"]:
     return _ACTS[name]
 
 
-def windows_of(c: Config, layers: int, pattern: Callable[[int], bool], default: int | None) -> tuple[int, ...]:
+def windows_of(
+    c: Config, layers: int, pattern: Callable[[int], bool], default: int | None
+) -> tuple[int, ...]:
     """The window of each layer; `pattern` says which have one when layer_types does not."""
     window = c.integer("sliding_window", 1, MAX_CONTEXT, default)
     kinds = c.texts("layer_types")

@@ -1,5 +1,8 @@
 """Every architecture with experts against `transformers`: small random checkpoints, written as GGUF."""
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,9 +10,13 @@ import pytest
 import torch
 from checkpoints import CHUNKS, LENGTHS, VOCAB, Case, Driver, build, load, rope, torch_executor
 from converters import convert
+from safetensors.torch import load_file, save_file
 
 from ktransformers.engine import _kernels
 from ktransformers.engine.executors.native import NativeExecutor
+from ktransformers.engine.models.decoder import compile_program
+from ktransformers.engine.models.folder import open_folder
+from ktransformers.engine.models.spec import ModelError
 from ktransformers.engine.program import Program
 
 F32 = np.ndarray[Any, np.dtype[np.float32]]
@@ -309,6 +316,37 @@ CASES |= {
 }
 
 
+def write_smallthinker(model: Any, path: Path) -> None:
+    """Each expert by itself, under the names of the published checkpoints."""
+    c = model.config
+    tensors = {}
+    for name, p in model.state_dict().items():
+        name = name.replace(".mlp.gate.", ".block_sparse_moe.primary_router.")
+        if ".experts." not in name:
+            tensors[name] = p
+            continue
+        stem = name.split(".mlp.")[0] + ".block_sparse_moe.experts"
+        for e in range(c.experts):
+            parts = zip(("gate", "up"), p[e].chunk(2), strict=True) if "gate" in name else [("down", p[e])]
+            tensors |= {f"{stem}.{e}.{part}.weight": w.contiguous() for part, w in parts}
+    save_file(tensors, path / "model.safetensors")
+    layers = range(c.num_hidden_layers)
+    config = {
+        "model_type": "smallthinker",
+        "moe_num_primary_experts": c.experts,
+        "moe_num_active_primary_experts": c.top,
+        "moe_ffn_hidden_size": c.intermediate_size,
+        "moe_primary_router_apply_softmax": c.softmax,
+        "rope_layout": [int(not c.window or layer % 4 > 0) for layer in layers],
+        "sliding_window_layout": [int(c.window > 0 and layer % 4 > 0) for layer in layers],
+        "sliding_window_size": c.window or 4096,
+        **{key: getattr(c, key) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")},
+        **{key: getattr(c, key) for key in ("num_key_value_heads", "head_dim", "max_position_embeddings")},
+        **{key: getattr(c, key) for key in ("rms_norm_eps", "rope_theta", "vocab_size")},
+    }
+    (path / "config.json").write_text(json.dumps(config))
+
+
 @pytest.fixture(scope="module", params=list(CASES))
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -362,6 +400,119 @@ def test_native(program: Program, sequences: list[Any], expected: list[F32], isa
     off = np.concatenate([np.abs(a - b).max(axis=-1) for a, b in zip(ours, expected, strict=True)])
     assert np.quantile(off, 0.75) < 6e-3
     assert np.mean(np.concatenate(ours).argmax(-1) == np.concatenate(expected).argmax(-1)) > 0.95
+
+
+@pytest.fixture(scope="module")
+def folder(name: str, model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint as transformers itself writes it."""
+    path = tmp_path_factory.mktemp("folder")
+    if name.startswith("smallthinker"):
+        write_smallthinker(model, path)
+    else:
+        model.save_pretrained(path, max_shard_size="200KB")
+    return path
+
+
+def program_of(path: Path) -> Program:
+    opened = open_folder(path)
+    return compile_program(opened.spec, opened)
+
+
+@pytest.mark.parametrize("chunk", ["whole", "chunks"])
+def test_folder(folder: Path, sequences: list[Any], expected: list[F32], chunk: str) -> None:
+    driver = Driver(torch_executor(program_of(folder)), sequences)
+    for ours, reference in zip(driver.finish(CHUNKS[chunk]), expected, strict=True):
+        np.testing.assert_allclose(ours, reference, rtol=0, atol=5e-5)
+
+
+def test_folder_and_gguf_are_the_same_model(name: str, folder: Path, program: Program) -> None:
+    """But for what a file cannot say, and for the order of rows in which Llama's rope is written."""
+    ours = program_of(folder)
+    assert [type(op) for op in ours.ops] == [type(op) for op in program.ops]
+    assert ours.widths == program.widths and ours.cache == program.cache
+
+    def shapes(p: Program) -> dict[str, tuple[int, int, int]]:
+        """GGUF calls the norm of some models' MLPs after what stands before it."""
+        return {
+            t.name.replace("post_attention_norm", "ffn_norm"): (t.rows, t.cols, t.experts) for t in p.weights
+        }
+
+    assert shapes(ours) == shapes(program)
+
+
+FOLDER_ONLY = {
+    "llama4 with short chunks": (
+        "llama4-scout",
+        {"attention_chunk_size": 16, "floor_scale": 8, "attn_scale": 0.5, "num_experts_per_tok": 2},
+    ),
+    "qwen3moe with a dense layer": ("qwen3moe", {"mlp_only_layers": [1]}),
+    "gpt-oss with other limits": ("gpt-oss", {"swiglu_limit": 0.5, "swiglu_alpha": 1.2}),
+}
+
+
+@pytest.mark.parametrize("what", list(FOLDER_ONLY))
+def test_what_only_a_config_json_says(what: str, tmp_path: Path, sequences: list[Any]) -> None:
+    name, changes = FOLDER_ONLY[what]
+    case = CASES[name]
+    model = build(replace(case, config={**case.config, **changes}))
+    model.save_pretrained(tmp_path)
+    program = program_of(tmp_path)
+    native = NativeExecutor(program, threads=2, blocks=24, max_tokens=256, max_rows=256)
+    off = []
+    for executor in (torch_executor(program), native):
+        ours = Driver(executor, sequences).finish(CHUNKS["chunks"])
+        off.append([np.abs(a - theirs(model, s)).max(-1) for a, s in zip(ours, sequences, strict=True)])
+    assert np.concatenate(off[0]).max() < 5e-5
+    assert np.quantile(np.concatenate(off[1]), 0.75) < 6e-3
+
+
+@pytest.mark.parametrize("name", ["glm-4.5", "deepseek-v3"])
+def test_heads_that_predict_further_tokens_are_not_read(name: str, tmp_path: Path) -> None:
+    model = build(CASES[name])
+    model.save_pretrained(tmp_path)
+    before = program_of(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.3.eh_proj.weight"] = torch.zeros(64, 128)
+    tensors["model.layers.3.input_layernorm.weight"] = torch.zeros(64)
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    assert program_of(tmp_path).ops == before.ops
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
+    with pytest.raises(ModelError, match=r"2 tensors are unknown"):
+        program_of(tmp_path)
+
+
+WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+    "more chosen than there are": ("mixtral", {"num_experts_per_tok": 7}, "num_experts_per_tok"),
+    "groups that do not divide": ("deepseek-v3", {"n_group": 3}, "n_group"),
+    "groups too small": ("deepseek-v3", {"n_group": 8, "topk_group": 2}, "n_group"),
+    "another rule": ("deepseek-v2", {"topk_method": "best"}, "topk_method"),
+    "another score": ("deepseek-v3", {"scoring_func": "softmax"}, "scoring_func"),
+    "latent rows of another size": ("deepseek-v3", {"kv_lora_rank": 16}, "attn_kv_a_mqa|kv_b_proj"),
+    "clipped keys": ("olmoe", {"clip_qkv": 8.0}, "clip_qkv"),
+    "experts of another width": ("qwen3moe", {"moe_intermediate_size": 48}, "ffn_gate_exps"),
+    "rope for other layers": ("llama4-scout", {"no_rope_layers": [1, 1]}, "no_rope_layers"),
+}
+
+
+@pytest.mark.parametrize("what", list(WRONG))
+def test_wrong_fields_are_named(what: str, tmp_path: Path) -> None:
+    name, changes, named = WRONG[what]
+    build(CASES[name]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ModelError, match=named):
+        program_of(tmp_path)
+
+
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+    build(CASES["qwen3moe"]).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.5.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.experts\.up_proj.*expert 5 is missing"):
+        program_of(tmp_path)
 
 
 def test_greedy_text_is_that_of_a_full_recompute(program: Program, model: Any, sequences: list[Any]) -> None:
