@@ -80,6 +80,9 @@ class Account(Claimant):
     """A tenant: its users, its limits, and what it has running."""
 
     __slots__ = (
+        "backlogged_service",
+        "due",
+        "due_from",
         "kept",
         "largest",
         "limited",
@@ -105,6 +108,11 @@ class Account(Claimant):
         """Something waits, but as many run as may."""
         self.service = 0
         """Micro-units charged since this record was made."""
+        self.backlogged_service = 0
+        """Of that, while it had something waiting."""
+        self.due = 0.0
+        """Its part by weight of what was charged meanwhile to all that had something waiting."""
+        self.due_from = 0.0
         self.outputs: deque[int] = deque(maxlen=_RECENT_OUTPUTS)
         self.most_running = 0
         self.most_tokens = 0
@@ -137,6 +145,8 @@ class FairQueue:
         self._active = 0
         """Tenants that have something here, or had it lately."""
         self._kept_slots = self._kept_tokens = 0
+        self._due = 0.0
+        """What a tenant of weight 1 was due until now, had it always had something waiting."""
         self._milli_waiting = 0
         self._milli_active = 0
         self._with_waiting: dict[Account, None] = {}
@@ -172,6 +182,7 @@ class FairQueue:
             self._tenants.lift(account)
             self._milli_waiting += account.milli
             self._with_waiting[account] = None
+            account.due_from = self._due
             if self.rules.fresh_first:
                 self._fresh[account] = self._now
         if len(user.waiting) == 1:
@@ -233,6 +244,8 @@ class FairQueue:
         account.waiting_tokens -= request.n_prompt
         self.tokens -= request.n_prompt
         if not account.waiting:
+            account.due = self._due_of(account)
+            account.due_from = self._due
             self._milli_waiting -= account.milli
             del self._with_waiting[account]
             self._fresh.pop(account, None)
@@ -355,6 +368,8 @@ class FairQueue:
 
     def _agree(self, account: Account, terms: Tenant) -> None:
         before = account.milli
+        if account.waiting:
+            account.due, account.due_from = self._due_of(account), self._due
         account.terms = terms
         account.weight = terms.weight
         self._milli_active += account.milli - before
@@ -376,6 +391,9 @@ class FairQueue:
         account, user = self._account(request)
         account.charge(cost)
         account.service += cost
+        if account.waiting:
+            account.backlogged_service += cost
+            self._due += cost * 1000 / self._milli_waiting
         user.charge(cost)
         settled = min(request.pending, cost)
         request.pending -= settled
@@ -492,8 +510,21 @@ class FairQueue:
         """The accounts with most service."""
         accounts = sorted(self._tenants.members.values(), key=lambda a: (-a.service, a.name))[:most]
         return [
-            TenantStatus(a.name, a.weight, a.waiting, len(a.running), a.service / UNIT) for a in accounts
+            TenantStatus(
+                a.name,
+                a.weight,
+                a.waiting,
+                len(a.running),
+                a.service / UNIT,
+                a.backlogged_service / UNIT,
+                self._due_of(a) / UNIT,
+            )
+            for a in accounts
         ]
+
+    def _due_of(self, account: Account) -> float:
+        since = self._due - account.due_from if account.waiting else 0.0
+        return account.due + since * account.weight
 
     def check(self) -> None:
         """Errors: AssertionError when the counts do not agree with one another."""

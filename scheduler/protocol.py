@@ -141,6 +141,10 @@ class TenantStatus(msgspec.Struct, frozen=True, array_like=True):
     running: int
     service: float
     """Cost of what was computed for it since it was last unknown, in units (an input token is 1)."""
+    backlogged_service: float = 0.0
+    """Of that, while it had something waiting."""
+    due: float = 0.0
+    """Its share by weight of what was computed meanwhile for all that had something waiting."""
 
 
 class Status(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -225,7 +225,7 @@ class Generator:
         try:
             yield
         except RequestError as error:
-            self.metrics.tenants.of(caller.name).rejected(error.code)
+            self.metrics.tenants.of(caller.name, caller.tenant).rejected(error.code)
             raise
 
     # ---- prompts
@@ -282,7 +282,7 @@ class Generator:
         with self._rejections(caller):
             reservation = self._limiter.reserve(caller.limits, usage.prompt_tokens, output, len(submits))
         account = Account(
-            usage, self.ledger, reservation, self.metrics.tenants.of(caller.name),
+            usage, self.ledger, reservation, self.metrics.tenants.of(caller.name, caller.tenant),
             (caller.tenant, caller.key, self.model_name),
         )  # fmt: skip
         choices = [

@@ -121,8 +121,9 @@ class Metrics:
 
     def __init__(self, model: str, status: Callable[[], Status | None], vllm_names: bool) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_StatusCollector(model, status, vllm_names))
         r = self.registry
+        self.tenants = TenantMetrics(r)
+        r.register(_StatusCollector(model, status, vllm_names, self.tenants))
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"ktransformers_{name}", text, registry=r, buckets=buckets)
@@ -161,8 +162,6 @@ class Metrics:
             registry=r,
             buckets=REQUEST_BUCKETS,
         )
-
-        self.tenants = TenantMetrics(r)
 
     def finished(self, reason: str) -> None:
         """A request ended with "stop", "length" or "cancelled"."""
@@ -217,9 +216,17 @@ class TenantMetrics:
         self.queue = histogram("queue_time_seconds", "Submit to first step")
         self.first_token = histogram("time_to_first_token_seconds", "Submit to first token")
         self._series: dict[str, TenantSeries] = {}
+        self._labels: dict[str, str] = {}
+        """By the id that the scheduler knows."""
 
-    def of(self, name: str) -> TenantSeries:
-        """The series that this tenant's requests count in."""
+    def label(self, tenant: str) -> str:
+        """Of the tenant with this id."""
+        return self._labels.get(tenant, OTHER_TENANTS)
+
+    def of(self, name: str, tenant: str) -> TenantSeries:
+        """The series that this tenant's requests count in; `tenant` is its id."""
+        if name in self._series or len(self._series) < MAX_TENANTS:
+            self._labels[tenant] = name
         if name not in self._series:
             if len(self._series) >= MAX_TENANTS:
                 name = OTHER_TENANTS
@@ -233,8 +240,15 @@ class _StatusCollector:
     there.
     """
 
-    def __init__(self, model: str, status: Callable[[], Status | None], vllm_names: bool) -> None:
+    def __init__(
+        self,
+        model: str,
+        status: Callable[[], Status | None],
+        vllm_names: bool,
+        tenants: "TenantMetrics",
+    ) -> None:
         self._model, self._status, self._vllm_names = model, status, vllm_names
+        self._tenants = tenants
 
     def describe(self) -> list[Metric]:
         """Nothing, so that registering does not read the status."""
@@ -267,6 +281,24 @@ class _StatusCollector:
             value = float(getattr(status, field))
             yield CounterMetricFamily(f"ktransformers_{name}", text, value)
             yield from self._alias(CounterMetricFamily, vllm, text, value)
+        yield from self._shares(status)
+
+    def _shares(self, status: Status) -> Iterator[Metric]:
+        """What tenants got while they had a backlog, and what was due to them by weight."""
+        fields = {
+            "service_units": ("service", "Cost of what was computed (a prompt token is 1)"),
+            "backlogged_service_units": ("backlogged_service", "Of that, while something waited"),
+            "due_units": ("due", "Share by weight of what was computed for all that had something waiting"),
+        }
+        for name, (field, text) in fields.items():
+            family = CounterMetricFamily(f"ktransformers_tenant_{name}", text, labels=["tenant"])
+            sums: dict[str, float] = {}
+            for tenant in status.tenants:
+                label = self._tenants.label(tenant.id)
+                sums[label] = sums.get(label, 0.0) + getattr(tenant, field)
+            for label, value in sums.items():
+                family.add_metric([label], value)
+            yield family
 
     def _alias(
         self, kind: type[GaugeMetricFamily | CounterMetricFamily], name: str, text: str, value: float

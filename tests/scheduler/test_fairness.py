@@ -9,6 +9,7 @@ import json
 import os
 import random
 import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -189,6 +190,20 @@ def test_f4_jain(n):
         assert jain >= least, (n, jain)
 
 
+@pytest.mark.parametrize("n", [2, 8])
+def test_f4_jain_in_the_long_run(n):
+    """0.99 after 100 U each; on a quarter of the KV, so that U is soon done."""
+    machine = replace(SMALL, noise=0.0, blocks=64, slots=8, max_len=256)
+    loads = [closed(f"t{i}", count=12, prompt=60, output=15 + i, weight=1.0 + i % 3) for i in range(n)]
+    m = Measured(loads, seed=n, settings={"tbt_slo": 0.0}, machine=machine)
+    m._look = lambda: None
+    u = m.u(weights(loads))
+    while min(m.work[x.name] / x.weight for x in loads) < 100 * u:
+        assert m.move()
+    by_weight = [m.work[x.name] / x.weight for x in loads]
+    assert sum(by_weight) ** 2 / (n * sum(w * w for w in by_weight)) >= 0.99
+
+
 # ---- F5, F6, F7, F8: work, waiting, credit, debt
 
 
@@ -213,7 +228,7 @@ def check_work_conservation(seed, seconds=60.0):
     ]
     m = Measured(loads, seed=seed, settings={"tbt_slo": 0.0}, seconds=seconds)
     planner, cache = m.scheduler._engine.planner, m.scheduler._engine.cache
-    idle = []
+    idle, most = [], Counter()
     plan = planner.plan
 
     def watched(now):
@@ -225,10 +240,14 @@ def check_work_conservation(seed, seconds=60.0):
         return planned
 
     def look(now):
+        for account in m.queue._tenants.members.values():
+            most[account.name] = max(most[account.name], len(account.running))
         estimate, size = m.scheduler._estimate, cache.block_tokens
         least = m.queue.least()
         if least is None or len(planner.running) >= m.machine.slots or least.head().in_flight:
             return
+        if planner._paused:
+            return  # a short step without the streams, for those that ask seldom
         head = least.head()
         found = cache.match(head.table, head.tokens)
         runs, alone = [], 0
@@ -237,9 +256,13 @@ def check_work_conservation(seed, seconds=60.0):
             alone += own
             runs.append((own + cache.missing(r.table, r.total), estimate.left(r)))
         runs.append((-(-len(head.tokens) // size) - len(found), estimate.left(head)))
-        fits = brute_peak(cache.used - alone + cache.idle(found), runs, size) <= cache.total
-        reserve = m.queue.absent > 0
-        assert not fits or reserve, "the neediest fits and is not let in"
+        peak = brute_peak(cache.used - alone + cache.idle(found), runs, size)
+        # What is kept for those that are about: what they have had at once, and one request more.
+        for account in m.queue._tenants.members.values():
+            assert account.kept[0] <= most[account.name] + 1
+        slots, tokens = m.queue.kept
+        kept = len(planner.running) >= m.machine.slots - slots or peak > cache.total - -(-tokens // size)
+        assert peak > cache.total or kept, "the neediest fits and is not let in"
         idle.append(head.id)
 
     planner.plan = watched
@@ -386,40 +409,50 @@ def check_no_laundering(how):
     arrivals += [Arrival(0.0, "cheat", 200, 100, again=True, user="key0")] * 20
     m = Measured([], arrivals=iter(arrivals), settings={"fair_preempt": 0.0})
     rng = random.Random(1)
-    n = 0
+    n, gains = 0, []
     while m.now < 100.0:
         m.move()
+        if m.now >= 50.0:
+            gains.append((m.work["cheat"] - m.work["honest"]) / UNIT)
         # Now and then it drops all that it has, and is back at once under another key.
         if rng.random() < 0.02:
             n += 1
             mine = [i for i, o in m._open.items() if o.arrival.tenant == "cheat"]
-            for request_id in mine:
-                how(m, request_id, n)
-    gain = (m.work["cheat"] - m.work["honest"]) / UNIT
-    assert gain <= 2 * 400, f"it gained {gain:.0f} units"
+            how(m, mine, n)
+    # At a moment one may be ahead by what F1 allows; on the average by no more than one request.
+    gain = sum(gains) / len(gains)
+    assert gain <= 400, f"it gained {gain:.0f} units"
 
 
-def cancel_and_return(m, request_id, n):
-    arrival = m._open[request_id].arrival
-    m._open[request_id].arrival = replace(arrival, again=False)
-    m.scheduler.front(b"simulator", Cancel(request_id), m.now)
+def cancel_and_return(m, mine, n):
+    arrivals = [m._open[request_id].arrival for request_id in mine]
+    for request_id, arrival in zip(mine, arrivals, strict=True):
+        m._open[request_id].arrival = replace(arrival, again=False)
+        m.scheduler.front(b"simulator", Cancel(request_id), m.now)
     m.scheduler.advance(m.now)
-    m._submit(replace(arrival, user=f"key{n}"))
+    for arrival in arrivals:
+        m._submit(replace(arrival, user=f"key{n}"))
 
 
-def test_f8_no_laundering():
+class Forgets(FairQueue):
+    """Debts go with the last request."""
+
+    def _close(self, request, account, user):
+        super()._close(request, account, user)
+        if account in self._lingering:
+            self._part(account)
+            self._tenants._idle.drop(account)
+            self._tenants.members.pop(account.name, None)
+
+
+def test_f8_no_laundering(monkeypatch):
     check_no_laundering(cancel_and_return)
+    monkeypatch.setattr(scheduler_module, "FairQueue", Forgets)
+    with pytest.raises(AssertionError, match="gained"):
+        check_no_laundering(cancel_and_return)
 
 
-def test_mistake_4_debt_is_forgotten_with_the_record(monkeypatch):
-    class Forgets(FairQueue):
-        def leave(self, request):
-            super().leave(request)
-            account = self._tenants.members[request.tenant.id]
-            if not account.waiting and not account.running:
-                self._lingering.pop(account, None)
-                del self._tenants.members[account.name]
-
+def test_mistake_4_debt_is_forgotten_with_the_record():
     assert debt_after_return(FairQueue) == 990 * UNIT
     assert debt_after_return(Forgets) == 0
 
@@ -611,6 +644,91 @@ def test_mistake_9_the_whole_queue_is_sorted_each_step(monkeypatch):
     assert many > 2 * few + 10
 
 
+def check_what_never_fits(monkeypatch):
+    """F22: it is refused at once, and those behind it are served."""
+    m = Measured([], arrivals=iter([Arrival(0.0, "a", 5000, 10), Arrival(0.1, "a", 50, 10)]))
+    while m.now < 0.1 and m.move():
+        pass
+    assert "r1" not in m._open, "it waits, for ever"
+    m.run(30.0)
+    assert m.tenants["a"].refused == 1 and m.tenants["a"].done == 1, "one behind it is not served"
+
+
+def test_f22_mistake_10_what_never_fits_waits_for_ever(monkeypatch):
+    check_what_never_fits(monkeypatch)
+    monkeypatch.setattr(scheduler_module, "check", lambda submit, limits: submit.sampling)
+    with pytest.raises(AssertionError, match="for ever"):
+        check_what_never_fits(monkeypatch)
+
+
+# ---- F23: the time between tokens; and how long one that asks seldom waits
+
+
+def steps_with_streams(loads, seconds=60.0, **settings):
+    """Seconds of all steps in which a stream got a token while a prompt was computed."""
+    m = Measured(loads, settings=settings)
+    m._look = lambda: None
+    times = []
+    step = m._engine.step
+
+    def timed(what):
+        done = step(what)
+        chunks = sum(go.n_tokens > 1 for go in what.go_on)
+        if 0 < chunks < len(what.go_on):
+            times.append(done.seconds)
+        return done
+
+    m._engine.step = timed
+    m.run(seconds)
+    return times, m
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_f23_steps_keep_to_the_slo(load):
+    slo = 0.1
+    times, m = steps_with_streams(LOADS[load], tbt_slo=slo)
+    assert len(times) > 100
+    late = sum(seconds > 1.25 * slo for seconds in times[50:]) / len(times[50:])
+    assert late <= 0.01, f"{late:.1%} are late"
+    # Nor does it take an engine of which nothing is known for a fast one.
+    assert max(times[:50]) <= 2 * slo, max(times[:50])
+
+
+def test_f23_without_a_limit_steps_are_long():
+    times, _ = steps_with_streams(LOADS["mixed"], tbt_slo=0.0)
+    assert sum(seconds > 0.125 for seconds in times) > 0.1 * len(times)
+
+
+def first_tokens(policy, flood=True):
+    """Of a tenant that asks once a second, beside one that floods: 95 % are sooner; and all service."""
+    arrivals = [Arrival(5.0 + i * 1.01, "seldom", 50, 20) for i in range(60)]
+    if flood:
+        arrivals += [Arrival(0.0, "flood", 300, 100, again=True) for _ in range(60)]
+    arrivals.sort(key=lambda arrival: arrival.seconds)
+    m = Simulation(iter(arrivals), policy, Machine())
+    result = m.run(70.0)
+    seldom = result.tenants["seldom"]
+    assert len(seldom.ttft) >= (58 if policy == "fair" else 1)
+    return percentile(seldom.ttft, 0.95), sum(t.service for t in result.tenants.values())
+
+
+def test_a_noisy_neighbour_is_hardly_noticed(monkeypatch):
+    alone, _ = first_tokens("fair", flood=False)
+    beside, service = first_tokens("fair")
+    behind, whole = first_tokens("fifo")
+    assert beside <= 2.5 * alone, (alone, beside)
+    assert behind > 50 * alone
+    assert service >= 0.92 * whole
+
+    # Virtual counters and all the rest, but steps as long as streams bear, and nobody first.
+    plain = scheduler_module.Rules.of
+    monkeypatch.setattr(
+        scheduler_module.Rules, "of", lambda config: replace(plain(config), fresh_first=False)
+    )
+    without, _ = first_tokens("fair")
+    assert without > 5 * alone, (alone, without)
+
+
 # ---- F13 to F16
 
 
@@ -754,3 +872,14 @@ def test_trace_files(tmp_path):
     file.write_text('{"seconds": 1, "what": 2}')
     with pytest.raises(WorkloadError, match="what"):
         read_trace(file)
+
+
+def test_service_against_what_was_due():
+    """Of tenants with a backlog it is what their weights say; a light one is due nothing that it did not ask
+    for."""
+    loads = [closed("a"), closed("b", weight=3.0), Load(name="light", rate=1.0, prompt=50, output=10)]
+    status = Measured(loads, seed=1).run(100.0).status
+    by_name = {tenant.id: tenant for tenant in status.tenants}
+    for name in "ab":
+        assert abs(by_name[name].backlogged_service / by_name[name].due - 1) < 0.05, by_name[name]
+    assert by_name["light"].due < by_name["light"].service

@@ -3,8 +3,11 @@
 import time
 
 import httpx
+import msgspec
 import openai
 import pytest
+
+from ktransformers.scheduler.protocol import TenantStatus
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -211,7 +214,7 @@ async def test_no_page_and_no_other_host(office, connect) -> None:
         assert (await client.post(url, content='{"name": "x"}', headers=plain)).status_code == 415
 
 
-def test_tenants_in_metrics_are_bounded(both, office) -> None:
+def test_tenants_in_metrics_are_bounded(both, office, scheduler) -> None:
     _, url, boss = both
     keys = [office.tenant(f"tenant {i}")[1] for i in range(60)]
     office.follow()
@@ -223,6 +226,9 @@ def test_tenants_in_metrics_are_bounded(both, office) -> None:
                 headers={"Authorization": f"Bearer {key}"},
             )
             assert answer.status_code == 200
+        ids = [project.id for project in office.store.projects()]
+        tenants = [TenantStatus(one, 1.0, 1, 0, 6.0, 4.0, 5.0) for one in ids]
+        scheduler.status = msgspec.structs.replace(scheduler.status, tenants=tenants)
         text = client.get(
             url.removesuffix("/v1") + "/metrics", headers={"Authorization": f"Bearer {boss}"}
         ).text
@@ -232,3 +238,6 @@ def test_tenants_in_metrics_are_bounded(both, office) -> None:
         if line.startswith("ktransformers_tenant_requests_total{")
     }
     assert len(counts) == 51 and counts['tenant="other"'] == 10 and sum(counts.values()) == 60
+    assert 'ktransformers_tenant_due_units_total{tenant="tenant 3"} 5.0' in text
+    assert 'ktransformers_tenant_backlogged_service_units_total{tenant="tenant 3"} 4.0' in text
+    assert 'ktransformers_tenant_service_units_total{tenant="other"} 60.0' in text
