@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <numeric>
 
 #include "ops/rows.h"
@@ -21,8 +22,6 @@ constexpr int64_t kPanelStep = 2;
 constexpr int64_t kChunksPerThread = 8;
 // A panel is read for its first row at the cost of computing this many more.
 constexpr int64_t kRowsWorthReading = 4;
-// Pieces in which an expert is packed.
-constexpr int64_t kParts = 4;
 // With more rows the next layer would be guessed to need most of its experts, which is no news.
 constexpr int64_t kRowsReadAhead = 16;
 
@@ -136,20 +135,14 @@ void Experts::fetch(ThreadPool& pool, int64_t rows, ExpertsMemory& memory) const
     for (const Matrix* m : {&gate_, &up_, &down_}) m->weight->will_need(e);
   }
   if (next_ != nullptr && rows <= kRowsReadAhead) announce(rows);
-  const int64_t parts = static_cast<int64_t>(memory.missing.size()) * kParts;
-  pool.parallel_for(parts, [&](int64_t i, int) {
-    const int64_t e = memory.missing[i / kParts];
-    pack_part(e, i % kParts, memory.slots[e]);
+  const Matrix* const matrices[] = {&gate_, &up_, &down_};
+  const auto each = static_cast<int64_t>(std::size(matrices));
+  pool.parallel_for(static_cast<int64_t>(memory.missing.size()) * each, [&](int64_t i, int) {
+    const int64_t e = memory.missing[i / each];
+    const Matrix& m = *matrices[i % each];
+    m.weight->pack_panels(e, 0, m.weight->panels(), memory.slots[e] + m.offset);
+    m.weight->release(e);
   });
-  for (const int64_t e : memory.missing)
-    for (const Matrix* m : {&gate_, &up_, &down_}) m->weight->release(e);
-}
-
-void Experts::pack_part(int64_t expert, int64_t part, uint8_t* unit) const {
-  for (const Matrix* m : {&gate_, &up_, &down_}) {
-    const int64_t panels = m->weight->panels();
-    m->weight->pack_panels(expert, panels * part / kParts, panels * (part + 1) / kParts, unit + m->offset);
-  }
 }
 
 // A guess needs neither bias nor groups. That the next layer's input has another norm matters little: what goes from layer

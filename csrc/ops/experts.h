@@ -82,7 +82,6 @@ class Experts {
   void group(int64_t rows, ExpertsMemory& memory) const;
   void fetch(ThreadPool& pool, int64_t rows, ExpertsMemory& memory) const;
   void announce(int64_t rows) const;
-  void pack_part(int64_t expert, int64_t part, uint8_t* unit) const;
   void plan(int threads, ExpertsMemory& memory) const;
   Inputs gather(const ExpertTask& task, const uint8_t* activations, int64_t max_rows, const ExpertsMemory& memory,
                 uint8_t* scratch) const;

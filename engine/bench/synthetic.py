@@ -15,10 +15,13 @@ import numpy.typing as npt
 from ktransformers.engine.weights.formats import FORMATS
 
 U8 = npt.NDArray[np.uint8]
+Pools = dict[tuple[str, float], U8]
+"""By format and size of values."""
 _ALIGNMENT: Final = 32
 _POOL_BLOCKS: Final = 1 << 16
 """Blocks that are drawn; a tensor repeats them from a place of its own."""
-_SIGMA: Final = 0.02
+_MERGED: Final = ("h", "e")
+SIGMA: Final = 0.02
 """Of a weight, as models are initialised."""
 
 
@@ -79,10 +82,13 @@ def write(path: Path, shape: Shape, quant: str, layers: int | None = None) -> No
             header += struct.pack("<IQ", _NUMBERS[kind], offset)
             offset += -(-_size(kind, rows, cols) // _ALIGNMENT) * _ALIGNMENT
         file.write(header + bytes(-len(header) % _ALIGNMENT))
-        pools: dict[str, U8] = {}
-        for i, (_, kind, rows, cols) in enumerate(tensors):
+        pools: Pools = {}
+        for i, (name, kind, rows, cols) in enumerate(tensors):
             size = _size(kind, rows, cols)
-            data = np.ones(cols, np.float32).view(np.uint8) if rows == 0 else noise(pools, kind, i, size)
+            # Else what tokens have in common would outgrow what tells them apart, and all would choose the same
+            # experts.
+            sigma = 1.0 if shape.experts and name.startswith("token_embd") else SIGMA
+            data = np.ones(cols, np.float32).view(np.uint8) if rows == 0 else noise(pools, kind, i, size, sigma)
             file.write(data.tobytes() + bytes(-size % _ALIGNMENT))
     part.replace(path)
 
@@ -155,14 +161,25 @@ def _keys(shape: Shape, quant: str) -> Iterator[bytes]:
         yield key(f"{shape.architecture}.{name}", uint32, struct.pack("<I", number))
     yield key(f"{shape.architecture}.rope.freq_base", float32, struct.pack("<f", shape.rope_base))
     yield key(f"{shape.architecture}.attention.layer_norm_rms_epsilon", float32, struct.pack("<f", 1e-6))
-    # There is no text to it; llama.cpp takes the size from above then, we count the tokens.
-    yield key("tokenizer.ggml.model", string, _text("no_vocab"))
-    tokens = b"".join(_text(str(i)) for i in range(shape.vocab))
-    yield key("tokenizer.ggml.tokens", array, struct.pack("<IQ", string, shape.vocab) + tokens)
+    yield key("tokenizer.ggml.model", string, _text("gpt2"))
+    texts = (_vocabulary(shape.vocab), [" ".join(_MERGED)])
+    for name, values in zip(("tokens", "merges"), texts, strict=True):
+        data = struct.pack("<IQ", string, len(values)) + b"".join(_text(v) for v in values)
+        yield key(f"tokenizer.ggml.{name}", array, data)
+    yield key("tokenizer.chat_template", string, _text("{% for m in messages %}{{ m.content }}{% endfor %}"))
+
+
+def _vocabulary(size: int) -> list[str]:
+    """Enough to be served: every byte (as GPT-2 writes them), one merge, and tokens that no text has."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    tokens = [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))] + ["".join(_MERGED)]
+    return (tokens + [f"<{i}>" for i in range(size)])[:size]
 
 
 def _text(text: str) -> bytes:
-    return struct.pack("<Q", len(text)) + text.encode()
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
 
 
 def _size(kind: str, rows: int, cols: int) -> int:
@@ -170,38 +187,40 @@ def _size(kind: str, rows: int, cols: int) -> int:
     return max(rows, 1) * cols // fmt.block * fmt.nbytes
 
 
-def noise(pools: dict[str, U8], kind: str, seed: int, size: int) -> U8:
-    """`size` bytes of valid blocks. `pools` keeps what was drawn for the next tensor of a kind."""
-    pool = pools.get(kind)
+def noise(pools: Pools, kind: str, seed: int, size: int, sigma: float = SIGMA) -> U8:
+    """`size` bytes of valid blocks. `pools` keeps what was drawn for the next tensor of its kind."""
+    if kind == "F32":  # routers: repeated rows would be experts that are always chosen together
+        values = np.random.default_rng(seed).normal(0, sigma, size // 4).astype(np.float32)
+        return values.view(np.uint8)
+    pool = pools.get((kind, sigma))
     if pool is None:
-        pool = pools[kind] = _blocks(kind).reshape(-1)
+        pool = pools[kind, sigma] = _blocks(kind, sigma).reshape(-1)
     block = FORMATS[_NUMBERS[kind]].nbytes
     begin = seed * 7919 % _POOL_BLOCKS * block
     return np.resize(np.roll(pool, -begin), size)
 
 
-def _blocks(kind: str) -> U8:
-    """_POOL_BLOCKS random blocks with scales that make weights of about _SIGMA."""
+def _blocks(kind: str, sigma: float) -> U8:
+    """_POOL_BLOCKS random blocks with scales that make weights of about sigma."""
     random = np.random.default_rng(len(kind))
-    if kind in ("F32", "BF16"):
-        values = random.normal(0, _SIGMA, _POOL_BLOCKS).astype(np.float32)
-        if kind == "F32":
-            return values.view(np.uint8)
+    if kind == "BF16":
+        values = random.normal(0, sigma, _POOL_BLOCKS).astype(np.float32)
         return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
     blocks = random.integers(0, 256, (_POOL_BLOCKS, FORMATS[_NUMBERS[kind]].nbytes), np.uint8)
 
     def half(at: int, value: float) -> None:
         blocks[:, at : at + 2] = np.array([value], np.float16).view(np.uint8)
 
-    if kind == "Q4_0":  # scale, 4-bit values about 8
-        half(0, _SIGMA / 4.6)
+    if kind == "Q4_0":  # scale, 4-bit values about 8; without 0 their mean is 0, else layers would add it up
+        blocks |= (blocks & 0x0F == 0).astype(np.uint8) << 3 | (blocks & 0xF0 == 0).astype(np.uint8) << 7
+        half(0, sigma / 4.5)
     elif kind == "Q8_0":  # scale, 32 signed bytes
-        half(0, _SIGMA / 74)
+        half(0, sigma / 74)
     elif kind == "Q4_K":  # scale, minimum, 6-bit pairs of them, 4-bit values: the mean of both parts is equal
-        half(0, _SIGMA / (32 * 4.6))
-        half(2, 7.5 * _SIGMA / (32 * 4.6))
+        half(0, sigma / (32 * 4.6))
+        half(2, 7.5 * sigma / (32 * 4.6))
     elif kind == "Q6_K":  # 6-bit values about 32, signed bytes as scales, scale
-        half(208, _SIGMA / (74 * 18.5))
+        half(208, sigma / (74 * 18.5))
     else:
         raise ValueError(f"no random blocks of {kind}")
     return blocks

@@ -7,7 +7,7 @@ import numpy as np
 
 from ktransformers.engine import _kernels
 from ktransformers.engine.batch import F32, MAX_LOGPROBS, U8, Batch, Drawn, SamplingBatch
-from ktransformers.engine.program import LinearPart, Op, Program, Tensor, WeightId, expert_weights
+from ktransformers.engine.program import LinearPart, Op, Pieces, Program, Tensor, WeightId, expert_weights
 from ktransformers.engine.weights import pages
 
 
@@ -147,6 +147,8 @@ def _pack(pool: _kernels.ThreadPool, isa: str, t: Tensor) -> _kernels.Weight:
         last.append(t.expert(e))
         return last[0]
 
+    if not isinstance(t.data, Pieces):
+        pages.will_need(t.data)
     if t.experts == 1:
         last.append(t.read())
         weight = _kernels.pack(pool, isa, t.format, t.rows, t.cols, last[0])

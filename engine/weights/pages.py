@@ -17,8 +17,18 @@ def mapped(data: U8) -> bool:
     return _mapping(data) is not None
 
 
+def will_need(data: U8) -> None:
+    """Have the kernel read the pages under `data`, if they are of a mapped file, without waiting for it: a
+    fault at a time, a disk is read at a fraction of its speed."""
+    _advise(data, mmap.MADV_WILLNEED)
+
+
 def release(data: U8) -> None:
     """Give back the whole pages under `data`, if they are of a mapped file: touched again, they are read."""
+    _advise(data, mmap.MADV_DONTNEED)
+
+
+def _advise(data: U8, advice: int) -> None:
     mapping = _mapping(data)
     if mapping is None:
         return
@@ -26,7 +36,7 @@ def release(data: U8) -> None:
     first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (begin + data.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if last > first:
-        mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
+        mapping.madvise(advice, first, last - first)
 
 
 def _mapping(data: object) -> mmap.mmap | None:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from ktransformers.engine import _kernels
 from ktransformers.engine import limits as machine_limits
 from ktransformers.engine.bench.loads import batch, greedy
-from ktransformers.engine.bench.synthetic import noise
+from ktransformers.engine.bench.synthetic import Pools, noise
 from ktransformers.engine.executors.native import NativeExecutor
 from ktransformers.engine.program import (
     CacheShape,
@@ -60,7 +60,7 @@ PEER_FORMATS = {"Q4_0": "int4", "Q4_K": "int4", "Q8_0": "int8", "BF16": "bf16"}
 def layer(shape: Shape, kind: str) -> Program:
     """Token t has a random input and random router logits; the program has no attention."""
     rng = np.random.default_rng(1)
-    pools: dict[str, npt.NDArray[np.uint8]] = {}
+    pools: Pools = {}
 
     def floats(name: str, *size: int) -> Tensor:
         values = rng.standard_normal(size).astype(np.float32)
