@@ -14,10 +14,11 @@ from ktransformers.engine.models.huggingface_base import Read
 from ktransformers.engine.models.spec import ModelError, ModelSpec
 from ktransformers.engine.program import U8, Pieces
 from ktransformers.engine.weights import names
+from ktransformers.engine.weights.contents import stored_tensors
 from ktransformers.engine.weights.files import FolderError, read_json
 from ktransformers.engine.weights.formats import F32, as_floats
 from ktransformers.engine.weights.safetensors import Folder, read_folder
-from ktransformers.engine.weights.stored import Stored, stored_tensors
+from ktransformers.engine.weights.stored import Stored
 
 CONFIG: Final = "config.json"
 MAX_CONFIG: Final = 4 * 2**20

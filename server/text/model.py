@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from ktransformers.engine.weights.contents import stored_tensors
 from ktransformers.engine.weights.formats import FORMATS
 from ktransformers.engine.weights.gguf import GgufFile
 from ktransformers.engine.weights.gguf import read as read_gguf
 from ktransformers.engine.weights.safetensors import read_folder
-from ktransformers.engine.weights.stored import stored_tensors
 from ktransformers.server.text import messages as chat
 from ktransformers.server.text.folder import read_folder_text
 from ktransformers.server.text.templates import FALLBACKS, ChatTemplate, TemplateError
