@@ -232,7 +232,7 @@ def simulate(
     speed: Annotated[
         float, typer.Option(min=1e-3, help="Of the engine; 1 is a small model on two CPU cores.")
     ] = 1.0,
-    plot: Annotated[Path | None, typer.Option(help="PNG of service over time.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="SVG of service over time.")] = None,
 ) -> None:
     """Say what tenants would get from the scheduler, under each policy."""
     from ktransformers.server.commands import simulate as command

@@ -3,7 +3,6 @@
 import sys
 import time
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +18,7 @@ from ktransformers.scheduler.simulator import (
     percentile,
 )
 from ktransformers.scheduler.workload import Arrival, Load, generate, parse_load, read_trace
+from ktransformers.server.commands.curves import Panel, svg
 
 SAMPLES = 200
 """Points of the plot."""
@@ -82,11 +82,8 @@ def run(options: Options, plot_file: Path | None = None) -> int:
         console.print(_summary(result, time.monotonic() - begin), markup=False)
         console.print(_table(result))
     if plot_file is not None:
-        if find_spec("matplotlib") is None:
-            print("no plot: matplotlib is not installed", file=sys.stderr)
-        else:
-            plot(results, plot_file)
-            console.print(f"service over time: {plot_file}", markup=False)
+        plot(results, plot_file)
+        console.print(f"service over time: {plot_file}", markup=False)
     return 0
 
 
@@ -155,20 +152,14 @@ def _together(tenants: list[TenantResult]) -> TenantResult:
 
 
 def plot(results: list[Result], file: Path) -> None:
-    """Service by weight of each tenant over time, a panel a policy. Errors: OSError. Needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * len(results), 4), layout="constrained")
-    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
-    for panel, result in zip(panels, results, strict=True):
+    """Service by weight of each tenant over time, a panel for each policy, as SVG. Errors: OSError."""
+    panels = []
+    for result in results:
         names = sorted(result.tenants, key=lambda name: -result.tenants[name].service)[:_MOST_ROWS]
-        times = [at for at, _ in result.samples]
-        for name in names:
+        lines = []
+        for name in sorted(names):
             weight = result.tenants[name].weight
-            panel.plot(times, [by_then.get(name, 0.0) / weight for _, by_then in result.samples], label=name)
-        panel.set_title(f"{result.policy} (Jain {result.jain():.2f})")
-        panel.set_xlabel("seconds")
-    panels[0].set_ylabel("service / weight (units)")
-    if len(results[0].tenants) <= _MOST_ROWS:
-        panels[0].legend()
-    figure.savefig(file, dpi=120)
+            points = [(at, by_then.get(name, 0.0) / weight) for at, by_then in result.samples]
+            lines.append((f"{name} (weight {weight:g})", points))
+        panels.append(Panel(result.policy, lines))
+    file.write_text(svg(panels, "seconds", "service by weight, units"), encoding="utf-8")

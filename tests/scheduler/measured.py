@@ -44,11 +44,28 @@ class Measured(Simulation):
             charge(request, cost)
 
         self.queue.charge = counted
+        self.left_at_admission = 0.0
+        """The most that was left, by weight, to be charged to what ran of a tenant when one of it was let in.
+        """
+        enter = self.queue.enter
+
+        def entered(request, found):
+            enter(request, found)
+            account = self.queue.account(request)
+            left = sum(map(self._left, account.running)) / account.weight
+            self.left_at_admission = max(self.left_at_admission, left)
+
+        self.queue.enter = entered
 
     def move(self, until=float("inf")):
         going = super().move(until)
         self._look()
         return going
+
+    def _left(self, request):
+        # The seed is the length of the output; see the simulator.
+        outputs = min(request.sampling.seed, request.sampling.max_tokens) - request.emitted
+        return self.queue.rules.prices.expected(request, 0, outputs)
 
     def _look(self):
         queue = self.queue
