@@ -2,7 +2,6 @@
 
 import importlib.util
 import sys
-import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -27,11 +26,14 @@ def stored() -> ModuleType:
 
 
 @pytest.fixture
-def in_memory(tmp_path):
-    """A folder in memory, if there is such a filesystem: what is killed leaves the same there, and sooner."""
-    shm = Path("/dev/shm")
-    if not shm.is_dir():
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=shm) as name:
-        yield Path(name)
+def in_memory(stored):
+    """An empty folder, in memory where that is possible."""
+    with stored.in_memory() as folder:
+        yield folder
+
+
+@pytest.fixture
+def reserve(stored, monkeypatch) -> None:
+    """The reserve of the filesystem is what it is outside of tests."""
+    for constant, value in zip(("RESERVE", "RESERVE_BYTES"), stored.REAL_RESERVE, strict=True):
+        monkeypatch.setattr(stored.appender, constant, value)

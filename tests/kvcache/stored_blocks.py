@@ -2,11 +2,20 @@
 
 import hashlib
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ktransformers.kvcache.stores import appender
 from ktransformers.kvcache.stores.disk import DiskStore
 from ktransformers.kvcache.stores.store import StoreError as StoreError
+
+REAL_RESERVE = appender.RESERVE, appender.RESERVE_BYTES
+# A developer's disk may be nearly full, which is no reason for the tests to fail.
+appender.RESERVE, appender.RESERVE_BYTES = 0.0, 1 << 20
 
 SIZE = 5000
 """Bytes of a block: not whole pages."""
@@ -47,6 +56,15 @@ def has(store: DiskStore, block: Name) -> bool:
     found = store.get_into(block, buffer)
     assert not found or buffer == payload(block, store.block_bytes), "a hit with wrong bytes"
     return found
+
+
+@contextmanager
+def in_memory() -> Iterator[Path]:
+    """A folder in memory, if there is room: what is killed leaves the same there, and sooner."""
+    shm = Path("/dev/shm")
+    roomy = shm.is_dir() and shutil.disk_usage(shm).free > 256 << 20
+    with tempfile.TemporaryDirectory(dir=shm if roomy else None) as name:
+        yield Path(name)
 
 
 def segments(folder: Path) -> list[Path]:

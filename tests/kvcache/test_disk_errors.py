@@ -72,7 +72,7 @@ def small_filesystem(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_small_filesystem_with_a_cap_far_above_it(stored, small_filesystem) -> None:
+def test_a_small_filesystem_with_a_cap_far_above_it(stored, small_filesystem, reserve) -> None:
     """The store keeps to what there is, less the reserve, and goes on."""
     store = stored.open_store(small_filesystem / "kv", size=100_000, cap=48 << 20)
     for i in range(1200):
@@ -87,7 +87,7 @@ def test_a_small_filesystem_with_a_cap_far_above_it(stored, small_filesystem) ->
     store.close()
 
 
-def test_others_fill_the_filesystem(stored, small_filesystem, clock) -> None:
+def test_others_fill_the_filesystem(stored, small_filesystem, clock, reserve) -> None:
     """Segments go until the reserve is there again; then nothing is stored for a minute."""
     store = stored.open_store(small_filesystem / "kv", size=100_000, cap=40 << 20)
     stored.put(store, *map(stored.name, range(200)))

@@ -4,10 +4,7 @@ DISK_STEPS sets how many steps a run has, about (of itself a few thousand; `make
 """
 
 import os
-import shutil
 import sys
-import tempfile
-from pathlib import Path
 
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
@@ -31,7 +28,8 @@ class DiskMachine(RuleBasedStateMachine):
     def start(self, cap: int) -> None:
         self.blocks = sys.modules["stored_blocks"]
         self.cap = cap
-        self.folder = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)) / "kv"
+        self.memory = self.blocks.in_memory()
+        self.folder = self.memory.__enter__() / "kv"
         self.model = 0
         self.ever: list[set[int]] = [set(), set()]
         self.kept: set[int] = set()
@@ -45,7 +43,7 @@ class DiskMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "store"):
             self.store.close()
-            shutil.rmtree(self.folder.parent)
+            self.memory.__exit__(None, None, None)
 
     def settle(self) -> None:
         """Take note of what was lost."""

@@ -229,7 +229,7 @@ def test_a_cap_that_holds_nothing_is_refused(stored, tmp_path) -> None:
     assert not (tmp_path / "kv").exists()
 
 
-def test_the_reserve_is_kept(stored, tmp_path, monkeypatch) -> None:
+def test_the_reserve_is_kept(stored, tmp_path, monkeypatch, reserve) -> None:
     store = stored.open_store(tmp_path / "kv")
     stored.put(store, *map(stored.name, range(30)))
     have = len(store.entries())
@@ -246,7 +246,7 @@ def test_the_reserve_is_kept(stored, tmp_path, monkeypatch) -> None:
     ("size", "left"),
     [(64 << 20, 6.4 * 2**20), (10 << 30, 2**30), (40 << 30, 2 << 30), (1 << 40, 0.05 * 2**40)],
 )
-def test_reserve(size, left) -> None:
+def test_reserve(size, left, reserve) -> None:
     assert appender.reserve(size) == pytest.approx(left, abs=1)
 
 
