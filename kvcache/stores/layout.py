@@ -15,7 +15,7 @@ These checksums find damage, not forgery: whoever can write to the folder (0700)
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import xxhash
 
@@ -62,16 +62,15 @@ class SegmentHead:
     content_bytes: int
     payload_bytes: int
     slots: int
+    head_bytes: int = field(init=False)
+    """Of a record's head."""
+    stride: int = field(init=False)
+    """Of a whole record: what one block takes."""
 
-    @property
-    def head_bytes(self) -> int:
-        """Of a record's head."""
-        return whole_pages(_RECORD.size + self.content_bytes + OWNER)
-
-    @property
-    def stride(self) -> int:
-        """Of a whole record: what one block takes."""
-        return self.head_bytes + whole_pages(self.payload_bytes)
+    def __post_init__(self) -> None:
+        head_bytes = whole_pages(_RECORD.size + self.content_bytes + OWNER)
+        object.__setattr__(self, "head_bytes", head_bytes)
+        object.__setattr__(self, "stride", head_bytes + whole_pages(self.payload_bytes))
 
     @property
     def file_bytes(self) -> int:
