@@ -250,6 +250,12 @@ uint64_t weight_digest(const Weight& weight, ThreadPool& pool) {
   return digest(pool, samples.data(), samples.size());
 }
 
+KvFormat kv_format_of(const std::string& name) {
+  if (name == "f16") return KvFormat::kF16;
+  if (name == "int8") return KvFormat::kInt8;
+  throw std::invalid_argument("kv_format: '" + name + "' is not known");
+}
+
 Activation kind_of(const std::string& name) {
   if (name == "int8") return Activation::kInt8;
   if (name == "bf16") return Activation::kBF16;
@@ -329,8 +335,9 @@ std::unique_ptr<Program> make_program(std::shared_ptr<ThreadPool> pool, const st
                                       const std::vector<py::tuple>& ops, std::vector<int64_t> widths,
                                       const std::vector<std::shared_ptr<Weight>>& weights, int64_t layers,
                                       int64_t kv_heads, int64_t head_dim, int64_t blocks, int64_t max_tokens,
-                                      int64_t max_rows, int64_t expert_bytes) {
-  Model model{ops_of(ops), std::move(widths), {weights.begin(), weights.end()}, {layers, kv_heads, head_dim}};
+                                      int64_t max_rows, int64_t expert_bytes, const std::string& kv_format) {
+  const CacheShape cache{layers, kv_heads, head_dim, kv_format_of(kv_format)};
+  Model model{ops_of(ops), std::move(widths), {weights.begin(), weights.end()}, cache};
   const py::gil_scoped_release release;
   return std::make_unique<Program>(std::move(pool), table_of(isa), std::move(model),
                                    ProgramSizes{blocks, max_tokens, max_rows, expert_bytes});
@@ -427,7 +434,8 @@ PYBIND11_MODULE(_kernels, m) {
   py::class_<Program>(m, "Program")
       .def(py::init(&make_program), py::arg("pool"), py::arg("isa"), py::arg("ops"), py::arg("widths"),
            py::arg("weights"), py::arg("layers"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("blocks"),
-           py::arg("max_tokens"), py::arg("max_rows"), py::arg("expert_bytes") = 0, py::keep_alive<1, 6>())
+           py::arg("max_tokens"), py::arg("max_rows"), py::arg("expert_bytes") = 0, py::arg("kv_format") = "f16",
+           py::keep_alive<1, 6>())
       .def_property_readonly("block_bytes", &Program::block_bytes)
       .def("read_block", &read_block, py::arg("block"), a("into"))
       .def("write_block", &write_block, py::arg("block"), a("data"))

@@ -119,6 +119,7 @@ class Program:
         max_tokens: int,
         max_rows: int,
         expert_bytes: int = 0,
+        kv_format: str = "f16",
     ) -> None: ...
     @property
     def block_bytes(self) -> int: ...

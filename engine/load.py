@@ -223,9 +223,15 @@ def _fixed_needs(config: EngineConfig, program: Program, facts: Facts) -> tuple[
 
 
 def block_bytes(config: EngineConfig, program: Program) -> int:
-    """Bytes of one KV block: float16 in the native executor, float32 in torch's."""
-    element = 4 if config.executor == "torch" else 2
-    return program.cache.elements * config.cache.block_tokens * element
+    """Bytes of one KV block: as kv_format says in the native executor, float32 in torch's."""
+    cache = program.cache
+    if config.executor == "torch":
+        token = 4 * cache.elements
+    elif config.cache.kv_format == "int8":
+        token = cache.elements + 4 * cache.elements // cache.head_dim
+    else:
+        token = 2 * cache.elements
+    return token * config.cache.block_tokens
 
 
 def device_memory(config: EngineConfig) -> int:
@@ -271,6 +277,8 @@ def build_executor(config: EngineConfig, program: Program, plan: Plan, progress:
     """Load the weights. ModelError for settings that this executor cannot honour."""
     if config.executor == "torch":
         _need_torch()
+        if config.cache.kv_format != "f16":
+            raise ModelError(f"cache.kv_format: only the native executor has {config.cache.kv_format!r}")
         if config.expert_bytes is not None:
             raise ModelError("expert_bytes: only the native executor can leave experts on disk")
         from ktransformers.engine.executors.torch import TorchExecutor
@@ -298,6 +306,7 @@ def build_executor(config: EngineConfig, program: Program, plan: Plan, progress:
             max_tokens=config.max_batch_tokens,
             max_rows=config.max_sequences,
             expert_bytes=config.expert_bytes,
+            kv_format=config.cache.kv_format,
             progress=progress,
         )
     except ValueError as e:

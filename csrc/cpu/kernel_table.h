@@ -31,9 +31,19 @@ inline constexpr int64_t kSampleRun = 64;
 // computed by different threads.
 inline constexpr int64_t kSpanTokens = 512;
 
-// The KV of one layer and one kv head in one block, 2 * head_dim * kBlockTokens float16:
+// How keys and values are kept.
+//   kInt8: each token's key, and each token's value, of a head is about scale * q with a scale of its own
+enum class KvFormat : int32_t { kF16, kInt8 };
+
+// The KV of one layer and one kv head in one block:
 //   keys   [head_dim][kBlockTokens]   (transposed: 16 scores are one vector)
 //   values [kBlockTokens][head_dim]
+// and, for kInt8, float scales [kBlockTokens] of the keys, then of the values.
+inline constexpr int64_t kv_head_bytes(KvFormat format, int64_t head_dim) {
+  const int64_t elements = 2 * head_dim * kBlockTokens;
+  return format == KvFormat::kInt8 ? elements + 2 * kBlockTokens * static_cast<int64_t>(sizeof(float)) : 2 * elements;
+}
+
 struct AttentionTask {
   const float* q;          // row r, head g of the group at q + r * q_stride + g * head_dim
   float* out;              // same layout as q with out_stride
@@ -42,8 +52,9 @@ struct AttentionTask {
   int64_t first_position;  // absolute position of row 0
   int64_t group;           // query heads that share this kv head
   int64_t head_dim;        // multiple of 16, <= 512
-  const uint16_t* kv;      // pool base of this layer and kv head: block b at kv + b * block_stride
-  int64_t block_stride;    // in float16 elements
+  KvFormat format;
+  const uint8_t* kv;       // pool base of this layer and kv head: block b at kv + b * block_stride
+  int64_t block_stride;    // in bytes
   const int32_t* blocks;   // block table of the sequence
   float scale, softcap;    // softcap 0: none
   int64_t window;          // 0: none; else position p sees (p - window, p]
@@ -91,7 +102,7 @@ struct KernelTable {
   void (*weighted_sum)(const float* const* rows, const float* weights, int64_t count, int64_t n, float* y);
 
   // ---- attention
-  void (*store_kv)(const float* k, const float* v, int64_t head_dim, int64_t offset_in_block, uint16_t* block);
+  void (*store_kv)(KvFormat, const float* k, const float* v, int64_t head_dim, int64_t offset_in_block, uint8_t* block);
   size_t (*attention_scratch_floats)(const AttentionTask&);
   void (*attention)(const AttentionTask&, float* scratch);
   // The same in parts: the state of one span that any of the rows sees, then all of them, one after another, merged.

@@ -1,5 +1,5 @@
-// Paged causal attention over the vector vocabulary: online softmax, one pass over the float16 keys and values,
-// multiplied and summed in float32. (Products of bfloat16 pairs are 1.7 times as fast, and cost more fidelity than may
+// Paged causal attention over the vector vocabulary: online softmax, one pass over the keys and values, which are
+// made float32 as they are read, and multiplied and summed so. (Products of bfloat16 pairs are 1.7 times as fast, and cost more fidelity than may
 // be lost: tests/bench/README.md.)
 //
 // The positions are folded in tiles that begin at multiples of kTile, and tiles in spans that begin at multiples of
@@ -38,8 +38,24 @@ struct Front {
 // `ahead` is what to prefetch while the tile is read: the blocks of the next one, or its own when there is no need.
 // (The processor's own prefetching ends with a page, and one kv head's part of a block is about that long.)
 struct Tile {
-  const uint16_t *block[kTileBlocks], *ahead[kTileBlocks];
+  const uint8_t *block[kTileBlocks], *ahead[kTileBlocks];
 };
+
+// How keys and values are kept: KvFormat as types. Scales are those of a block's keys; its values' follow.
+struct HalfCells {
+  static constexpr int kBytes = 2;
+  static constexpr bool kScaled = false;
+  static Floats load(const uint8_t* block, int64_t i) { return load_f16(reinterpret_cast<const uint16_t*>(block) + i); }
+};
+struct Int8Cells {
+  static constexpr int kBytes = 1;
+  static constexpr bool kScaled = true;
+  static Floats load(const uint8_t* block, int64_t i) { return to_floats(load_i8(block + i)); }
+  static const float* scales(const uint8_t* block, int64_t head_dim) {
+    return reinterpret_cast<const float*>(block + 2 * kBlock * head_dim);
+  }
+};
+constexpr int kLineBytes = 64;
 
 // What has been folded so far: for each query a maximum of its scores, a vector of sums of weights, and head_dim sums
 // of weighted values.
@@ -73,18 +89,44 @@ struct Scratch {
 
 size_t attention_scratch_floats(const AttentionTask& t) { return Scratch::floats(t); }
 
-void store_kv(const float* k, const float* v, int64_t head_dim, int64_t offset_in_block, uint16_t* block) {
+void store_f16_kv(const float* k, const float* v, int64_t head_dim, int64_t offset, uint16_t* keys) {
   uint16_t half[kLanes];
-  uint16_t* values = block + head_dim * kBlock + offset_in_block * head_dim;
+  uint16_t* values = keys + (kBlock + offset) * head_dim;
   for (int64_t d = 0; d < head_dim; d += kLanes) {
     store_f16(half, load(k + d));
-    for (int i = 0; i < kLanes; ++i) block[(d + i) * kBlock + offset_in_block] = half[i];
+    for (int i = 0; i < kLanes; ++i) keys[(d + i) * kBlock + offset] = half[i];
     store_f16(values + d, load(v + d));
   }
 }
 
+// Symmetric, as rows of a product are: the largest magnitude becomes 127; nearest, ties to even. What holds an infinity
+// or a NaN gets a NaN for a scale; only denormals and the like become zeros. Returns the scale.
+float quantize_cells(const float* x, int64_t head_dim, int8_t* q, int64_t stride) {
+  Ints most = set1_int(0);
+  for (int64_t d = 0; d < head_dim; d += kLanes) most = max(most, magnitude(load(x + d)));
+  const int32_t top = hmax(most);
+  float largest;
+  __builtin_memcpy(&largest, &top, sizeof largest);
+  const bool finite = top < 0x7F800000, normal = finite && largest > 1e-36f;
+  const Floats inverse = set1(normal ? 127.0f / largest : 0.0f);
+  int8_t some[kLanes];
+  for (int64_t d = 0; d < head_dim; d += kLanes) {
+    store_i8(some, round_to_ints(load(x + d) * inverse));
+    for (int i = 0; i < kLanes; ++i) q[(d + i) * stride] = some[i];
+  }
+  return normal ? largest / 127.0f : finite ? 0.0f : __builtin_nanf("");
+}
+
+void store_kv(KvFormat format, const float* k, const float* v, int64_t head_dim, int64_t offset_in_block, uint8_t* block) {
+  if (format == KvFormat::kF16) return store_f16_kv(k, v, head_dim, offset_in_block, reinterpret_cast<uint16_t*>(block));
+  int8_t* keys = reinterpret_cast<int8_t*>(block);
+  float* scales = reinterpret_cast<float*>(block + 2 * kBlock * head_dim) + offset_in_block;
+  scales[0] = quantize_cells(k, head_dim, keys + offset_in_block, kBlock);
+  scales[kBlock] = quantize_cells(v, head_dim, keys + (kBlock + offset_in_block) * head_dim, 1);
+}
+
 // scores[m][b * kBlock + lane] = q_m . k
-template <int M, int B>
+template <class Cells, int M, int B>
 inline void dot_keys(const Front& f, const Tile& tile, int first, int64_t head_dim, float* scores) {
   Floats s[M][B];
 #pragma GCC unroll 6
@@ -95,8 +137,8 @@ inline void dot_keys(const Front& f, const Tile& tile, int first, int64_t head_d
     Floats k[B];
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) {
-      k[b] = load_f16(tile.block[first + b] + d * kBlock);
-      if (d % 2 == 0) __builtin_prefetch(tile.ahead[first + b] + d * kBlock);  // two make a cache line
+      k[b] = Cells::load(tile.block[first + b], d * kBlock);
+      if (d * kBlock * Cells::kBytes % kLineBytes == 0) __builtin_prefetch(tile.ahead[first + b] + d * kBlock * Cells::kBytes);
     }
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m)
@@ -106,11 +148,14 @@ inline void dot_keys(const Front& f, const Tile& tile, int first, int64_t head_d
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) store(scores + m * kTile + b * kBlock, s[m][b]);
+    for (int b = 0; b < B; ++b) {
+      if constexpr (Cells::kScaled) s[m][b] = s[m][b] * load(Cells::scales(tile.block[first + b], head_dim));
+      store(scores + m * kTile + b * kBlock, s[m][b]);
+    }
 }
 
 // out_m[d, d + D vectors) += the weighted values of positions [begin, end), in ascending order.
-template <int M, int D>
+template <class Cells, int M, int D>
 inline void add_values(float* const* out, const float* weights, const Tile& tile, int64_t head_dim, int64_t d,
                        int begin, int end) {
   Floats acc[M][D];
@@ -120,12 +165,12 @@ inline void add_values(float* const* out, const float* weights, const Tile& tile
     for (int i = 0; i < D; ++i) acc[m][i] = load(out[m] + d + i * kLanes);
   for (int position = begin; position < end; ++position) {
     const int64_t at = (kBlock + position % kBlock) * head_dim + d;
-    const uint16_t* values = tile.block[position / kBlock] + at;
-    __builtin_prefetch(tile.ahead[position / kBlock] + at);
-    if (D > 2) __builtin_prefetch(tile.ahead[position / kBlock] + at + 2 * kLanes);
+    const uint8_t* ahead = tile.ahead[position / kBlock] + at * Cells::kBytes;
+    __builtin_prefetch(ahead);
+    if (D * kLanes * Cells::kBytes > kLineBytes) __builtin_prefetch(ahead + kLineBytes);
     Floats v[D];
 #pragma GCC unroll 4
-    for (int i = 0; i < D; ++i) v[i] = load_f16(values + i * kLanes);
+    for (int i = 0; i < D; ++i) v[i] = Cells::load(tile.block[position / kBlock], at + i * kLanes);
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
@@ -138,22 +183,22 @@ inline void add_values(float* const* out, const float* weights, const Tile& tile
 }
 
 // Positions [begin, end); head_dim in slices of kWide vectors and then of one.
-template <int M>
+template <class Cells, int M>
 inline void add_all_values(float* const* out, const float* weights, const Tile& tile, int64_t head_dim, int begin,
                            int end) {
   if (begin >= end) return;
   int64_t d = 0;
   for (; d + kWide * kLanes <= head_dim; d += kWide * kLanes)
-    add_values<M, kWide>(out, weights, tile, head_dim, d, begin, end);
-  for (; d < head_dim; d += kLanes) add_values<M, 1>(out, weights, tile, head_dim, d, begin, end);
+    add_values<Cells, M, kWide>(out, weights, tile, head_dim, d, begin, end);
+  for (; d < head_dim; d += kLanes) add_values<Cells, M, 1>(out, weights, tile, head_dim, d, begin, end);
 }
 
 // Scores of the blocks [first, last) of the tile that any of the queries sees.
-template <int M>
+template <class Cells, int M>
 inline void score(const AttentionTask& t, const Front& f, const Tile& tile, int first, int last, float* scores) {
   int b = first;
-  for (; b + kWide <= last; b += kWide) dot_keys<M, kWide>(f, tile, b, t.head_dim, scores + b * kBlock);
-  for (; b < last; ++b) dot_keys<M, 1>(f, tile, b, t.head_dim, scores + b * kBlock);
+  for (; b + kWide <= last; b += kWide) dot_keys<Cells, M, kWide>(f, tile, b, t.head_dim, scores + b * kBlock);
+  for (; b < last; ++b) dot_keys<Cells, M, 1>(f, tile, b, t.head_dim, scores + b * kBlock);
 }
 
 // Caps and masks the scores of one query, which are logarithms to base 2; returns their maximum.
@@ -206,19 +251,32 @@ inline void fold_scores(const AttentionTask& t, const Front& f, int first, int l
   }
 }
 
-template <int M>
+// Weights become those of the integers. What masks leaves is not read: a scale there may be anything.
+template <class Cells, int M>
+inline void scale_weights(const Tile& tile, int first, int last, int64_t head_dim, float* weights) {
+  for (int b = first; b < last; ++b) {
+    const Floats scale = load(Cells::scales(tile.block[b], head_dim) + kBlock);
+    for (int m = 0; m < M; ++m) {
+      float* at = weights + m * kTile + b * kBlock;
+      store(at, load(at) * scale);
+    }
+  }
+}
+
+template <class Cells, int M>
 void fold_tile(const AttentionTask& t, const Front& f, const Tile& tile, float* maximum, float* sum, const Scratch& s) {
   const int first = f.low / kBlock, last = (f.high + kBlock - 1) / kBlock;
-  score<M>(t, f, tile, first, last, s.weights);
+  score<Cells, M>(t, f, tile, first, last, s.weights);
   fold_scores<M>(t, f, first, last, maximum, sum, s.weights);
+  if constexpr (Cells::kScaled) scale_weights<Cells, M>(tile, first, last, t.head_dim, s.weights);
   const int begin = f.all_low, end = f.all_low < f.all_high ? f.all_high : f.all_low;
   // Each query in ascending order: what it sees before the common part, that, and what it sees after.
   for (int m = 0; m < M; ++m)
-    add_all_values<1>(f.out + m, s.weights + m * kTile, tile, t.head_dim, f.begin[m],
+    add_all_values<Cells, 1>(f.out + m, s.weights + m * kTile, tile, t.head_dim, f.begin[m],
                       f.end[m] < begin ? f.end[m] : begin);
-  add_all_values<M>(f.out, s.weights, tile, t.head_dim, begin, end);
+  add_all_values<Cells, M>(f.out, s.weights, tile, t.head_dim, begin, end);
   for (int m = 0; m < M; ++m)
-    add_all_values<1>(f.out + m, s.weights + m * kTile, tile, t.head_dim, f.begin[m] > end ? f.begin[m] : end,
+    add_all_values<Cells, 1>(f.out + m, s.weights + m * kTile, tile, t.head_dim, f.begin[m] > end ? f.begin[m] : end,
                       f.end[m]);
 }
 
@@ -251,8 +309,14 @@ inline bool make_front(const AttentionTask& t, int64_t first, int count, int64_t
 }
 
 using FoldTile = void (*)(const AttentionTask&, const Front&, const Tile&, float*, float*, const Scratch&);
-constexpr FoldTile kFoldTile[kQueries + 1] = {nullptr,      fold_tile<1>, fold_tile<2>, fold_tile<3>,
-                                              fold_tile<4>, fold_tile<5>, fold_tile<6>};
+template <class Cells>
+constexpr FoldTile kFoldTile[kQueries + 1] = {nullptr,
+                                              fold_tile<Cells, 1>,
+                                              fold_tile<Cells, 2>,
+                                              fold_tile<Cells, 3>,
+                                              fold_tile<Cells, 4>,
+                                              fold_tile<Cells, 5>,
+                                              fold_tile<Cells, 6>};
 
 // The queries, scaled so that scores are logarithms to base 2 (or, with a softcap, what its tanh takes).
 inline void prepare_queries(const AttentionTask& t, float* q) {
@@ -282,13 +346,14 @@ void fold_span(const AttentionTask& t, int64_t span, float* at, const Scratch& s
   const int64_t seen = t.first_position + t.rows, from = first_seen(t, t.first_position);
   const int64_t begin = span * kSpanTokens > from / kTile * kTile ? span * kSpanTokens : from / kTile * kTile;
   const int64_t end = (span + 1) * kSpanTokens < seen ? (span + 1) * kSpanTokens : seen;
+  const FoldTile* fold = t.format == KvFormat::kInt8 ? kFoldTile<Int8Cells> : kFoldTile<HalfCells>;
   for (int64_t start = begin; start < end; start += kTile) {
     Tile tile = tile_at(t, start, seen);
     for (int64_t i = 0; i < queries; i += kQueries) {
       const int count = static_cast<int>(queries - i < kQueries ? queries - i : kQueries);
       Front front;
       if (!make_front(t, i, count, start, scratch.q, state.out, front)) continue;
-      kFoldTile[count](t, front, tile, state.maximum + i, state.sum + i * kLanes, scratch);
+      fold[count](t, front, tile, state.maximum + i, state.sum + i * kLanes, scratch);
       for (int b = 0; b < kTileBlocks; ++b) tile.ahead[b] = tile.block[b];
     }
   }

@@ -9,18 +9,21 @@
 namespace kt {
 
 KvPool::KvPool(const CacheShape& shape, int64_t blocks)
-    : blocks_(blocks), kv_heads_(shape.kv_heads), head_stride_(2 * shape.head_dim * kBlockTokens) {
+    : format_(shape.format),
+      blocks_(blocks),
+      kv_heads_(shape.kv_heads),
+      head_bytes_(kv_head_bytes(shape.format, shape.head_dim)) {
   int64_t bytes = 0;
   if (blocks <= 0) throw std::invalid_argument("blocks: must be positive");
-  if (__builtin_mul_overflow(shape.layers * shape.kv_heads, head_stride_, &block_stride_) ||
-      __builtin_mul_overflow(block_stride_ * 2, blocks, &bytes))
+  if (__builtin_mul_overflow(shape.layers * shape.kv_heads, head_bytes_, &block_bytes_) ||
+      __builtin_mul_overflow(block_bytes_, blocks, &bytes))
     throw std::invalid_argument("blocks: the cache does not fit the address space");
   memory_ = Mapping(static_cast<size_t>(bytes));
 }
 
 std::span<uint8_t> KvPool::block(int64_t block) const {
   if (block < 0 || block >= blocks_) throw std::invalid_argument("block: there is no such block");
-  return {memory_.data() + block * block_bytes(), static_cast<size_t>(block_bytes())};
+  return {memory_.data() + block * block_bytes_, static_cast<size_t>(block_bytes_)};
 }
 
 RowFunction make_store_kv(const KernelTable& table, const Values& values, const KvPool& kv, const op::Attention& op) {
@@ -29,8 +32,8 @@ RowFunction make_store_kv(const KernelTable& table, const Values& values, const 
     for (int64_t r = begin; r < end; ++r) {
       for (int64_t h = 0; h < kv_heads; ++h) {
         const int64_t at = (r * kv_heads + h) * head_dim;
-        store(k + at, v + at, head_dim, step.positions[r] % kBlockTokens,
-              kv.base(layer, h) + step.token_block[r] * kv.block_stride());
+        store(kv.format(), k + at, v + at, head_dim, step.positions[r] % kBlockTokens,
+              kv.base(layer, h) + step.token_block[r] * kv.block_bytes());
       }
     }
   };
@@ -109,8 +112,9 @@ class Attention {
             .first_position = piece.first_position,
             .group = group,
             .head_dim = op_.head_dim,
+            .format = kv_.format(),
             .kv = kv_.base(op_.layer, kv_head),
-            .block_stride = kv_.block_stride(),
+            .block_stride = kv_.block_bytes(),
             .blocks = step.batch.blocks.data() + step.batch.block_starts[piece.sequence],
             .scale = op_.scale,
             .softcap = op_.softcap,

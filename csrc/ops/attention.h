@@ -11,7 +11,7 @@
 
 namespace kt {
 
-// The KV of all blocks, float16. A block is contiguous: [layers][kv_heads] of what kernel_table.h describes.
+// The KV of all blocks. A block is contiguous: [layers][kv_heads] of what kernel_table.h describes.
 class KvPool {
  public:
   KvPool() = default;
@@ -20,20 +20,21 @@ class KvPool {
   // fault for each 2 MiB.) std::invalid_argument, std::bad_alloc.
   KvPool(const CacheShape& shape, int64_t blocks);
 
-  int64_t block_bytes() const { return block_stride_ * static_cast<int64_t>(sizeof(uint16_t)); }
-  int64_t block_stride() const { return block_stride_; }  // in float16 elements
+  KvFormat format() const { return format_; }
+  int64_t block_bytes() const { return block_bytes_; }
 
   // One whole block, to be copied. std::invalid_argument when there is no such block.
   std::span<uint8_t> block(int64_t block) const;
 
-  // Block 0 of one layer and kv head; block b is block_stride() * b further.
-  uint16_t* base(int64_t layer, int64_t kv_head) const {
-    return memory_.as<uint16_t>() + (layer * kv_heads_ + kv_head) * head_stride_;
+  // Block 0 of one layer and kv head; block b is block_bytes() * b further.
+  uint8_t* base(int64_t layer, int64_t kv_head) const {
+    return memory_.data() + (layer * kv_heads_ + kv_head) * head_bytes_;
   }
 
  private:
   Mapping memory_;
-  int64_t blocks_ = 0, kv_heads_ = 0, head_stride_ = 0, block_stride_ = 0;
+  KvFormat format_ = KvFormat::kF16;
+  int64_t blocks_ = 0, kv_heads_ = 0, head_bytes_ = 0, block_bytes_ = 0;
 };
 
 // Writes k and v of the rows to the cache.

@@ -83,6 +83,7 @@ using Op = std::variant<op::Embed, op::RmsNorm, op::Linear, op::Rope, op::Positi
 
 struct CacheShape {
   int64_t layers, kv_heads, head_dim;
+  KvFormat format = KvFormat::kF16;
 };
 
 // What the executor is given: ops over numbered values and weights.

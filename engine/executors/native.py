@@ -9,6 +9,7 @@ from ktransformers.engine import _kernels
 from ktransformers.engine.batch import F32, MAX_LOGPROBS, U8, Batch, Drawn, SamplingBatch
 from ktransformers.engine.program import LinearPart, Op, Pieces, Program, Tensor, WeightId, expert_weights
 from ktransformers.engine.weights import pages
+from ktransformers.kvcache.config import KvFormat
 
 
 class NativeExecutor:
@@ -32,6 +33,7 @@ class NativeExecutor:
         max_tokens: int,
         max_rows: int,
         expert_bytes: int | None = None,
+        kv_format: KvFormat = "f16",
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         if program.cache.kind != "kv":
@@ -55,6 +57,7 @@ class NativeExecutor:
             max_tokens,
             max_rows,
             expert_bytes or 0,
+            kv_format,
         )
 
     @property

@@ -1,6 +1,6 @@
 // Attention of one kernel table: one thread's CPU time for the kv heads of a model, in turn.
 //
-//   attention ISA ROWS CONTEXT GROUP HEAD_DIM KV_HEADS
+//   attention ISA ROWS CONTEXT GROUP HEAD_DIM KV_HEADS [int8]
 //
 // ROWS new positions after CONTEXT older ones; KV_HEADS counts those of all layers, whose caches lie in the same
 // blocks.
@@ -26,27 +26,29 @@ double cpu_seconds() {
   return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
 }
 
-uint16_t* huge_pages(size_t bytes) {
+uint8_t* huge_pages(size_t bytes) {
   constexpr size_t kHuge = size_t{2} << 20;
   void* p = std::aligned_alloc(kHuge, (bytes + kHuge - 1) / kHuge * kHuge);
   if (!p) std::abort();
   madvise(p, bytes, MADV_HUGEPAGE);
-  return static_cast<uint16_t*>(p);
+  return static_cast<uint8_t*>(p);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const kt::KernelTable* table = argc == 7 ? kt::find_table(argv[1]) : nullptr;
+  const kt::KernelTable* table = argc >= 7 && argc <= 8 ? kt::find_table(argv[1]) : nullptr;
   if (!table) {
-    std::fprintf(stderr, "usage: attention ISA ROWS CONTEXT GROUP HEAD_DIM KV_HEADS\n");
+    std::fprintf(stderr, "usage: attention ISA ROWS CONTEXT GROUP HEAD_DIM KV_HEADS [int8]\n");
     return 2;
   }
   const int64_t rows = std::atoll(argv[2]), context = std::atoll(argv[3]), group = std::atoll(argv[4]);
   const int64_t head_dim = std::atoll(argv[5]), kv_heads = std::atoll(argv[6]), length = context + rows;
-  const int64_t blocks = (length + kt::kBlockTokens - 1) / kt::kBlockTokens, head = 2 * head_dim * kt::kBlockTokens;
-  const size_t bytes = static_cast<size_t>(blocks * kv_heads * head) * sizeof(uint16_t);
-  uint16_t* kv = huge_pages(bytes);
+  const int64_t blocks = (length + kt::kBlockTokens - 1) / kt::kBlockTokens;
+  const kt::KvFormat format = argc == 8 ? kt::KvFormat::kInt8 : kt::KvFormat::kF16;
+  const int64_t head = kt::kv_head_bytes(format, head_dim);
+  const size_t bytes = static_cast<size_t>(blocks * kv_heads * head);
+  uint8_t* kv = huge_pages(bytes);
   std::mt19937 random(1);
   const auto fill = [&](std::vector<float>& x) {
     for (float& v : x) v = static_cast<float>(random()) * 0x1p-31f - 1.0f;
@@ -56,8 +58,8 @@ int main(int argc, char** argv) {
     for (int64_t h = 0; h < kv_heads; ++h) {
       fill(k);
       fill(v);
-      uint16_t* block = kv + (p / kt::kBlockTokens * kv_heads + h) * head;
-      table->store_kv(k.data(), v.data(), head_dim, p % kt::kBlockTokens, block);
+      uint8_t* block = kv + (p / kt::kBlockTokens * kv_heads + h) * head;
+      table->store_kv(format, k.data(), v.data(), head_dim, p % kt::kBlockTokens, block);
     }
   }
   fill(q);
@@ -69,6 +71,7 @@ int main(int argc, char** argv) {
   task.rows = std::min(kRows, rows);
   task.group = group;
   task.head_dim = head_dim;
+  task.format = format;
   task.block_stride = kv_heads * head;
   task.blocks = table_of_blocks.data();
   task.scale = 0.125f;

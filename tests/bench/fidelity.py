@@ -26,6 +26,7 @@ from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.executors.native import NativeExecutor
 from ktransformers.engine.executors.torch import TorchExecutor
 from ktransformers.engine.load import open_model
+from ktransformers.kvcache.config import KvFormat
 from ktransformers.server.library import resolve
 from ktransformers.server.text.model import TextModel
 
@@ -116,7 +117,8 @@ def main() -> None:
     oracle = [log_softmax(logits) for logits in steps(torch, tokens)]
     del torch
     found = {"float32 (oracle)": compare(oracle, (p.astype(np.float32) for p in oracle), text)}
-    for isa in given.isas.split(","):
+
+    def ours(isa: str, kv_format: KvFormat) -> Iterator[F32]:
         native = NativeExecutor(
             program,
             isa=isa,
@@ -124,9 +126,16 @@ def main() -> None:
             blocks=blocks,
             max_tokens=STEP_TOKENS,
             max_rows=STEP_TOKENS,
+            kv_format=kv_format,
         )
-        found[f"ktransformers, {isa}"] = compare(oracle, steps(native, tokens), text)
+        yield from steps(native, tokens)
         native.close()
+
+    for isa in given.isas.split(","):
+        found[f"ktransformers, {isa}"] = compare(oracle, ours(isa, "f16"), text)
+        found[f"ktransformers, {isa}, int8 KV"] = compare(oracle, ours(isa, "int8"), text)
+        float16 = [log_softmax(logits) for logits in ours(isa, "f16")]
+        found["  that against float16 KV"] = compare(float16, ours(isa, "int8"), text)
     if given.peer_python:
         with tempfile.TemporaryDirectory() as folder:
             logits = llamacpp(given.peer_python, model, given.threads, tokens, Path(folder))

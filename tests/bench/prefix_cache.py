@@ -25,7 +25,7 @@ from pathlib import Path
 from ktransformers.server.library import resolve
 
 HERE = Path(__file__).resolve().parent
-WORDS = "sea storm lamp ship night gull rock letter captain fog bell keeper rope tide harbour mast".split()
+WORDS = ("sea", "storm", "lamp", "ship", "night", "gull", "rock", "letter", "captain", "fog", "bell", "rope")
 BLOCK_BYTES = 368_640
 """Of the default model: 16 tokens."""
 
@@ -93,9 +93,8 @@ def serving(folder: str, **settings: object) -> Iterator[int]:
 @contextmanager
 def serving_llamacpp(python: str, context: int) -> Iterator[int]:
     """The port of llama.cpp's server, which keeps the KV of the last prompt."""
-    model = str(resolve(""))
-    command = [python, str(HERE / "serve_llamacpp.py"), model, str(os.cpu_count()), "1", str(context), "cache"]
-    yield from announced(command, dict(os.environ))
+    options = [str(resolve("")), str(os.cpu_count()), "1", str(context), "cache"]
+    yield from announced([python, str(HERE / "serve_llamacpp.py"), *options], dict(os.environ))
 
 
 def announced(command: list[str], environment: dict[str, str]) -> Iterator[int]:

@@ -1,8 +1,8 @@
 """serve_llamacpp.py MODEL THREADS SLOTS [CONTEXT [cache]]: llama.cpp's HTTP server, from PyPI's xllamacpp
 (AVX2 only).
 
-Prints "Ready: URL" and serves until its input ends. CONTEXT is that of one slot; "cache" lets a slot begin with
-what it has of a prompt.
+Prints "Ready: URL" and serves until its input ends. CONTEXT is that of one slot; "cache" lets a slot begin
+with what it has of a prompt.
 """
 
 import sys

@@ -217,3 +217,27 @@ def test_preemption_with_a_swap(native_executor, some: Prompts, expected: dict[s
     status = stack.scheduler.status()
     assert status.preemptions > 0 and stack.cache.moves.traffic[Tier.HOST, Tier.DEVICE].moves > 0
     stack.close()
+
+
+def test_int8_kv(default_program: Program, some: Prompts, expected: dict[str, Answer]) -> None:
+    """The same with keys and values in int8: alone, together, and from the host."""
+    executor = NativeExecutor(
+        default_program, threads=2, blocks=256, max_tokens=512, max_rows=512, kv_format="int8"
+    )
+    few = dict(list(some.items())[:8])
+    alone: dict[str, Answer] = {}
+    for name, (tokens, sampling) in few.items():
+        stack = Stack(executor, chunk=512, reuse=False)
+        stack.submit(name, tokens, sampling)
+        alone |= stack.run()
+        stack.close()
+    assert alone != {name: expected[name] for name in few}  # it is not float16
+    stack = Stack(executor, chunk=64, blocks=FEW, host_blocks=512)
+    for name, (tokens, sampling) in few.items():
+        stack.submit(name, tokens, sampling)
+    check(stack.run(), alone)
+    ask_each(stack, few)
+    check(stack.answers, alone)
+    assert stack.cache.hit_tokens[Tier.HOST] > 0
+    stack.close()
+    executor.close()

@@ -27,9 +27,9 @@ def tensor(values: npt.ArrayLike, name: str = "w") -> Tensor:
     return Tensor(name, 0, a.shape[0], a.shape[1], a.reshape(-1).view(np.uint8))
 
 
-def executor(program: Program, isa: str | None = None, threads: int = 1, **sizes: int) -> NativeExecutor:
-    sizes = {"blocks": 64, "max_tokens": 256, "max_rows": 256} | sizes
-    return NativeExecutor(program, isa=isa, threads=threads, **sizes)
+def executor(program: Program, isa: str | None = None, threads: int = 1, **settings: Any) -> NativeExecutor:
+    settings = {"blocks": 64, "max_tokens": 256, "max_rows": 256} | settings
+    return NativeExecutor(program, isa=isa, threads=threads, **settings)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
-"""Paged attention on every usable instruction set: against float64, and equal in bits however it is cut."""
+"""Paged attention on every usable instruction set, over keys and values in float16 and in int8: against
+float64, and equal in bits however it is cut."""
 
-from types import ModuleType
+from functools import partial
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,19 +24,31 @@ LENGTH = 203
 SPAN = 512
 
 
+@pytest.fixture(params=["f16", "int8"], scope="module")
+def small(request: pytest.FixtureRequest, small: ModuleType) -> Any:
+    """The module small_programs, whose executors keep KV in one of the formats."""
+    executor = partial(small.executor, kv_format=request.param)
+    return SimpleNamespace(**vars(small) | {"executor": executor, "kv_format": request.param})
+
+
 @pytest.fixture(params=SHAPES, scope="module")
-def shape(request: pytest.FixtureRequest, small: ModuleType) -> Any:
+def shape(request: pytest.FixtureRequest, small: Any) -> Any:
     return small.AttentionShape(**SHAPES[request.param])
 
 
 def tables(shape: Any, seed: int = 0) -> tuple[Any, Any, Any]:
-    """Keys and values that float16 can hold, so that only the arithmetic is compared."""
+    """Keys and values that float16 can hold, and int8 with a scale for each head, so that only the arithmetic
+    is compared."""
     rng = np.random.default_rng(seed)
     q = rng.normal(size=(shape.vocab, shape.heads * shape.head_dim)).astype(np.float32)
     k, v = (
-        rng.normal(size=(shape.vocab, shape.kv_heads * shape.head_dim)).astype(np.float16) for _ in range(2)
+        np.clip(rng.normal(0, 40, (shape.vocab, shape.kv_heads, shape.head_dim)).round(), -127, 127)
+        for _ in range(2)
     )
-    return q, k.astype(np.float32), v.astype(np.float32)
+    for cells in (k, v):
+        cells[:, :, 3] = np.where(rng.integers(2, size=cells.shape[:2]), 127, -127)
+    k, v = ((cells / 64).reshape(shape.vocab, -1).astype(np.float32) for cells in (k, v))
+    return q, k, v
 
 
 def oracle(shape: Any, q: Any, k: Any, v: Any) -> Any:
@@ -60,7 +74,7 @@ def tokens_of(shape: Any, n: int, seed: int) -> list[int]:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_against_float64(small: ModuleType, shape: Any, isa: str) -> None:
+def test_against_float64(small: Any, shape: Any, isa: str) -> None:
     tables_ = tables(shape)
     with_isa = small.executor(small.attention_program(shape, *tables_), isa, threads=2)
     tokens = tokens_of(shape, LENGTH, 1)
@@ -70,7 +84,7 @@ def test_against_float64(small: ModuleType, shape: Any, isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_equal_weights_make_the_mean(small: ModuleType, shape: Any, isa: str) -> None:
+def test_equal_weights_make_the_mean(small: Any, shape: Any, isa: str) -> None:
     """Weights of 1 are exact, so this sees every error of layout, mask, tile and span."""
     q, k, v = tables(shape)
     ex = small.executor(small.attention_program(shape, q, 0 * k, v), isa, 2, max_tokens=600, max_rows=600)
@@ -80,7 +94,7 @@ def test_equal_weights_make_the_mean(small: ModuleType, shape: Any, isa: str) ->
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
 
 
-def test_equal_on_every_isa(small: ModuleType, shape: Any) -> None:
+def test_equal_on_every_isa(small: Any, shape: Any) -> None:
     tokens, blocks = tokens_of(shape, LENGTH, 2), list(range(13))
     program = small.attention_program(shape, *tables(shape))
     results = [
@@ -91,7 +105,7 @@ def test_equal_on_every_isa(small: ModuleType, shape: Any) -> None:
 
 
 @pytest.mark.parametrize("isa", [i for i in ISAS if i != "reference"] or ISAS)
-def test_bits_do_not_depend_on_chunks_or_neighbours(small: ModuleType, shape: Any, isa: str) -> None:
+def test_bits_do_not_depend_on_chunks_or_neighbours(small: Any, shape: Any, isa: str) -> None:
     """Law 1."""
     ex = small.executor(small.attention_program(shape, *tables(shape)), isa, threads=2)
     tokens, blocks = tokens_of(shape, LENGTH, 3), list(range(20, 33))
@@ -108,7 +122,7 @@ def test_bits_do_not_depend_on_chunks_or_neighbours(small: ModuleType, shape: An
 
 
 @pytest.mark.parametrize("isa", [i for i in ISAS if i != "reference"] or ISAS)
-def test_bits_do_not_depend_on_who_computes_the_spans(small: ModuleType, shape: Any, isa: str) -> None:
+def test_bits_do_not_depend_on_who_computes_the_spans(small: Any, shape: Any, isa: str) -> None:
     """Law 1 over three spans: one thread a unit in the large step, spans apart in the small ones."""
     length, sizes = 2 * SPAN + 70, {"blocks": 80, "max_tokens": 2 * SPAN + 80, "max_rows": 2 * SPAN + 80}
     ex = small.executor(small.attention_program(shape, *tables(shape)), isa, 2, **sizes)
@@ -120,7 +134,7 @@ def test_bits_do_not_depend_on_who_computes_the_spans(small: ModuleType, shape: 
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_stale_nan_in_the_cache_is_never_touched(small: ModuleType, shape: Any, isa: str) -> None:
+def test_stale_nan_in_the_cache_is_never_touched(small: Any, shape: Any, isa: str) -> None:
     """Blocks come back from sequences whose numbers had blown up; a mask times NaN is NaN."""
     q, k, v = tables(shape)
     nan = shape.vocab - 1
@@ -136,7 +150,7 @@ def test_stale_nan_in_the_cache_is_never_touched(small: ModuleType, shape: Any, 
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_nan_harms_only_those_who_see_it(small: ModuleType, shape: Any, isa: str) -> None:
+def test_nan_harms_only_those_who_see_it(small: Any, shape: Any, isa: str) -> None:
     q, k, v = tables(shape)
     nan = shape.vocab - 1
     k[nan] = v[nan] = np.nan
@@ -153,7 +167,7 @@ def test_nan_harms_only_those_who_see_it(small: ModuleType, shape: Any, isa: str
     np.testing.assert_array_equal(both[end:100], clean[end:])
 
 
-def test_extreme_scores(small: ModuleType) -> None:
+def test_extreme_scores(small: Any) -> None:
     """Scores of +-1e5 neither overflow nor lose the winner."""
     shape = small.AttentionShape(heads=2, kv_heads=1, head_dim=16, scale=1.0)
     q, k, v = tables(shape)
@@ -162,3 +176,28 @@ def test_extreme_scores(small: ModuleType) -> None:
     tokens = tokens_of(shape, 90, 8)
     got = ex.logits(small.batch(small.Part(tokens, 0, list(range(6)))))
     np.testing.assert_allclose(got, oracle(shape, q[tokens], k[tokens], v[tokens]), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_what_int8_loses(small: Any, isa: str) -> None:
+    """Each token and head has a scale of its own: one that is large makes no other coarse."""
+    shape = small.AttentionShape(heads=4, kv_heads=2, head_dim=64, scale=0.125)
+    rng = np.random.default_rng(5)
+    q, k, v = (
+        rng.normal(size=(shape.vocab, n * shape.head_dim)).astype(np.float32) for n in (4, 2, 2)
+    )
+    k[7] *= 0.01
+    v[:, 64:] *= 1000
+    tokens = [7, *tokens_of(shape, 150, 1)]
+    ex = small.executor(small.attention_program(shape, q, k, v), isa)
+    got = ex.logits(small.batch(small.Part(tokens, 0, list(range(10)))))
+    want = oracle(shape, *(t[tokens] for t in (q, k, v)))
+    error = np.abs(got - want).reshape(-1, 4, 64).max(axis=(0, 2)) / np.array([1, 1, 1000, 1000])
+    assert (error < (0.004 if small.kv_format == "f16" else 0.06)).all(), error
+    assert ex.block_bytes == (4 * 64 * 16 * 2 if small.kv_format == "f16" else (2 * 64 + 8) * 16 * 2)
+
+
+def test_unknown_format(small: Any) -> None:
+    shape = small.AttentionShape(heads=1, kv_heads=1, head_dim=16)
+    with pytest.raises(ValueError, match="kv_format: 'int4' is not known"):
+        small.executor(small.attention_program(shape, *tables(shape)), kv_format="int4")

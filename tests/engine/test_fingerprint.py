@@ -92,6 +92,7 @@ def test_how_it_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     path = make(tmp_path / "model.gguf")
     seen = [of(path), of(path, executor="torch")]
     seen.append(of(path, executor="torch", cache=msgspec.to_builtins(CacheConfig(block_tokens=32))))
+    seen.append(of(path, cache=msgspec.to_builtins(CacheConfig(kv_format="int8"))))
     # Another build of the kernels.
     build = tmp_path / "kernels.so"
     build.write_bytes(Path(_kernels.__file__).read_bytes() + b" ")

@@ -23,7 +23,7 @@ from ktransformers.engine.load import (
 )
 from ktransformers.engine.models.spec import ModelError
 from ktransformers.engine.program import Program
-from ktransformers.kvcache.config import CacheConfig
+from ktransformers.kvcache.config import CacheConfig, KvFormat
 
 GIB = 2**30
 
@@ -147,14 +147,31 @@ def test_native_blocks_have_their_size(config: EngineConfig) -> None:
         build_executor(odd, program, plan(odd, program, facts), lambda done, total: None)
 
 
-def test_native_blocks_cost_what_the_plan_says(config: EngineConfig) -> None:
-    native = msgspec.structs.replace(config, executor="native")
+@pytest.mark.parametrize("kv_format", ["f16", "int8"])
+def test_native_blocks_cost_what_the_plan_says(config: EngineConfig, kv_format: KvFormat) -> None:
+    native = msgspec.structs.replace(config, executor="native", cache=CacheConfig(kv_format=kv_format))
     program, facts = open_model(native)
     planned = plan(native, program, facts)
     executor = build_executor(native, program, planned, lambda done, total: None)
     assert isinstance(executor, NativeExecutor)
     assert executor.block_bytes == planned.block_bytes == block_bytes(native, program)
     executor.close()
+
+
+def test_torch_has_no_int8_kv(config: EngineConfig, model: tuple[Program, Facts]) -> None:
+    int8 = msgspec.structs.replace(config, cache=CacheConfig(kv_format="int8"))
+    with pytest.raises(ModelError, match="kv_format: only the native executor has 'int8'"):
+        build_executor(int8, model[0], plan(int8, *model), lambda done, total: None)
+
+
+def test_the_host_tier_is_part_of_the_plan(config: EngineConfig, model: tuple[Program, Facts]) -> None:
+    assert plan(config, *model, available=GIB).host_blocks == 0
+    wanted = msgspec.structs.replace(config, cache=CacheConfig(host_bytes=32 << 20))
+    p = plan(wanted, *model, available=GIB)
+    assert p.host_blocks == (32 << 20) // p.block_bytes
+    assert sum(size for what, size in p.needs if "host" in what) == p.host_blocks * p.block_bytes
+    with pytest.raises(CannotFit, match="KV cache of the host"):
+        plan(wanted, *model, available=34 << 20)
 
 
 def test_torch_is_asked_for_by_name(

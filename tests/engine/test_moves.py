@@ -134,7 +134,7 @@ WRONG = [
     move(1, "device", 0, "disk", 0, 1),
     move(1, "disk", 3, "device", 0, 1),
     Move(id=1, source="disk", target="device", target_block=0, name=BlockName(b"", b"", b"", b"")),
-    Move(id=1, source="device", source_block=0, target="disk", name=BlockName(bytes(32), bytes(32), b"", b"")),
+    Move(id=1, source="device", source_block=0, target="disk", name=BlockName(b"k" * 32, b"", b"", b"")),
 ]
 
 
