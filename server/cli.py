@@ -117,6 +117,7 @@ def serve(
         int | None, _option("Bytes of prefixes on disk, 0 is none [a tenth of what is free, 16 GiB at most].")
     ] = None,
     cache_dir: Annotated[str | None, _option("Their folder [kv in the user's cache folder].")] = None,
+    kv_format: Annotated[str | None, _option("f16 or int8, half the memory for some fidelity [f16].")] = None,
     prefix_reuse: Annotated[bool | None, _option("Reuse the KV of common beginnings [on].")] = None,
 ) -> None:
     """Serve a model to OpenAI and Ollama clients, with a chat page.
