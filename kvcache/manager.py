@@ -109,6 +109,12 @@ class KVCache:
             owner = self._owners[name] = Owner(name)
         return owner
 
+    def bytes_of(self, tenant: str) -> tuple[int, int, int]:
+        """What that tenant has in each tier."""
+        owner = Owner(owner_id(tenant))
+        device, host, disk = (shelf.of(owner) for shelf in self.tiers.shelves)
+        return device, host, disk
+
     # ---- sequences
 
     def open(self, scope: bytes, owner: Owner | None = None) -> BlockTable:

@@ -83,6 +83,7 @@ def _wrong(submit: Submit, limits: Limits) -> str:
         "tenant": len(tenant.id) <= _MAX_TENANT and len(tenant.user) <= _MAX_TENANT,
         "weight": _WEIGHTS[0] <= tenant.weight <= _WEIGHTS[1],
         "tenant limits": min(tenant.max_running, tenant.max_waiting, tenant.max_waiting_tokens) >= 0,
+        "kv_bytes": min(tenant.kv_bytes) >= 0,
         "cache_scope": len(submit.cache_scope) <= _MAX_SCOPE,
         "deadline": math.isfinite(submit.deadline) and submit.deadline >= 0,
         "temperature": 0 <= s.temperature <= 100,

@@ -20,6 +20,7 @@ __all__ = [
     "Submit",
     "Tenant",
     "TenantStatus",
+    "TierStatus",
     "ToScheduler",
     "TokenEvent",
     "Tokens",
@@ -51,6 +52,8 @@ class Tenant(msgspec.Struct, frozen=True, array_like=True):
     """Requests that may wait; 0: no limit of its own. The next one fails with code "rate_limited"."""
     max_waiting_tokens: int = 0
     """Their prompt tokens; 0: no limit of its own."""
+    kv_bytes: tuple[int, int, int] = (0, 0, 0)
+    """Cached KV that is kept for it on the device, the host and the disk; 0: a share by weight."""
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -145,6 +148,30 @@ class TenantStatus(msgspec.Struct, frozen=True, array_like=True):
     """Of that, while it had something waiting."""
     due: float = 0.0
     """Its share by weight of what was computed meanwhile for all that had something waiting."""
+    kv_bytes: tuple[int, int, int] = (0, 0, 0)
+    """Cached KV that it has on the device, the host and the disk."""
+
+
+class TierStatus(msgspec.Struct, frozen=True, array_like=True):
+    """One tier of the KV cache. What counts is since the engine was started."""
+
+    name: str
+    """device, host or disk."""
+    bytes_total: int
+    bytes_used: int
+    hit_tokens: int
+    """Prompt tokens that were not computed because their KV was here, and in no faster tier."""
+    evictions: int
+    loads: int
+    """Blocks copied from here to the device."""
+    load_failures: int
+    load_bytes: int
+    load_seconds: float
+    stores: int
+    """Blocks copied to here."""
+    store_failures: int
+    store_bytes: int
+    store_seconds: float
 
 
 class Status(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -175,6 +202,11 @@ class Status(msgspec.Struct, frozen=True, tag=True, array_like=True):
     prefix_query_tokens: int
     preemptions: int
     engine_restarts: int
+    tiers: list[TierStatus] = []
+    load_waits: int = 0
+    """Requests that had their turn and waited for their KV to be loaded."""
+    load_timeouts: int = 0
+    """Those that waited in vain, and were computed."""
     tenants: list[TenantStatus] = []
     """Those with most service, 32 at most."""
 

@@ -12,8 +12,9 @@ import heapq
 import logging
 import math
 import signal
-from collections import deque
 from typing import Protocol
+
+import msgspec
 
 from ktransformers.engine.channel import Back, Lost
 from ktransformers.engine.protocol import (
@@ -27,15 +28,14 @@ from ktransformers.engine.protocol import (
     Stored,
     ToEngine,
 )
-from ktransformers.kvcache.blocks import BlockTable
-from ktransformers.kvcache.manager import KVCache
-from ktransformers.scheduler.admission import Limits, Refused, check, overloaded, rate_limited
+from ktransformers.scheduler import tiers
+from ktransformers.scheduler.admission import Refused, check, overloaded, rate_limited
 from ktransformers.scheduler.config import SchedulerConfig
-from ktransformers.scheduler.entrance import Entrance
+from ktransformers.scheduler.engine_life import EngineLife
 from ktransformers.scheduler.fair_queue import FairQueue, Rules
 from ktransformers.scheduler.front_ends import FrontEnds
 from ktransformers.scheduler.growth import OutputEstimate
-from ktransformers.scheduler.planner import Plan, Planner, Work
+from ktransformers.scheduler.planner import Work
 from ktransformers.scheduler.protocol import (
     Cancel,
     Drain,
@@ -45,15 +45,11 @@ from ktransformers.scheduler.protocol import (
     Logprobs,
     Status,
     Submit,
-    Tenant,
     TokenEvent,
     ToScheduler,
 )
 from ktransformers.scheduler.request import Request
 from ktransformers.scheduler.stats import Counters, Pace
-from ktransformers.scheduler.step_time import Chunking, StepTime
-from ktransformers.scheduler.tiers import take_moved, take_stored, to_send
-from ktransformers.scheduler.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -88,26 +84,6 @@ class Ports(Protocol):
         ...
 
 
-class _Engine:
-    """One life of the engine. It is kept when that ends, for its limits, until the next one is ready."""
-
-    def __init__(
-        self, ready: Ready, planner: Planner, cache: KVCache, watchdog: Watchdog, step_time: StepTime
-    ) -> None:
-        self.alive = True
-        self.ready = ready
-        self.limits = Limits(min(ready.max_len, ready.blocks * ready.block_tokens), ready.vocab)
-        self.planner = planner
-        self.cache = cache
-        self.watchdog = watchdog
-        self.step_time = step_time
-        self.in_flight: deque[Plan] = deque()
-        self.began = 0.0
-        """When it began with the oldest of them, as far as is known."""
-        self.plan_at: float | None = None
-        """When to plan the next one, if that was put off."""
-
-
 class Scheduler:
     """All requests of all front ends, and the one engine that serves them."""
 
@@ -126,7 +102,7 @@ class Scheduler:
         """Submitted before the engine first said something: peer, message, time."""
         self._deadlines: list[tuple[float, int, Request]] = []
         self._arrivals = 0
-        self._engine: _Engine | None = None
+        self._engine: EngineLife | None = None
         self._engine_said_at = now
         self._engine_unheard = True
         self._detail = "waiting for the engine"
@@ -146,7 +122,7 @@ class Scheduler:
         engine = self._engine
         if engine is not None and engine.alive and not engine.watchdog.condemned:
             self._plan(engine, now)
-            if (moves := to_send(engine.cache, now)) is not None:
+            if (moves := tiers.to_send(engine.cache, now)) is not None:
                 self._ports.to_engine(moves)
         self._fronts.flush()
         if self._ready() != self._told_ready:
@@ -162,7 +138,7 @@ class Scheduler:
         times = [at for at in (engine.plan_at, engine.cache.loads.next_timeout(now)) if at is not None]
         return min(times, default=None)
 
-    def _plan(self, engine: _Engine, now: float) -> None:
+    def _plan(self, engine: EngineLife, now: float) -> None:
         engine.plan_at = None
         while len(engine.in_flight) < IN_FLIGHT:
             if engine.in_flight and (at := self._next_plan_at(engine)) > now:
@@ -177,7 +153,7 @@ class Scheduler:
             engine.in_flight.append(plan)
             self._ports.to_engine(plan.step)
 
-    def _next_plan_at(self, engine: _Engine) -> float:
+    def _next_plan_at(self, engine: EngineLife) -> float:
         """The later, the more of those that ask seldom find a place in the next step. The engine waits if it
         is done before its time, so this is done only where there is somebody to gain from it."""
         if not (self._queue.hurry and engine.step_time.warm):
@@ -242,7 +218,13 @@ class Scheduler:
             prefix_query_tokens=c.prefix_query_tokens,
             preemptions=c.preemptions,
             engine_restarts=c.engine_restarts,
-            tenants=self._queue.status(_TENANTS_TOLD),
+            tiers=tiers.status(cache) if cache else [],
+            load_waits=cache.loads.waited if cache else 0,
+            load_timeouts=cache.loads.timed_out if cache else 0,
+            tenants=[
+                msgspec.structs.replace(tenant, kv_bytes=cache.bytes_of(tenant.id)) if cache else tenant
+                for tenant in self._queue.status(_TENANTS_TOLD)
+            ],
         )
 
     def _ready(self) -> bool:
@@ -296,7 +278,7 @@ class Scheduler:
     def _not_ready(self, request_id: str) -> Failed:
         return Failed(request_id, "not_ready", f"the model is not ready: {self._detail}", _RETRY_SECONDS)
 
-    def _accept(self, peer: bytes, submit: Submit, submitted: float, engine: _Engine) -> None:
+    def _accept(self, peer: bytes, submit: Submit, submitted: float, engine: EngineLife) -> None:
         try:
             sampling = check(submit, engine.limits)
         except Refused as refused:
@@ -314,7 +296,7 @@ class Scheduler:
             n_prompt=len(submit.tokens),
             sampling=sampling,
             scope=submit.cache_scope,
-            table=_open_table(engine.cache, submit.cache_scope, submit.tenant),
+            table=engine.open_table(submit.cache_scope, submit.tenant),
             order=self._arrivals,
             submitted=submitted,
             deadline=submitted + submit.deadline if submit.deadline > 0 else math.inf,
@@ -415,9 +397,9 @@ class Scheduler:
             case StepDone():
                 self._take_step(message, now)
             case MovesDone() if self._engine is not None and self._engine.alive:
-                take_moved(self._engine.cache, message.moves, message.lost)
+                tiers.take_moved(self._engine.cache, message.moves, message.lost)
             case Stored() if self._engine is not None and self._engine.alive:
-                take_stored(self._engine.cache, message)
+                tiers.take_stored(self._engine.cache, message)
             case Fault():
                 log.error("the engine reports %s in step %d: %s", message.kind, message.n, message.message)
                 if message.n >= 0:
@@ -432,34 +414,11 @@ class Scheduler:
                     self._engine.cache.lose_disk()
                 return  # the heartbeat
             self._lose_engine()
-        step_time = StepTime()
-        cache = KVCache(
-            ready.blocks,
-            ready.block_tokens,
-            ready.fingerprint,
-            self._config.engine.cache.prefix_reuse,
-            block_bytes=ready.block_bytes,
-            host_blocks=ready.host_blocks,
-            disk_bytes=ready.disk_bytes,
-            recompute=step_time.prompt_seconds,
+        self._engine = engine = EngineLife(
+            ready, self._config, self._queue, self._estimate, self.counters, self._pace
         )
-        slots, budget = ready.max_sequences, ready.max_batch_tokens
-        entrance = Entrance(cache, self._queue, self._estimate, self.counters, self._pace, slots)
-        chunking = Chunking(step_time, self._config.tbt_slo)
-        planner = Planner(
-            cache,
-            self._queue,
-            entrance,
-            step_time,
-            chunking,
-            self._estimate,
-            self.counters,
-            slots,
-            budget,
-        )
-        self._engine = engine = _Engine(ready, planner, cache, Watchdog(self._pace), step_time)
         for request in self._queue:
-            request.table = _open_table(cache, request.scope, request.tenant)
+            request.table = engine.open_table(request.scope, request.tenant)
         early, self._early = self._early, {}
         for peer, submit, submitted in early.values():
             self._accept(peer, submit, submitted, engine)
@@ -580,8 +539,3 @@ class Scheduler:
             self._end(request, self._not_ready(request.id))
         for request_id in list(self._early):
             self._end_early(request_id, self._not_ready(request_id))
-
-
-def _open_table(cache: KVCache, scope: bytes, tenant: Tenant) -> BlockTable:
-    """An empty one for a request of this tenant."""
-    return cache.open(scope, cache.owner(tenant.id, tenant.weight))

@@ -6,7 +6,8 @@ from ktransformers.engine.protocol import BlockName, Move, Moved, Moves, Stored
 from ktransformers.engine.protocol import Tier as TierName
 from ktransformers.kvcache.blocks import Tier
 from ktransformers.kvcache.manager import KVCache
-from ktransformers.kvcache.moves import Transfer
+from ktransformers.kvcache.moves import Traffic, Transfer
+from ktransformers.scheduler.protocol import TierStatus
 
 _NAMES: dict[Tier, TierName] = {Tier.DEVICE: "device", Tier.HOST: "host", Tier.DISK: "disk"}
 
@@ -31,6 +32,35 @@ def take_stored(cache: KVCache, stored: Stored) -> None:
     """The disk says what it has."""
     for block in sorted(stored.blocks, key=lambda b: b.last_use):
         cache.stored(block.key, block.parent, block.owner, block.bytes, block.hits)
+
+
+def status(cache: KVCache) -> list[TierStatus]:
+    """Of the tiers that there are."""
+    traffic = cache.moves.traffic
+    told = []
+    for tier, shelf in zip(Tier, cache.tiers.shelves, strict=True):
+        up = traffic.get((tier, Tier.DEVICE), Traffic())
+        down = [way for (_, target), way in traffic.items() if target is tier is not Tier.DEVICE]
+        if not shelf.capacity and not up.moves:
+            continue
+        told.append(
+            TierStatus(
+                name=_NAMES[tier],
+                bytes_total=shelf.capacity,
+                bytes_used=shelf.used,
+                hit_tokens=cache.hit_tokens[tier],
+                evictions=shelf.evicted,
+                loads=up.moves - up.failed,
+                load_failures=up.failed,
+                load_bytes=up.bytes,
+                load_seconds=up.seconds,
+                stores=sum(way.moves - way.failed for way in down),
+                store_failures=sum(way.failed for way in down),
+                store_bytes=sum(way.bytes for way in down),
+                store_seconds=sum(way.seconds for way in down),
+            )
+        )
+    return told
 
 
 def _move(transfer: Transfer) -> Move:

@@ -195,7 +195,12 @@ class Keys:
             return Caller("", True, key_hash, ADMIN, key.id)
         limits = project.limits
         share = Tenant(
-            project.id, key.account, project.share, limits.max_running or 0, limits.max_waiting or 0
+            project.id,
+            key.account,
+            project.share,
+            limits.max_running or 0,
+            limits.max_waiting or 0,
+            kv_bytes=(limits.kv_device_bytes or 0, limits.kv_host_bytes or 0, limits.kv_disk_bytes or 0),
         )
         # A project's answers wait in the scheduler, which knows how many run.
         rates = msgspec.structs.replace(limits, max_running=None, max_waiting=None)

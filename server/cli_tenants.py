@@ -29,6 +29,11 @@ TokensPerDay = Annotated[int | None, _limit("The same in a day (UTC)")]
 RequestsPerDay = Annotated[int | None, _limit("Requests in a day (UTC)")]
 MaxRunning = Annotated[int | None, _limit("Answers computed at once")]
 MaxWaiting = Annotated[int | None, _limit("Answers that may wait")]
+KvDevice = Annotated[
+    int | None, _limit("Bytes of KV kept for it on the device, in place of a share by weight")
+]
+KvHost = Annotated[int | None, _limit("The same on the host")]
+KvDisk = Annotated[int | None, _limit("The same on disk")]
 Expires = Annotated[
     str | None, typer.Option(help="When: 90d, 12h, 30m, or a date as 2027-01-31 [never].", show_default=False)
 ]
@@ -45,6 +50,9 @@ def create(
     requests_per_day: RequestsPerDay = None,
     max_running: MaxRunning = None,
     max_waiting: MaxWaiting = None,
+    kv_device_bytes: KvDevice = None,
+    kv_host_bytes: KvHost = None,
+    kv_disk_bytes: KvDisk = None,
     models: Models = None,
 ) -> None:
     """Make a tenant. From the first one on, every request needs a key."""
@@ -82,6 +90,9 @@ def set_(
     requests_per_day: RequestsPerDay = None,
     max_running: MaxRunning = None,
     max_waiting: MaxWaiting = None,
+    kv_device_bytes: KvDevice = None,
+    kv_host_bytes: KvHost = None,
+    kv_disk_bytes: KvDisk = None,
     models: Models = None,
 ) -> None:
     """Change a tenant. What is not named stays as it is."""

@@ -20,6 +20,7 @@ from ktransformers.server.accounting import Account, Counted, Usage
 from ktransformers.server.auth import Caller
 from ktransformers.server.errors import RequestError
 from ktransformers.server.metrics import Metrics
+from ktransformers.server.tenants.directory import narrowed
 from ktransformers.server.tenants.ledger import Ledger
 from ktransformers.server.tenants.limits import Limiter
 from ktransformers.server.text.detokenizer import Detokenizer, Pieces
@@ -107,6 +108,8 @@ class Parameters:
     ignore_eos: bool = False
     context: int | None = None
     """A shorter context than the model's."""
+    cache_salt: str = ""
+    """Its KV is shared only with requests of the same tenant that have the same one."""
     limit_name: str = "max_tokens"
     """What the client's protocol calls max_tokens."""
 
@@ -337,7 +340,7 @@ class Generator:
                 tenant=caller.share,
                 tokens=prompt,
                 deadline=self._deadline,
-                cache_scope=caller.cache_scope,
+                cache_scope=narrowed(caller.cache_scope, parameters.cache_salt),
                 sampling=msgspec.structs.replace(
                     sampling,
                     seed=(seed + i) % SEEDS,

@@ -113,6 +113,25 @@ _COUNTERS = {
     "steps": ("engine_steps", "", "Steps done"),
     "step_seconds": ("engine_step_seconds", "", "Time spent in steps"),
     "engine_restarts": ("engine_restarts", "", "Times the engine was started again"),
+    "load_waits": ("cache_load_waits", "", "Requests that waited for their KV to be loaded"),
+    "load_timeouts": ("cache_load_timeouts", "", "Requests that waited for it in vain"),
+}
+# Field of TierStatus -> (suffix of the name, help)
+_TIER_GAUGES = {
+    "bytes_total": ("cache_size_bytes", "What the tier of the KV cache may hold"),
+    "bytes_used": ("cache_bytes", "KV in the tier"),
+}
+_TIER_COUNTERS = {
+    "hit_tokens": ("cache_hit_tokens", "Prompt tokens that were not computed because their KV was here"),
+    "evictions": ("cache_evictions", "Blocks given up for others"),
+    "loads": ("cache_loads", "Blocks copied from the tier to the device"),
+    "load_failures": ("cache_load_failures", "Blocks that could not be"),
+    "load_bytes": ("cache_load_bytes", "Bytes copied from the tier to the device"),
+    "load_seconds": ("cache_load_seconds", "Time spent copying from the tier to the device"),
+    "stores": ("cache_stores", "Blocks copied to the tier"),
+    "store_failures": ("cache_store_failures", "Blocks that could not be"),
+    "store_bytes": ("cache_store_bytes", "Bytes copied to the tier"),
+    "store_seconds": ("cache_store_seconds", "Time spent copying to the tier"),
 }
 
 
@@ -282,6 +301,7 @@ class _StatusCollector:
             yield CounterMetricFamily(f"ktransformers_{name}", text, value)
             yield from self._alias(CounterMetricFamily, vllm, text, value)
         yield from self._shares(status)
+        yield from self._tiers(status)
 
     def _shares(self, status: Status) -> Iterator[Metric]:
         """What tenants got while they had a backlog, and what was due to them by weight."""
@@ -299,6 +319,24 @@ class _StatusCollector:
             for label, value in sums.items():
                 family.add_metric([label], value)
             yield family
+
+    def _tiers(self, status: Status) -> Iterator[Metric]:
+        """By tier of the KV cache, and by tenant and tier."""
+        for kind, fields in ((GaugeMetricFamily, _TIER_GAUGES), (CounterMetricFamily, _TIER_COUNTERS)):
+            for field, (name, text) in fields.items():
+                family = kind(f"ktransformers_{name}", text, labels=["tier"])
+                for tier in status.tiers:
+                    family.add_metric([tier.name], float(getattr(tier, field)))
+                yield family
+        held = GaugeMetricFamily("ktransformers_tenant_kv_bytes", "Cached KV", labels=["tenant", "tier"])
+        sums: dict[tuple[str, str], int] = {}
+        for tenant in status.tenants:
+            label = self._tenants.label(tenant.id)
+            for tier_name, size in zip(("device", "host", "disk"), tenant.kv_bytes, strict=True):
+                sums[label, tier_name] = sums.get((label, tier_name), 0) + size
+        for labels, size in sums.items():
+            held.add_metric(list(labels), float(size))
+        yield held
 
     def _alias(
         self, kind: type[GaugeMetricFamily | CounterMetricFamily], name: str, text: str, value: float

@@ -1,7 +1,8 @@
 """The admin API as OpenAI's organization API has it: projects, their rate limits, the models they may use.
 
 What OpenAI does not know is there as further fields: a project's `weight` and `priority`, the limits
-`max_tokens_per_1_day`, `max_running` and `max_waiting`. What this server does not do is refused by name.
+`max_tokens_per_1_day`, `max_running`, `max_waiting` and `kv_{device,host,disk}_bytes`. What this server does
+not do is refused by name.
 """
 
 from typing import Annotated, Any, Literal
@@ -33,6 +34,9 @@ _LIMITS = {
     "max_requests_per_1_day": "requests_per_day",
     "max_running": "max_running",
     "max_waiting": "max_waiting",
+    "kv_device_bytes": "kv_device_bytes",
+    "kv_host_bytes": "kv_host_bytes",
+    "kv_disk_bytes": "kv_disk_bytes",
 }
 
 
@@ -61,6 +65,9 @@ class RateLimitChange(StrictModel):
     max_requests_per_1_day: Count | None = None
     max_running: Count | None = None
     max_waiting: Count | None = None
+    kv_device_bytes: Count | None = None
+    kv_host_bytes: Count | None = None
+    kv_disk_bytes: Count | None = None
 
 
 class ModelPermissions(StrictModel):

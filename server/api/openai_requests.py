@@ -15,6 +15,7 @@ from ktransformers.server.api.parameters import (
     ONE,
     ONE_OR_LIST,
     Bias,
+    CacheSalt,
     Choices,
     Label,
     Logprobs,
@@ -83,6 +84,8 @@ class SampledRequest(StrictModel):
     min_tokens: Annotated[int, Field(ge=0, le=1 << 24)] | None = None
     seed: Seed | None = None
     user: Label | None = None
+    cache_salt: CacheSalt | None = None
+    """Its KV is found only by requests of the same tenant with the same salt."""
 
     def parameters(self, max_tokens: int | None, logprobs: int, limit_name: str = "max_tokens") -> Parameters:
         """The internal form; `logprobs` as in Sampling."""
@@ -107,6 +110,7 @@ class SampledRequest(StrictModel):
             self.n or 1,
             stop,
             bool(self.ignore_eos),
+            cache_salt=self.cache_salt or "",
             limit_name=limit_name,
         )
 

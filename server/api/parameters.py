@@ -25,6 +25,8 @@ ONE, LIST, NUMBERS, LISTS = "<one>", "<list>", "<numbers>", "<lists>"
 """Tags of what a field may hold instead of one value."""
 _NOT_IN_PATHS = frozenset({"body", "[key]", ONE, LIST, NUMBERS, LISTS})
 MAX_STOP_BYTES = 128
+MAX_SALT_BYTES = 128
+"""It is hashed for each request: an unbounded one is a way to keep a server busy."""
 MAX_FIELDS = 128
 """Of one object; more than any model here has. One error is enough: pydantic would list them all."""
 
@@ -74,6 +76,17 @@ StopStrings = Annotated[list[StopString], Field(fail_fast=True, max_length=16)]
 Stop = Annotated[Annotated[StopString, Tag(ONE)] | Annotated[StopStrings, Tag(LIST)], ONE_OR_LIST]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, max_length=300)]
 Label = Annotated[str, AfterValidator(_bounded_bytes)]
+
+
+def _bounded_salt(salt: str) -> str:
+    if not 0 < len(salt.encode()) <= MAX_SALT_BYTES:
+        raise PydanticCustomError(
+            "salt_length", "A cache_salt must have 1 to {max} bytes", {"max": MAX_SALT_BYTES}
+        )
+    return salt
+
+
+CacheSalt = Annotated[str, AfterValidator(_bounded_salt)]
 
 
 class StrictModel(BaseModel):

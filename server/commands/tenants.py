@@ -40,7 +40,7 @@ def _user() -> str:
 
 def _changed(given: Mapping[str, Any]) -> dict[str, int | None]:
     """The limits that the command line names; 0 lifts one."""
-    return {name: given[name] or None for name in _LIMITS if given[name] is not None}
+    return {name: given[name] or None for name in _LIMITS if given.get(name) is not None}
 
 
 def _models(text: str | None) -> frozenset[str] | None:

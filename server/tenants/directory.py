@@ -57,6 +57,12 @@ class View:
         return any(not key.project for key in self.keys.values())
 
 
+def narrowed(scope: bytes, salt: str) -> bytes:
+    """The part of a tenant's scope that a client's `cache_salt` names: nothing outside the scope can be named
+    by it."""
+    return hmac.digest(scope, b"salt" + salt.encode(), "sha256") if salt else scope
+
+
 class Directory:
     """Owns the store's thread; `close` it. Without a store it is empty and stays so."""
 
@@ -85,7 +91,7 @@ class Directory:
     def cache_scope(self, tenant: str) -> bytes:
         """Prefix blocks are shared only inside it. Nobody who does not know this server's secret can name
         it."""
-        return hmac.digest(self._secret, tenant.encode(), "sha256")
+        return hmac.digest(self._secret, b"kv" + tenant.encode(), "sha256")
 
     def post(self, job: Callable[[Store], Result]) -> Future[Result]:
         """Have the store's thread do something. Errors (in the future): StoreError, sqlite3.Error."""

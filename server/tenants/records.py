@@ -49,6 +49,11 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     queue of its own, so further ones are refused."""
     max_waiting: Limit | None = None
     """Answers that may wait. Of a key, how many may be open beyond `max_running`."""
+    kv_device_bytes: Limit | None = None
+    """Of a project: KV that is kept for it on the device, whatever others ask for; None is a share by weight.
+    What it does not use others borrow, and it may borrow what others do not use."""
+    kv_host_bytes: Limit | None = None
+    kv_disk_bytes: Limit | None = None
 
 
 NO_LIMITS = Limits()

@@ -67,6 +67,7 @@ OTHERS: dict[str, tuple[list[Any], list[Any]]] = {
     "stream": ([True, False, None], [1, 0, "true", []]),
     "ignore_eos": ([True, False, None], [1, "true", []]),
     "user": (["", "u" * 512, None], ["u" * 513, 1, [], "é" * 257]),
+    "cache_salt": (["s", "s" * 128, None], ["", "s" * 129, 1, [], "é" * 65]),
 }
 CHAT_OTHERS: dict[str, tuple[list[Any], list[Any]]] = {
     "metadata": (
