@@ -121,9 +121,10 @@ class Loads:
         load = self._loads.get(table)
         if load is None:
             return False
+        self.start()
         pending = self._pending(load)
-        if not pending:
-            return False
+        if not pending or not any(speed.under_way for speed in self._moves.speed.values()):
+            return False  # all is there, or there is no room to load it to
         if load.until is None:
             self.waited += 1
             load.until = now + self._patience(pending) + latency

@@ -116,7 +116,6 @@ class Planner:
         self._free_slots = list(range(slots - 1, -1, -1))
         self._gone: list[int] = []
         self._steps = 0
-        self._entered = 0
         self._paused = False
         """The streams sat out the last step."""
 
@@ -306,8 +305,8 @@ class Planner:
         self._cache.attach(request.table, found, again=request.entered)
         request.enter(self._free_slots.pop(), hit_tokens)
         if not request.entered:
-            self._entered += 1
-            request.rank = self._entered
+            self._counters.entered += 1
+            request.rank = self._counters.entered
             request.entered = True
             request.queue_seconds = now - request.submitted
             request.cached_tokens = request.computed

@@ -21,6 +21,8 @@ class Counters:
     prefix_query_tokens: int = 0
     preemptions: int = 0
     engine_restarts: int = 0
+    entered: int = 0
+    """Requests that were let in, by which they are ranked: also those of an engine that died."""
 
 
 class Pace:

@@ -142,6 +142,18 @@ def test_random_disconnects_leave_all_blocks_free():
     w.check_drained()
 
 
+def test_who_came_before_the_engine_died_still_came_first():
+    """Two of one rank would each wait for the other to make room."""
+    w = World(blocks=16, block_tokens=4)
+    w.scheduler._estimate.prior = 0.0  # both are let in
+    w.submit("a", prompt(8), max_tokens=50)
+    w.kill_engine()
+    w.start_engine()
+    w.submit("b", prompt(8, 1), max_tokens=50)
+    w.run()
+    assert w.ends == {"a": "length", "b": "length"}
+
+
 # ---- admission
 
 

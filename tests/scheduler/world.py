@@ -138,9 +138,18 @@ class World:
     def settle(self, most=100_000):
         """All moves and all steps are done, moves first."""
         for _ in range(most):
-            if not self.finish_move() and not self.engine_step():
+            if not self.finish_move() and not self.engine_step() and not self.wake():
                 return
         raise AssertionError("the work never ends")
+
+    def wake(self):
+        """Time passes until the scheduler wants to be woken; False when it does not."""
+        at = self.scheduler.wake_at(self.now)
+        if at is None:
+            return False
+        self.now = max(at, self.now)
+        self.advance()
+        return True
 
     def wait(self, seconds):
         """Seconds pass without news from the engine."""
@@ -152,7 +161,7 @@ class World:
 
     def run(self, most=100_000):
         for _ in range(most):
-            if not self.engine_step():
+            if not self.engine_step() and not self.wake():
                 return
         raise AssertionError("the work never ends")
 
