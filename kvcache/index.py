@@ -24,6 +24,8 @@ class Copy:
     bytes: int
     moves: int = 0
     """Moves that read or write it."""
+    forget: bool = False
+    """The disk is to be told when it goes."""
     origin: Tier = Tier.DEVICE
     """Of a copy on the device, until it is first used: where it came from."""
     value: float = 0.0

@@ -58,6 +58,8 @@ class Loads:
         self.held = 0
         """Blocks of the budget that are spoken for."""
         self._budget = tiers.device.total // 4
+        self._stuck = False
+        """There was no block to load to when last looked at."""
 
     def prefetch(self, table: BlockTable, path: list[tuple[Entry, bytes]], size: int, urgent: bool) -> None:
         """Start loading what of `path` (the known beginning of a sequence: entry and content of each block of
@@ -121,10 +123,9 @@ class Loads:
         load = self._loads.get(table)
         if load is None:
             return False
-        self.start()
         pending = self._pending(load)
-        if not pending or not any(speed.under_way for speed in self._moves.speed.values()):
-            return False  # all is there, or there is no room to load it to
+        if not pending or (self._stuck and not any(s.under_way for s in self._moves.speed.values())):
+            return False
         if load.until is None:
             self.waited += 1
             load.until = now + self._patience(pending) + latency
@@ -168,7 +169,8 @@ class Loads:
             self.held -= load.blocks
 
     def start(self) -> None:
-        """Begin as many loads as may be under way."""
+        """Begin as many loads as may be under way. Not while a step is planned: it takes idle blocks."""
+        self._stuck = False
         most = min(MOST_LOADS, self._budget)
         while self._queue and sum(s.under_way for s in self._moves.speed.values()) < most:
             table, entry, content, tier = self._queue[0]
@@ -176,6 +178,7 @@ class Loads:
             if table in self._loads and entry.copies[Tier.DEVICE] is None and source is not None:
                 block = self._tiers.take(Tier.DEVICE, entry.owner, must=False)
                 if block is None:
+                    self._stuck = True
                     return
                 target = self._tiers.place(entry, Tier.DEVICE, block, State.WRITING)
                 self._moves.start(source, target, content)

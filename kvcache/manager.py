@@ -254,8 +254,6 @@ class KVCache:
         self.release(table)
 
     def _distrust(self, entry: Entry) -> None:
-        if entry.copies[Tier.DISK] is not None:
-            self.tiers.forgotten.append(entry.key)
         for copy in list(entry.copies):
             if copy is not None:
                 self.tiers.give_up(copy)
@@ -305,15 +303,14 @@ class KVCache:
         """The disk has it no more."""
         entry = self._index.get(key)
         if entry is not None and (copy := entry.copies[Tier.DISK]) is not None:
-            self.tiers.give_up(copy)
+            self.tiers.give_up(copy, told=False)
 
     def lose_disk(self) -> None:
         """The disk has been given up."""
         self.tiers.shelves[Tier.DISK].capacity = 0
         for entry in self._index.entries():
             if (copy := entry.copies[Tier.DISK]) is not None:
-                self.tiers.give_up(copy)
-        self.tiers.forgotten.clear()
+                self.tiers.give_up(copy, told=False)
 
     def check(self, tables: list[BlockTable]) -> None:
         """Errors: AssertionError when blocks are not those of `tables` and moves, the idle and the free."""

@@ -123,10 +123,8 @@ class Moves:
         elif target.state is State.WRITING:
             target.state = State.DELETING
             if target.tier is Tier.DEVICE and source.state is State.COMMITTED:
-                self._bad(source)
-        elif ok and target.tier is Tier.DISK:
-            # Given up while it was being written; the disk does not know that.
-            self._tiers.forgotten.append(transfer.entry.key)
+                # It could not be read: it is not there, or not what it should be.
+                self._tiers.give_up(source)
         self._tiers.unhold(target)
         self._tiers.unhold(source)
 
@@ -138,12 +136,6 @@ class Moves:
             entry.content = transfer.content
         if target.tier is Tier.DISK and size:
             self._tiers.shelves[Tier.DISK].resize(target, size)
-
-    def _bad(self, source: Copy) -> None:
-        """It could not be read: it is not there, or not what it should be."""
-        if source.tier is Tier.DISK:
-            self._tiers.forgotten.append(source.entry.key)
-        self._tiers.give_up(source)
 
     # ---- down
 

@@ -70,7 +70,6 @@ class Tiers:
             if victim is None:
                 return False
             shelf.evicted += 1
-            self.forgotten.append(victim.entry.key)
             self.give_up(victim)
         return True
 
@@ -116,9 +115,11 @@ class Tiers:
 
     # ---- and go
 
-    def give_up(self, copy: Copy) -> None:
-        """Nobody finds it any more; its room is free as soon as nobody holds it."""
+    def give_up(self, copy: Copy, told: bool = True) -> None:
+        """Nobody finds it any more; its room is free as soon as nobody holds it. Of what is on disk, the disk
+        is told then, unless it was the disk that said so."""
         copy.state = State.DELETING
+        copy.forget = told
         held = copy.moves if copy.tier is Tier.DISK else self.pools[copy.tier].refs[copy.block]
         if not held:
             self._remove(copy)
@@ -129,7 +130,10 @@ class Tiers:
         leaf = self.index.remove(copy)
         if leaf is not None:
             shelf.leaf(leaf)
-        if copy.tier is not Tier.DISK:
+        if copy.tier is Tier.DISK:
+            if copy.forget:
+                self.forgotten.append(copy.entry.key)
+        else:
             self._copy_in[copy.tier][copy.block] = None
             self.pools[copy.tier].give_back(copy.block)
 
