@@ -37,6 +37,13 @@ Block block_of(Format format) {
     case Format::kQ6_K: return {256, 210};
     case Format::kIQ4_NL: return {32, 18};
     case Format::kIQ4_XS: return {256, 136};
+    case Format::kIQ1_S: return {256, 50};
+    case Format::kIQ1_M: return {256, 56};
+    case Format::kIQ2_XXS: return {256, 66};
+    case Format::kIQ2_XS: return {256, 74};
+    case Format::kIQ2_S: return {256, 82};
+    case Format::kIQ3_XXS: return {256, 98};
+    case Format::kIQ3_S: return {256, 110};
     case Format::kMXFP4: return {32, 17};
     case Format::kF8_E4M3: return {128, 132};
     case Format::kI4_32: return {32, 18};

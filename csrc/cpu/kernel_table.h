@@ -10,6 +10,7 @@ namespace kt {
 enum class Format : int32_t {
   kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ4_1 = 3, kQ5_0 = 6, kQ5_1 = 7, kQ8_0 = 8,
   kQ2_K = 10, kQ3_K = 11, kQ4_K = 12, kQ5_K = 13, kQ6_K = 14, kIQ4_NL = 20, kIQ4_XS = 23, kBF16 = 30,
+  kIQ2_XXS = 16, kIQ2_XS = 17, kIQ3_XXS = 18, kIQ1_S = 19, kIQ3_S = 21, kIQ2_S = 22, kIQ1_M = 29,
   kMXFP4 = 39, kF8_E4M3 = 1000, kI4_32 = 1001, kI4_128 = 1002, kI4Z_32 = 1003, kI4Z_128 = 1004,
 };
 

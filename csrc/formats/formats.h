@@ -5,6 +5,7 @@
 #include "formats/block32.h"
 #include "formats/block256.h"
 #include "formats/block_hf.h"
+#include "formats/iq.h"
 #include "formats/float.h"
 
 namespace kt {
@@ -29,6 +30,13 @@ inline bool with_format(Format format, const Fn& fn) {
     case Format::kQ6_K: fn(Q6_K()); return true;
     case Format::kIQ4_NL: fn(IQ4_NL()); return true;
     case Format::kIQ4_XS: fn(IQ4_XS()); return true;
+    case Format::kIQ1_S: fn(IQ1_S()); return true;
+    case Format::kIQ1_M: fn(IQ1_M()); return true;
+    case Format::kIQ2_XXS: fn(IQ2_XXS()); return true;
+    case Format::kIQ2_XS: fn(IQ2_XS()); return true;
+    case Format::kIQ2_S: fn(IQ2_S()); return true;
+    case Format::kIQ3_XXS: fn(IQ3_XXS()); return true;
+    case Format::kIQ3_S: fn(IQ3_S()); return true;
     case Format::kMXFP4: fn(MXFP4()); return true;
     case Format::kF8_E4M3: fn(F8_E4M3()); return true;
     case Format::kI4_32: fn(I4<32>()); return true;
@@ -47,6 +55,10 @@ template <>
 constexpr bool kIsFloat<F16> = true;
 template <>
 constexpr bool kIsFloat<BF16> = true;
+
+// Entries of codebooks (iq.h).
+template <class F>
+constexpr bool kIsCodebook = __is_base_of(Iq256, F);
 
 // Floats in blocks with a scale.
 template <class F>

@@ -116,6 +116,40 @@ inline void float_tile(const uint8_t* panel, int64_t ahead, const uint8_t* act, 
   for (int r = 0; r < R; ++r) sum[r] = sum[r] + odd_sum[r];
 }
 
+// What a group of any codebook is once it has been looked up: one product for all of those formats.
+struct CodebookGroup {
+  static constexpr int kBias = kCodebookBias, kSubgroups = 2;
+  static constexpr bool kHasMin = false;
+  template <int Q>
+  static Bytes quad(const uint8_t* quads) {
+    return load_bytes(quads + Q * kQuadBytes);
+  }
+};
+
+struct CodebookLayout {
+  LookUp look_up;
+  int header, group, groups;  // bytes, bytes, groups that share a header
+};
+
+template <int R>
+inline void codebook_tile(const CodebookLayout& layout, const uint8_t* panel, int64_t ahead, const uint8_t* act,
+                          int64_t stride, int64_t cols, Floats* sum) {
+  for (int r = 0; r < R; ++r) sum[r] = set1(0.0f);
+  LookedUp group;
+  for (int64_t left = cols / kGroup; left > 0; left -= layout.groups) {
+    const uint8_t* header = panel;
+    panel += layout.header;
+    for (int g = 0; g < layout.groups; ++g) {
+      if (ahead)
+        for (int i = 0; i < layout.group; i += 64) __builtin_prefetch(panel + ahead + i);
+      layout.look_up(header, g, panel, &group);
+      group_product<CodebookGroup, R, 1>(&group.scales, group.quads[0], 0, act, stride, sum);
+      panel += layout.group;
+      act += sizeof(ActivationGroup);
+    }
+  }
+}
+
 // Each block's sum is multiplied by the block's scale.
 template <class F, int R>
 inline void scaled_tile(const uint8_t* panel, int64_t ahead, const uint8_t* act, int64_t stride, int64_t cols,
@@ -168,6 +202,14 @@ inline void store_outputs(const Product& p, int64_t panel, int64_t row, Floats s
   }
 }
 
+template <int R>
+[[gnu::noinline]] void codebook_tile(const Product& p, const CodebookLayout& layout, int64_t panel, int64_t row,
+                                     int64_t ahead) {
+  Floats sum[R];
+  codebook_tile<R>(layout, p.packed + panel * p.panel_bytes, ahead, p.act + row * p.stride, p.stride, p.cols, sum);
+  for (int r = 0; r < R; ++r) store_outputs(p, panel, row + r, sum[r]);
+}
+
 template <class F, int R, int P>
 [[gnu::noinline]] void tile(const Product& p, int64_t panel, int64_t row, int64_t ahead) {
   Floats sum[P * R];
@@ -198,6 +240,21 @@ inline void tiles(const Product& p, int64_t panel, int64_t row, int64_t end, int
   if constexpr (R > 1) tiles<F, R == 12 ? 8 : R == 6 ? 4 : R / 2, P>(p, panel, row, end, ahead);
 }
 
+template <int R>
+inline void codebook_tiles(const Product& p, const CodebookLayout& layout, int64_t panel, int64_t row, int64_t end,
+                           int64_t ahead) {
+  for (; end - row >= R; row += R) {
+    codebook_tile<R>(p, layout, panel, row, ahead);
+    ahead = 0;
+  }
+  if constexpr (R > 1) codebook_tiles<R == 12 ? 8 : R / 2>(p, layout, panel, row, end, ahead);
+}
+
+void codebook_product(const Product& p, const CodebookLayout& layout, int64_t rows, int64_t begin, int64_t end) {
+  for (int64_t panel = begin; panel < end; ++panel)
+    codebook_tiles<kTileRows>(p, layout, panel, 0, rows, kAhead);
+}
+
 template <class F>
 void product(const Product& p, int64_t rows, int64_t begin, int64_t end) {
   constexpr int64_t kTile = kMaxTile<F>;
@@ -218,7 +275,12 @@ void gemm(Format format, const uint8_t* packed, int64_t out_rows, int64_t cols, 
   with_format(format, [&](auto f) {
     using F = decltype(f);
     const int64_t stride = static_cast<int64_t>(activation_bytes(activation(format), cols));
-    product<F>({packed, out_rows, cols, panel_bytes<F>(cols), act, stride, bias, y, ldy}, rows, begin, end);
+    const Product p = {packed, out_rows, cols, panel_bytes<F>(cols), act, stride, bias, y, ldy};
+    if constexpr (kIsCodebook<F>) {
+      codebook_product(p, {look_up<F>, F::kHeader, F::kBytes, F::kGroups}, rows, begin, end);
+    } else {
+      product<F>(p, rows, begin, end);
+    }
   });
 }
 

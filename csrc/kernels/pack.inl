@@ -26,6 +26,8 @@ int64_t panel_bytes(int64_t cols) {
     return ceil_div(cols, 2) * F::kPairBytes;
   } else if constexpr (kIsScaledFloat<F>) {
     return cols / F::kElements * F::kBlockBytes;
+  } else if constexpr (kIsCodebook<F>) {
+    return cols / F::kElements * (F::kHeader + F::kGroups * F::kBytes);
   } else {
     const int64_t groups = cols / kGroup;
     return ceil_div(groups, F::kGroups) * F::kHeader + groups * F::Quads::kBytes;
@@ -75,6 +77,18 @@ void pack_scaled_panel(const uint8_t* src, int outputs, int64_t cols, uint8_t* p
 }
 
 template <class F>
+void pack_codebook_panel(const uint8_t* src, int outputs, int64_t cols, uint8_t* panel) {
+  const int64_t blocks = cols / F::kElements;
+  for (int64_t b = 0; b < blocks; ++b, panel += F::kHeader + F::kGroups * F::kBytes) {
+    for (int lane = 0; lane < outputs; ++lane) {
+      const uint8_t* block = src + (lane * blocks + b) * F::kFileBytes;
+      F::write_header(block, lane, panel);
+      for (int g = 0; g < F::kGroups; ++g) F::write_group(block, g, lane, panel + F::kHeader + g * F::kBytes);
+    }
+  }
+}
+
+template <class F>
 void pack_integer_panel(const uint8_t* src, int outputs, int64_t cols, uint8_t* panel) {
   constexpr int kPerBlock = F::kElements / kGroup;
   const int64_t groups = cols / kGroup;
@@ -109,6 +123,8 @@ void pack(Format format, const uint8_t* src, int64_t rows, int64_t cols, int64_t
         pack_float_panel<F>(from, outputs, cols, panel);
       } else if constexpr (kIsScaledFloat<F>) {
         pack_scaled_panel<F>(from, outputs, cols, panel);
+      } else if constexpr (kIsCodebook<F>) {
+        pack_codebook_panel<F>(from, outputs, cols, panel);
       } else {
         pack_integer_panel<F>(from, outputs, cols, panel);
       }
@@ -138,6 +154,36 @@ void unpack_scaled_row(const uint8_t* panel, int64_t cols, int lane, float* out)
       store(lanes, F::decode(panel + F::kHeader + k * kPanelRows) * scale);
       *out++ = lanes[lane];
     }
+  }
+}
+
+// A group looked up: elements plus kCodebookBias as eight quads, and the scales of its halves.
+struct LookedUp {
+  uint8_t quads[kGroup / 4][kQuadBytes];
+  Scales scales;
+};
+constexpr int kCodebookBias = 64;
+
+using LookUp = void (*)(const uint8_t* header, int g, const uint8_t* packed, LookedUp* out);
+
+template <class F>
+[[gnu::noinline]] void look_up(const uint8_t* header, int g, const uint8_t* packed, LookedUp* out) {
+  out->scales = F::scales(header, g, packed);
+  for (int q = 0; q < kGroup / 4; ++q) store_bytes(out->quads[q], F::quad(header, g, packed, q));
+}
+
+template <class F>
+void unpack_codebook_row(const uint8_t* panel, int64_t cols, int lane, float* out) {
+  for (int64_t g = 0; g < cols / kGroup; ++g) {
+    const int place = static_cast<int>(g % F::kGroups);
+    LookedUp group;
+    look_up<F>(panel, place, panel + F::kHeader + place * F::kBytes, &group);
+    for (int k = 0; k < kGroup; ++k) {
+      float d[kLanes];
+      store(d, group.scales.d[2 * k / kGroup]);
+      *out++ = d[lane] * static_cast<float>(group.quads[k / 4][4 * lane + k % 4] - kCodebookBias);
+    }
+    if (place == F::kGroups - 1) panel += F::kHeader + F::kGroups * F::kBytes;
   }
 }
 
@@ -172,6 +218,8 @@ void unpack_row(Format format, const uint8_t* packed, int64_t, int64_t cols, int
       unpack_float_row<F>(panel, cols, lane, out);
     } else if constexpr (kIsScaledFloat<F>) {
       unpack_scaled_row<F>(panel, cols, lane, out);
+    } else if constexpr (kIsCodebook<F>) {
+      unpack_codebook_row<F>(panel, cols, lane, out);
     } else {
       const uint8_t* header = panel;
       for (int64_t g = 0; g < cols / kGroup; ++g) {

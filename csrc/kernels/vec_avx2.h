@@ -105,6 +105,11 @@ inline Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.lo, b.lo), _m
 inline Ints operator-(Ints a, Ints b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
 inline Ints operator&(Ints a, Ints b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
 inline Ints operator|(Ints a, Ints b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+inline Ints operator^(Ints a, Ints b) { return {_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)}; }
+inline Ints gather(const uint32_t* table, Ints index) {
+  const int* t = reinterpret_cast<const int*>(table);
+  return {_mm256_i32gather_epi32(t, index.lo, 4), _mm256_i32gather_epi32(t, index.hi, 4)};
+}
 template <int N>
 inline Ints shift_left(Ints a) {
   return {_mm256_slli_epi32(a.lo, N), _mm256_slli_epi32(a.hi, N)};
@@ -136,6 +141,7 @@ inline Floats as_floats(Ints a) { return {_mm256_castsi256_ps(a.lo), _mm256_cast
 inline Ints as_ints(Floats a) { return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
 
 // ---- Bytes
+inline Bytes as_bytes(Ints a) { return {a.lo, a.hi}; }
 inline Bytes load_bytes(const uint8_t* p) { return {load256(p), load256(p + 32)}; }
 inline void store_bytes(uint8_t* p, Bytes a) {
   store256(p, a.lo);

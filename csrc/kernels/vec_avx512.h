@@ -73,6 +73,8 @@ inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline Ints operator|(Ints a, Ints b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline Ints operator^(Ints a, Ints b) { return {_mm512_xor_si512(a.v, b.v)}; }
+inline Ints gather(const uint32_t* table, Ints index) { return {_mm512_i32gather_epi32(index.v, table, 4)}; }
 template <int N>
 inline Ints shift_left(Ints a) {
   return {_mm512_slli_epi32(a.v, N)};
@@ -91,6 +93,7 @@ inline Floats as_floats(Ints a) { return {_mm512_castsi512_ps(a.v)}; }
 inline Ints as_ints(Floats a) { return {_mm512_castps_si512(a.v)}; }
 
 // ---- Bytes
+inline Bytes as_bytes(Ints a) { return {a.v}; }
 inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline void store_bytes(uint8_t* p, Bytes a) { _mm512_storeu_si512(p, a.v); }
 // The mask of each byte also drops what the 32-bit shift brought in from its neighbour.

@@ -140,6 +140,13 @@ inline Ints operator&(Ints a, Ints b) {
 inline Ints operator|(Ints a, Ints b) {
   return lanes<Ints>([&](int i) { return a.v[i] | b.v[i]; });
 }
+inline Ints operator^(Ints a, Ints b) {
+  return lanes<Ints>([&](int i) { return a.v[i] ^ b.v[i]; });
+}
+// table[index] in each lane.
+inline Ints gather(const uint32_t* table, Ints index) {
+  return lanes<Ints>([&](int i) { return wrap(table[index.v[i]]); });
+}
 template <int N>
 inline Ints shift_left(Ints a) {
   return lanes<Ints>([&](int i) { return wrap(bits(a.v[i]) << N); });
@@ -191,6 +198,12 @@ template <class Fn>
 inline Bytes byte_lanes(Fn fn) {
   Bytes out;
   for (int i = 0; i < 4 * kLanes; ++i) out.v[i] = static_cast<uint8_t>(fn(i));
+  return out;
+}
+// The four bytes of each lane, lowest first.
+inline Bytes as_bytes(Ints a) {
+  Bytes out;
+  __builtin_memcpy(out.v, a.v, sizeof out.v);
   return out;
 }
 inline Bytes load_bytes(const uint8_t* p) {

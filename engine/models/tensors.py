@@ -21,10 +21,13 @@ from ktransformers.engine.weights.formats import (
     as_floats,
 )
 
-_HUGGING_FACE: Final = frozenset({F8_E4M3, I4_32, I4_128, I4Z_32, I4Z_128})
-COMPUTED_FORMATS: Final = _HUGGING_FACE | {0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, 30, 39}
-"""Formats that a matrix may have: of GGUF's F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS and
-MXFP4."""
+COMPUTED_FORMATS: Final = frozenset({0, 1, 2, 3, 6, 7, 8, 39, F8_E4M3, I4_32, I4_128, I4Z_32, I4Z_128}) | {
+    *range(10, 15),
+    *range(16, 24),
+    *(29, 30),
+}
+"""Formats that a matrix may have: of GGUF's F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, IQ1_S to IQ4_XS and
+MXFP4; all of ours."""
 
 
 @dataclass

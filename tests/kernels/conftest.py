@@ -22,6 +22,7 @@ SCALE_OFFSETS = {
     "F32": (), "F16": (), "BF16": (),
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "IQ4_NL": (0,),
     "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_XS": (0,),
+    "IQ1_S": (0,), "IQ1_M": (), "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,),
     "MXFP4": (), "F8_E4M3": (), "I4_32": (), "I4_128": (), "I4Z_32": (0,), "I4Z_128": (0,),
 }  # fmt: skip
 
@@ -76,7 +77,11 @@ class WeightFormat:
         shape = raw.shape[:2]
         magnitude = np.exp2(rng.uniform(-60, 60, shape) if extreme else rng.uniform(-9, -2, shape))
         scale = (magnitude * rng.choice([-1, 1], shape)).astype(np.float32).view(np.uint32)
-        if self.name == "MXFP4":
+        if self.name == "IQ1_M":  # the float16 lies in the upper halves of four bytes
+            half = np.exp2(rng.uniform(-9, -2, shape)).astype(np.float16).view(np.uint16)
+            for i in range(4):
+                raw[:, :, 49 + 2 * i] = raw[:, :, 49 + 2 * i] & 15 | (half >> (4 * i) & 15) << 4
+        elif self.name == "MXFP4":
             raw[:, :, 0] = rng.integers(0, 254, shape) if extreme else rng.integers(116, 124, shape)
         elif self.name == "F8_E4M3":
             raw[:, :, :4] = scale[:, :, None].view(np.uint8)
