@@ -1,5 +1,6 @@
-// Codebooks of GGUF's IQ formats, printed by make_iq_grids.py: an entry is the numbers of its levels, the first
-// in the low bits. They are ggml's (https://github.com/ggml-org/ggml, MIT licence, Copyright The ggml authors).
+// Codebooks of GGUF's IQ formats, printed by make_iq_grids.py: an entry is the numbers of its levels, the
+// first in the low bits. They are ggml's (https://github.com/ggml-org/ggml, MIT licence, Copyright The ggml
+// authors).
 #pragma once
 
 namespace kt {

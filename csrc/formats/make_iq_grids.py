@@ -1,11 +1,12 @@
-"""Prints iq_grids.h: the codebooks of GGUF's IQ formats, from the gguf package (MIT licence), two or three bits
-for each value. `python csrc/formats/make_iq_grids.py > csrc/formats/iq_grids.h`"""
+"""Prints iq_grids.h: the codebooks of GGUF's IQ formats, from the gguf package (MIT licence), two or three
+bits for each value. `python csrc/formats/make_iq_grids.py > csrc/formats/iq_grids.h`"""
 
 import gguf
 import numpy as np
 
-HEADER = """// Codebooks of GGUF's IQ formats, printed by make_iq_grids.py: an entry is the numbers of its levels, the first
-// in the low bits. They are ggml's (https://github.com/ggml-org/ggml, MIT licence, Copyright The ggml authors).
+HEADER = """// Codebooks of GGUF's IQ formats, printed by make_iq_grids.py: an entry is the numbers of its levels, the
+// first in the low bits. They are ggml's (https://github.com/ggml-org/ggml, MIT licence, Copyright The ggml
+// authors).
 #pragma once
 
 namespace kt {
