@@ -85,10 +85,10 @@ def write(path: Path, shape: Shape, quant: str, layers: int | None = None) -> No
         pools: Pools = {}
         for i, (name, kind, rows, cols) in enumerate(tensors):
             size = _size(kind, rows, cols)
-            # Else what tokens have in common would outgrow what tells them apart, and all would choose the same
-            # experts.
+            # Small embeddings would drown in what tokens have in common: all would choose the same experts.
             sigma = 1.0 if shape.experts and name.startswith("token_embd") else SIGMA
-            data = np.ones(cols, np.float32).view(np.uint8) if rows == 0 else noise(pools, kind, i, size, sigma)
+            ones = np.ones(cols, np.float32).view(np.uint8)
+            data = ones if rows == 0 else noise(pools, kind, i, size, sigma)
             file.write(data.tobytes() + bytes(-size % _ALIGNMENT))
     part.replace(path)
 
