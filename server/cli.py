@@ -171,7 +171,7 @@ def explain(
 def bench(
     model: Model = None,
     random: Annotated[
-        str, typer.Option(help="Random weights of a real shape instead: qwen2.5-1.5b:Q8_0, qwen3-30b-a3b:Q4_K …")
+        str, typer.Option(help="Random weights of a real shape: qwen2.5-1.5b:Q8_0, qwen3-30b-a3b:Q4_K …")
     ] = "",
     layers: Annotated[int | None, typer.Option(min=1, help="Cut the random model to that many.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Compute threads.")] = None,
