@@ -23,7 +23,7 @@ from ktransformers.kvcache.stores.store import Name
 SMALLEST, LARGEST = 64 << 20, 256 << 20
 """Bytes of a segment: a 64th of what the store may take, between these; of a small store an eighth."""
 CARRIED = 10
-"""The best blocks of a segment that is reclaimed are written again, up to one part in so many of it."""
+"""The best blocks of what is reclaimed are written again, up to one part in so many of the next segment."""
 RESERVE, RESERVE_BYTES, SMALL_RESERVE = 0.05, 2 << 30, 0.10
 """Left free of the filesystem: the first part, or those bytes if they are more and at most the second."""
 
@@ -242,12 +242,12 @@ class Appender:
                 return None
             except OSError as error:
                 # Others fill the filesystem, too; a disk that stays full is no reason to delete all we have.
-                if retried or not no_space(error) or not self.reclaim(carried, head.content_bytes):
+                if retried or not no_space(error) or not self.reclaim(carried, head):
                     self._books.failed("making a segment", error)
                     return None
                 retried = True
                 continue
-            if not self.reclaim(carried, head.content_bytes):
+            if not self.reclaim(carried, head):
                 with self._books.lock:
                     self._books.health.pause(lack)
                 return None
@@ -268,13 +268,13 @@ class Appender:
         while True:
             with self._books.lock:
                 total = self._books.catalog.total_bytes
-            if total <= self._cap or not self.reclaim([], -1):
+            if total <= self._cap or not self.reclaim([], None):
                 return
 
-    def reclaim(self, carried: list[_Carried], content_bytes: int) -> bool:
+    def reclaim(self, carried: list[_Carried], into: SegmentHead | None) -> bool:
         """Delete the file that is missed least; False when there is none.
 
-        Its best blocks are added to `carried`, to be written again, if their names have `content_bytes`.
+        Its best blocks are added to `carried`, to be written to the segment `into`, as far as they go there.
         """
         books = self._books
         with books.lock:
@@ -288,8 +288,9 @@ class Appender:
             return False
         segment, blocks = min(candidates, key=lambda each: self._worth(*each))
         kept = []
-        if segment.head.content_bytes == content_bytes:
-            kept = self._read_best(segment, blocks)
+        if into is not None and segment.head.content_bytes == into.content_bytes:
+            room = min(max(1, into.slots // CARRIED), into.slots - 1) - len(carried)
+            kept = self._read_best(segment, blocks, room)
         books.drop(segment, keep=frozenset(each.name.key for each in kept))
         carried += kept
         self.reclaimed += 1
@@ -299,9 +300,8 @@ class Appender:
         """What losing them would cost for each record of the segment, live or dead."""
         return sum(map(self._books.catalog.worth, blocks)) / segment.head.slots_in(segment.size)
 
-    def _read_best(self, segment: Segment, blocks: list[Block]) -> list[_Carried]:
-        """A tenth of a segment: all its blocks if they are no more, else the best of those ever read."""
-        room = segment.head.file_bytes // CARRIED // segment.head.stride
+    def _read_best(self, segment: Segment, blocks: list[Block], room: int) -> list[_Carried]:
+        """At most `room` blocks of a segment: all if they are no more, else the best of those ever read."""
         if len(blocks) > room:
             hit = [block for block in blocks if block.use.hits]
             blocks = sorted(hit, key=self._books.catalog.worth, reverse=True)[:room]

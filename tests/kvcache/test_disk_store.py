@@ -181,6 +181,24 @@ def test_a_segment_of_dead_blocks_goes_first(stored, tmp_path) -> None:
     store.close()
 
 
+def test_however_much_goes_at_once_little_of_it_is_carried_over(stored, tmp_path, monkeypatch) -> None:
+    """It is held in memory meanwhile."""
+    store = stored.open_store(tmp_path / "kv")
+    stored.put(store, *map(stored.name, range(63)))
+    read = [stored.name(i) for i in range(0, 63, 9)]  # one of each segment
+    assert all(stored.has(store, name) for name in read)
+    total = store.stats().total_bytes
+    folder = store._books.folder
+    monkeypatch.setattr(
+        folder, "free_bytes", lambda: (0 if store.stats().total_bytes > total / 2 else 1 << 40, 1 << 41)
+    )
+    stored.put(store, stored.name(100))
+    assert store.stats().reclaimed == 4
+    kept = [name for name in read if stored.has(store, name)]
+    assert len(kept) == 7 - 4 + 1 and len(store.lost()) == 4 * 9 - 1
+    store.close()
+
+
 def test_what_is_forgotten_while_it_is_carried_over_stays_forgotten(stored, tmp_path, monkeypatch) -> None:
     store = stored.open_store(tmp_path / "kv")
     stored.put(store, *map(stored.name, range(63)))
