@@ -316,6 +316,8 @@ class Appender:
                         kept.append(_Carried(name, payload, block.use))
             finally:
                 os.close(fd)
+        except FileNotFoundError:
+            return []  # damaged or emptied meanwhile, and so gone
         except OSError as error:
             self._books.failed("reading a block", error)
         return kept

@@ -281,6 +281,14 @@ def test_a_segment_is_deleted_while_running(stored, store, tmp_path) -> None:
     assert store.stats().state == "on"
 
 
+def test_deleted_segments_are_reclaimed_without_a_word(stored, store, tmp_path) -> None:
+    for path in stored.segments(tmp_path / "kv"):
+        path.unlink()
+    stored.put(store, *map(stored.name, range(50, 150)))
+    stats = store.stats()
+    assert stats.reclaimed > 2 and stats.io_errors == 0 and stats.state == "on"
+
+
 # ---- the index
 
 

@@ -435,3 +435,33 @@ def test_threads_that_put_get_and_forget_while_space_runs_out(stored, tmp_path) 
     again = stored.open_store(tmp_path / "kv", cap=1 << 19)
     assert again.entries() == before
     again.close()
+
+
+def test_closing_waits_for_the_calls_under_way(stored, tmp_path) -> None:
+    """And no call that comes later touches a file: its number could be somebody else's by then."""
+    wrong: list[BaseException] = []
+    for turn in range(15):
+        store = stored.open_store(tmp_path / "kv", cap=1 << 19)
+        started = threading.Barrier(4)
+
+        def work(number: int, store=store, started=started) -> None:
+            try:
+                started.wait()
+                for i in range(40):
+                    store.put(stored.name(i), stored.payload(stored.name(i)))
+                    stored.has(store, stored.name(i * number % 40))
+                    store.forget([stored.name(i - 9).key])
+                    store.flush()
+            except BaseException as error:
+                wrong.append(error)
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+        for thread in threads:
+            thread.start()
+        started.wait()
+        for _ in range(turn):
+            store.stats()
+        store.close()
+        for thread in threads:
+            thread.join()
+        assert not wrong and store.stats().io_errors == 0
