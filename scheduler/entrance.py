@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from ktransformers.kvcache.blocks import BlockId
 from ktransformers.kvcache.manager import KVCache
-from ktransformers.scheduler.fair_queue import Account, FairQueue
+from ktransformers.scheduler.accounts import Account
+from ktransformers.scheduler.fair_queue import FairQueue
 from ktransformers.scheduler.growth import MOST_PREEMPTIONS, OutputEstimate, Profile
 from ktransformers.scheduler.request import Request
 from ktransformers.scheduler.stats import Counters, Pace
@@ -21,6 +22,8 @@ _LOOK = 16
 """Tenants in the window whose next requests are compared."""
 _SCAN = 128
 """Tenants looked through for one that may go ahead."""
+_LEAST_HIT = 128
+"""Tokens found in the cache for which a request goes before one that is owed more."""
 _RECOMPUTED_SHARE = 0.03
 """Of all computed tokens: when so many were computed again, nobody is preempted for fairness."""
 
@@ -141,7 +144,9 @@ class Entrance:
         request = entry.request
         seconds = self._pace.expected(len(request.tokens) + entry.left)
         fresh = self._queue.is_fresh(self._queue.account(request))
-        return now + seconds >= request.deadline, fresh, len(entry.found) / max(1, len(request.tokens))
+        # A few blocks, as of a template that all prompts begin with, are no reason to leave the order.
+        found = len(entry.found) if len(entry.found) * self._cache.block_tokens >= _LEAST_HIT else 0
+        return now + seconds >= request.deadline, fresh, found / len(request.tokens)
 
     def _ahead_of(self, first: Entry, running: list[Request]) -> Entry | None:
         """Somebody who fits where `first` does not, and does not delay it."""

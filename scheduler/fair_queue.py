@@ -12,13 +12,13 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from ktransformers.scheduler.accounts import RECENT_OUTPUTS, Account, User
 from ktransformers.scheduler.charges import UNIT, Prices
 from ktransformers.scheduler.config import SchedulerConfig
 from ktransformers.scheduler.protocol import Tenant, TenantStatus
 from ktransformers.scheduler.request import Request
 from ktransformers.scheduler.virtual_time import Claimant, Level
 
-_RECENT_OUTPUTS = 5
 _RATE_DECAY = 0.99
 """A step; the rate is that of the last hundred or so."""
 _LINGER_SECONDS = 10.0
@@ -28,7 +28,6 @@ _FRESH_SECONDS = 2.0
 _BEFORE_ALL = 1 << 62
 _MOST_LINGERING = 1024
 _MOST_IDLE_TENANTS = 16_384
-_MOST_IDLE_USERS = 64
 
 
 @dataclass(frozen=True)
@@ -60,76 +59,6 @@ class Rules:
         )
 
 
-class User(Claimant):
-    """A user of a tenant, and what it has waiting."""
-
-    __slots__ = ("open", "waiting")
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.waiting: OrderedDict[str, Request] = OrderedDict()
-        self.open = 0
-        """Requests that wait or run."""
-
-    def head(self) -> Request:
-        """Its next request. Something waits."""
-        return next(iter(self.waiting.values()))
-
-
-class Account(Claimant):
-    """A tenant: its users, its limits, and what it has running."""
-
-    __slots__ = (
-        "backlogged_service",
-        "due",
-        "due_from",
-        "kept",
-        "largest",
-        "limited",
-        "most_running",
-        "most_tokens",
-        "outputs",
-        "running",
-        "service",
-        "terms",
-        "users",
-        "waiting",
-        "waiting_tokens",
-    )
-
-    def __init__(self, terms: Tenant) -> None:
-        super().__init__(terms.id)
-        self.terms = terms
-        self.users: Level[User] = Level(_MOST_IDLE_USERS)
-        self.running: dict[Request, None] = {}
-        self.waiting = 0
-        self.waiting_tokens = 0
-        self.limited = False
-        """Something waits, but as many run as may."""
-        self.service = 0
-        """Micro-units charged since this record was made."""
-        self.backlogged_service = 0
-        """Of that, while it had something waiting."""
-        self.due = 0.0
-        """Its part by weight of what was charged meanwhile to all that had something waiting."""
-        self.due_from = 0.0
-        self.outputs: deque[int] = deque(maxlen=_RECENT_OUTPUTS)
-        self.most_running = 0
-        self.most_tokens = 0
-        """That it had at once of late, and the tokens of those requests."""
-        self.largest = 0
-        """Tokens of the largest one."""
-        self.kept = (0, 0)
-        """Slots and tokens that are kept for it while it has nothing waiting."""
-
-    def head(self) -> Request:
-        """Its next request. Something waits."""
-        user = self.users.ready.least()
-        if user is None:
-            raise LookupError(f"tenant {self.name!r} has nothing waiting")
-        return user.head()
-
-
 class FairQueue:
     """All waiting requests, and the account of every tenant that has something open or is in debt."""
 
@@ -150,7 +79,7 @@ class FairQueue:
         self._milli_waiting = 0
         self._milli_active = 0
         self._with_waiting: dict[Account, None] = {}
-        self._outputs: deque[int] = deque(maxlen=_RECENT_OUTPUTS)
+        self._outputs: deque[int] = deque(maxlen=RECENT_OUTPUTS)
         self._cost = 0.0
         self._seconds = 0.0
         self._now = 0.0
@@ -536,6 +465,9 @@ class FairQueue:
             "tokens": sum(r.n_prompt for r in waiting) != self.tokens,
             "pending": not pending,
             "debts": any(a.counter < 0 or a.pending < 0 for a in accounts),
+            "active": self._active != sum(a in self._lingering or a.open for a in accounts),
+            "fresh": any(not a.waiting for a in self._fresh),
+            "kept": self.kept != (sum(a.kept[0] for a in accounts), sum(a.kept[1] for a in accounts)),
         }
         if wrong := [name for name, bad in problems.items() if bad]:
             raise AssertionError(f"the fair queue is out of order: {', '.join(wrong)}")

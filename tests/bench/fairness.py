@@ -162,14 +162,17 @@ async def once_a_second(server: Server, seconds: float) -> list[Reply]:
 
 async def flooded(server: Server, seconds: float) -> tuple[list[Reply], float]:
     """B's replies while A floods, and what the server does in a second for both."""
-    flood = asyncio.create_task(keep_asking(server, "A", FLOOD, LONG_WORDS, LONG_TOKENS, []))
+    long: list[Reply] = []
+    flood = asyncio.create_task(keep_asking(server, "A", FLOOD, LONG_WORDS, LONG_TOKENS, long))
     await asyncio.sleep(WARM_SECONDS)
     before, work, begin = await service(server), await steps(server), time.perf_counter()
     replies = await once_a_second(server, seconds)
     elapsed = time.perf_counter() - begin
     rate = (sum((await service(server)).values()) - sum(before.values())) / elapsed
     count, busy = (b - a for a, b in zip(work, await steps(server), strict=True))
-    print(f"  beside A: {count:.0f} steps of {busy / count * 1e3:.0f} ms, {busy / elapsed:.0%} of the time")
+    gaps = [gap * 1e3 for reply in long for gap in reply.gaps]
+    print(f"  beside A: {count:.0f} steps of {busy / count * 1e3:.0f} ms, {busy / elapsed:.0%} of the time;")
+    print(f"  A's tokens {quantile(gaps, 0.5):.0f} ms apart, 99 % at most {quantile(gaps, 0.99):.0f} ms")
     await stopped([flood])
     return replies, rate
 

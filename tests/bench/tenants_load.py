@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -53,6 +53,8 @@ class Reply:
     output_tokens: int = 0
     code: str = ""
     """Of an error."""
+    gaps: list[float] = field(default_factory=list)
+    """Between its events with text."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +120,18 @@ async def _read(reader: asyncio.StreamReader, begin: float) -> Reply:
         name, _, value = line.decode("latin-1").partition(":")
         headers[name.lower()] = value.strip()
     reply = Reply(status, headers)
-    usage = b""
+    usage, last = b"", 0.0
     async for line in reader:
         if status != 200:
             if line.startswith(b"{"):
                 reply.code = str(json.loads(line)["error"]["code"])
         elif line.startswith(b"data: {"):
-            if not reply.first and b'"content":"' in line and b'"content":""' not in line:
-                reply.first = time.perf_counter() - begin
+            if b'"content":"' in line and b'"content":""' not in line:
+                now = time.perf_counter()
+                reply.first = reply.first or now - begin
+                if last:
+                    reply.gaps.append(now - last)
+                last = now
             if b'"usage":{' in line:
                 usage = line
             elif b'"error":{' in line:

@@ -177,6 +177,31 @@ def test_f3_shares_by_weight(seed):
             assert abs(done[load.name] / sum(done.values()) - due) <= 0.05 * due, (load.name, done)
 
 
+def furthest_from_due():
+    """Of eight tenants whose prompts all begin with the same few tokens, in half a minute."""
+    tenants = [1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0]
+    loads = [
+        closed(f"t{i}", count=4 + round(5 * weight), prompt=70, output=24, prefix=30, weight=weight)
+        for i, weight in enumerate(tenants)
+    ]
+    machine = Machine(prompt=0.00025, decode=0.0007)
+    m = Simulation(generate(loads, 50.0, 1), "fair", machine, 1)
+    m.run(10.0)
+    before = {name: tenant.service for name, tenant in m.tenants.items()}
+    m.run(40.0)
+    done = {name: tenant.service - before[name] for name, tenant in m.tenants.items()}
+    dues = {f"t{i}": weight / sum(tenants) for i, weight in enumerate(tenants)}
+    return max(abs(done[name] / sum(done.values()) / due - 1) for name, due in dues.items())
+
+
+def test_f3_a_short_common_beginning_moves_no_shares(monkeypatch):
+    """Whoever is within the window may go first for a cached prefix: for a real one. The window is of
+    seconds of the whole engine, so to a tenant of small weight it is half a minute of its share."""
+    assert furthest_from_due() <= 0.05
+    monkeypatch.setattr(entrance_module, "_LEAST_HIT", 0)
+    assert furthest_from_due() > 0.2
+
+
 @pytest.mark.parametrize("n", [2, 4, 8, 16, 32, 64] if NIGHTLY else [2, 8, 64])
 def test_f4_jain(n):
     rng = random.Random(n)
