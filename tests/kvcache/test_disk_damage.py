@@ -163,6 +163,16 @@ def test_truncated_tails(stored, folder, rng) -> None:
             break
 
 
+def test_what_was_cut_off_is_not_listed(stored, folder) -> None:
+    """Though the index has it: its neighbours need not go with it."""
+    os.truncate(stored.segments(folder)[2], PAGE + 3 * RECORD + 5)
+    store = stored.open_store(folder)
+    there = [i for i in range(45) if stored.name(i).key in {entry.key for entry in store.entries()}]
+    assert there == [i for i in range(45) if i // 9 != 2 or i < 21]
+    assert all(stored.has(store, stored.name(i)) for i in there)
+    store.close()
+
+
 @pytest.mark.parametrize("index", [True, False])
 def test_zero_filled_tails(stored, folder, rng, index) -> None:
     """What a filesystem may leave of a file after a power cut."""

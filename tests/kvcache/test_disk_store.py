@@ -181,6 +181,20 @@ def test_a_segment_of_dead_blocks_goes_first(stored, tmp_path) -> None:
     store.close()
 
 
+def test_what_is_new_is_spared_until_somebody_could_have_read_it(stored, tmp_path) -> None:
+    store = stored.open_store(tmp_path / "kv")
+    stored.put(store, *map(stored.name, range(63)))
+    for _ in range(3):
+        assert all(stored.has(store, stored.name(i)) for i in range(63))
+    for first in range(100, 400, 9):
+        stored.put(store, *map(stored.name, range(first, first + 9)))
+        store.put(
+            stored.name(1000 + first), stored.payload(stored.name(1000 + first))
+        )  # the next segment begins
+        assert all(stored.name(i).key in store._books.catalog.blocks for i in range(first, first + 8))
+    store.close()
+
+
 def test_however_much_goes_at_once_little_of_it_is_carried_over(stored, tmp_path, monkeypatch) -> None:
     """It is held in memory meanwhile."""
     store = stored.open_store(tmp_path / "kv")
