@@ -37,7 +37,7 @@ EXCEPTIONS = {
         "engine.config",
         "engine.machine",
     ),
-    "server.commands.doctor": ("engine.load", "engine.machine", "engine._kernels"),
+    "server.commands.doctor": ("engine.load", "engine.machine", "engine._kernels", "kvcache.stores"),
     # bench measures the executor by itself, beside the server as a whole
     "server.commands.bench": ("engine.bench", "engine.limits", "engine.machine"),
     "server.bench.report": ("engine.bench.bounds", "engine.limits"),

@@ -146,6 +146,8 @@ def open_private(path: Path) -> int:
 
     Errors: StoreError, OSError.
     """
+    if path.is_symlink():
+        raise StoreError(f"{path} is a link: name the folder that it leads to")
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         found = os.fstat(fd)

@@ -11,8 +11,10 @@ import msgspec
 from rich.console import Console
 
 from ktransformers.engine import machine
+from ktransformers.kvcache.stores.inspection import survey
+from ktransformers.kvcache.stores.store import StoreError as CacheError
 from ktransformers.server.commands.serve import default_file, has_tenants
-from ktransformers.server.config import ConfigError, ServerConfig, load_config
+from ktransformers.server.config import ConfigError, ServerConfig, cache_dir, load_config
 from ktransformers.server.library import resolve
 from ktransformers.server.run_folder import run_folder
 from ktransformers.server.supervisor import check_listening
@@ -61,6 +63,7 @@ def findings(file: Path | None) -> Iterator[Finding]:
     yield from _model(config)
     yield _tried("port", lambda: f"{check_listening(config).port} on {config.host} is free")
     yield _tried("sockets", _folder)
+    yield _disk_tier(config)
 
 
 def _tried(what: str, check: Callable[[], str]) -> Finding:
@@ -73,6 +76,24 @@ def _tried(what: str, check: Callable[[], str]) -> Finding:
 def _folder() -> str:
     with run_folder() as folder:
         return f"in {folder.parent}"
+
+
+def _disk_tier(config: ServerConfig) -> Finding:
+    cache = config.scheduler.engine.cache
+    folder = Path(cache.cache_dir or cache_dir() / "kv")
+    if cache.disk_bytes == 0 or not cache.prefix_reuse:
+        return Finding("disk cache", "ok", "switched off")
+    if not folder.exists():
+        return Finding("disk cache", "ok", f"none yet, will be {folder}")
+    try:
+        found = survey(folder)
+    except CacheError as error:
+        return Finding(
+            "disk cache", "slow", str(error), "the server runs without: nothing outlives a restart"
+        )
+    taken = sum(model.size for model in found.models) + found.other_bytes
+    used = ", in use by a server" if found.in_use else ""
+    return Finding("disk cache", "ok", f"{taken / 2**30:.1f} GiB in {folder}{used}")
 
 
 def _kernels() -> Finding:

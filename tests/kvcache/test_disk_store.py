@@ -381,8 +381,9 @@ def test_links_are_not_followed(stored, tmp_path) -> None:
     real = tmp_path / "real"
     real.mkdir(mode=0o700)
     (tmp_path / "kv").symlink_to(real)
-    with pytest.raises(StoreError, match="kv"):
+    with pytest.raises(StoreError, match="kv is a link"):
         stored.open_store(tmp_path / "kv")
+    assert list(real.iterdir()) == []
     for planted in ("LOCK", "META.json.new", "seg", "index.sqlite"):
         folder, victim = tmp_path / f"with-{planted}", tmp_path / "victim"
         folder.mkdir(mode=0o700)

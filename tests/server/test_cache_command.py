@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from ktransformers.kvcache.stores.disk import DiskStore
 from ktransformers.server import cli
-from ktransformers.server.config import ConfigError
+from ktransformers.server.commands import doctor
+from ktransformers.server.config import ConfigError, load_config
 
 SIZE = 5000
 
@@ -137,3 +138,18 @@ def test_another_folder(folder, tmp_path) -> None:
     with pytest.raises(ConfigError, match="holds other things"):
         run("clear", "--cache-dir", str(tmp_path / "home"))
     assert (tmp_path / "home/thesis").exists()
+
+
+def test_what_the_doctor_says(folder, tmp_path) -> None:
+    def says(**settings: object) -> tuple[str, str]:
+        found = doctor._disk_tier(load_config(None, {}, settings))
+        return found.state, found.detail
+
+    assert says() == ("ok", f"0.0 GiB in {folder}")
+    assert says(disk_bytes=0) == ("ok", "switched off")
+    assert says(cache_dir=str(tmp_path / "new")) == ("ok", f"none yet, will be {tmp_path}/new")
+    store = opened(folder)
+    assert says() == ("ok", f"0.0 GiB in {folder}, in use by a server")
+    store.close()
+    folder.chmod(0o777)
+    assert says() == ("slow", f"{folder} can be written by others: chmod go-w {folder}")

@@ -162,6 +162,7 @@ def test_doctor(said: Said, home: Path) -> None:
     assert code == 0, out
     for what in ("Python", "kernels", "huge pages", "settings", "model", "memory", "port", "sockets"):
         assert what in out
+    assert "disk cache" in out
     (home / "c.toml").write_text("[server]\nprot = 0\n")
     code, out, _ = said.run("doctor", "--config", str(home / "c.toml"))
     assert code == 1
