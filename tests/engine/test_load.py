@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from ktransformers.engine import machine
+from ktransformers.engine.bench.loads import batch
+from ktransformers.engine.bench.synthetic import Shape, write
 from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.executors.native import NativeExecutor
 from ktransformers.engine.executors.torch import TorchExecutor
@@ -243,3 +245,34 @@ def test_control_group_v1_in_a_container(tmp_path: Path) -> None:
     )
     assert machine.available_memory(root) == 1_000_007
     assert machine.cpus(root) == machine.cpus()
+
+
+def test_experts_of_a_file_can_stay_there(tmp_path: Path) -> None:
+    """Planned with the memory that they get, and the same logits."""
+    shape = Shape("small", 3, 64, 96, 4, 2, 300, head_dim=16, experts=16, top=3)
+    write(tmp_path / "moe.gguf", shape, "Q8_0")
+    config = EngineConfig(model=str(tmp_path / "moe.gguf"), threads=1, context=64, max_batch_tokens=64)
+    program, facts = open_model(config)
+    whole = build_executor(config, program, plan(config, program, facts, GIB), lambda done, total: None)
+    layer = sum(w.data.nbytes for w in program.weights if "blk.0.ffn" in w.name and w.experts > 1)
+    small = msgspec.structs.replace(config, expert_bytes=2 * layer)
+    needs = dict(plan(small, program, facts, GIB).needs)
+    assert needs["experts used last"] == 2 * layer
+    assert needs["weights but experts"] == facts.weight_bytes - 3 * layer
+    told: list[tuple[int, int]] = []
+    some = build_executor(
+        small, program, plan(small, program, facts, GIB), lambda done, total: told.append((done, total))
+    )
+    assert told[-1] == (needs["weights but experts"],) * 2
+    for first in (5, 100, 5):
+        step = batch([(np.arange(first, first + 40, dtype=np.int32), 0, np.arange(3, dtype=np.int32))])
+        np.testing.assert_array_equal(some.logits(step), whole.logits(step))
+
+
+def test_where_experts_cannot_stay_in_the_file(config: EngineConfig, model: tuple[Program, Facts]) -> None:
+    config = msgspec.structs.replace(config, expert_bytes=GIB)
+    with pytest.raises(ModelError, match="expert_bytes: this model has no routed experts"):
+        plan(config, *model, 10 * GIB)
+    fits = plan(msgspec.structs.replace(config, expert_bytes=None), *model, 10 * GIB)
+    with pytest.raises(ModelError, match="expert_bytes: only the native executor"):
+        build_executor(config, model[0], fits, lambda done, total: None)
