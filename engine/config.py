@@ -27,6 +27,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     expert_bytes: Annotated[int, Meta(ge=1)] | None = None
     """Memory for routed experts, which then stay in the model's file: those used last are kept, the others
     are read when they are chosen. None: all of them are in memory."""
+    expert_format: Literal["as-is", "int8", "int4"] = "as-is"
+    """Routed experts with more bits are made of so many when they are loaded; the error is measured and
+    printed."""
     cache: CacheConfig = CacheConfig()
     socket: str = ""
     """Path of the engine's unix socket; the supervisor fills it in."""

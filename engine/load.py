@@ -16,6 +16,7 @@ from ktransformers.engine.models.folder import FolderModel, open_folder
 from ktransformers.engine.models.registry import read_spec
 from ktransformers.engine.models.spec import ModelError, ModelSpec
 from ktransformers.engine.program import Logits, Program, expert_weights
+from ktransformers.engine.requantise import Errors, requantise
 from ktransformers.engine.weights.gguf import GgufFile, read
 from ktransformers.engine.weights.safetensors import Folder
 
@@ -41,9 +42,11 @@ class Facts:
     """general.name, or the name of the file or folder."""
     spec: ModelSpec
     weight_bytes: int
-    """Of the tensors that the program reads, in the file's formats."""
+    """Of the tensors that the program reads, in the formats that they are loaded in."""
     identity: bytes
     """What its files say it is, without the weights' contents."""
+    requantised: Errors | None
+    """What experts lose to expert_format, known once they are loaded."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def open_model(config: EngineConfig) -> tuple[Program, Facts]:
         else:
             file = files = read(path)
             spec, name = read_spec(file.metadata), _general_name(file)
-        program = compile_program(spec, file)
+        program, requantised = requantise(compile_program(spec, file), config.expert_format)
     except ModelError as e:
         raise ModelError(f"{config.model}: {e}") from None
     facts = Facts(
@@ -111,6 +114,7 @@ def open_model(config: EngineConfig) -> tuple[Program, Facts]:
         spec=spec,
         weight_bytes=sum(w.data.nbytes for w in program.weights),
         identity=identity(files),
+        requantised=requantised,
     )
     return program, facts
 

