@@ -3,7 +3,8 @@
 First token of a prompt of 4,000 tokens at the real server with the default model: cold, from the device, from
 disk once other prompts have taken its place, and from disk after a restart of everything; with a python that
 has xllamacpp, the same at llama.cpp's server, which keeps nothing on disk. Then the tokens per second of
-prompts that nobody asks for twice, with all tiers and with none, in turns.
+prompts that nobody asks for twice, with all tiers and with none, in turns. Then first tokens with a disk whose
+calls take 50 ms each, beside a server without a disk tier (K11; this needs a C compiler).
 """
 
 import argparse
@@ -81,11 +82,12 @@ class Answer:
 
 
 @contextmanager
-def serving(folder: str, **settings: object) -> Iterator[int]:
-    """The port of a server whose cache is in `folder`."""
+def serving(folder: str, preload: dict[str, str] | None = None, **settings: object) -> Iterator[int]:
+    """The port of a server whose cache is in `folder`; `preload` are more environment variables."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("KTRANSFORMERS_")}
     environment |= {f"XDG_{kind}_HOME": folder for kind in ("STATE", "CONFIG", "CACHE", "DATA")}
     environment |= {f"KTRANSFORMERS_{name.upper()}": str(value) for name, value in settings.items()}
+    environment |= preload or {}
     command = [sys.executable, "-m", "ktransformers.server.cli", "serve", "--port", "0"]
     yield from announced(command, environment)
 
@@ -207,6 +209,35 @@ def throughput(rounds: int, clients: int, seconds: float) -> None:
     print(f"throughput without reuse, all tiers against none: {statistics.median(ratios):.1%} (median)")
 
 
+def slow_disk(asks: int, words: int) -> None:
+    """Prompts in random order, each asked for a few times, of which the device holds a third."""
+    texts = [prompt(1000 + i, words) for i in range(max(asks // 4, 1))]
+    pool = int((len(texts) * words / 3 + 2 * words) / 16) * BLOCK_BYTES
+    with tempfile.TemporaryDirectory() as folder:
+        library, slow = f"{folder}/slow_disk.so", f"{folder}/slow"
+        source = str(HERE / "slow_disk.c")
+        subprocess.run(["cc", "-shared", "-fPIC", "-O1", source, "-o", library, "-ldl"], check=True)
+        preload = {"LD_PRELOAD": library, "SLOW_DISK_FOLDER": slow, "SLOW_DISK_MS": "50"}
+        rng = random.Random(4)
+        times: dict[str, list[float]] = {"a disk of 50 ms a call": [], "no disk tier": []}
+        with (
+            serving(slow, preload, device_bytes=pool) as on,
+            serving(f"{folder}/none", device_bytes=pool, disk_bytes=0) as off,
+        ):
+            for i in range(asks):
+                text = rng.choice(texts)
+                for port in (on, off) if i % 2 else (off, on):
+                    times["no disk tier" if port == off else "a disk of 50 ms a call"].append(
+                        Answer(port, text, 4).first
+                    )
+    found = {}
+    for name, firsts in times.items():
+        found[name] = statistics.quantiles(firsts, n=20)[18]
+        median = statistics.median(firsts)
+        print(f"{name:<24} first token {median * 1e3:6.0f} ms median, {found[name] * 1e3:6.0f} ms p95")
+    print("p95 with against without: {:.2f}".format(found["a disk of 50 ms a call"] / found["no disk tier"]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
@@ -214,15 +245,19 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=6.0, help="of each side in each round")
     parser.add_argument("--peer-python", help="a python with xllamacpp")
-    parser.add_argument("--only", choices=("first", "throughput"))
+    parser.add_argument("--only", choices=("first", "throughput", "slow-disk"))
+    parser.add_argument("--asks", type=int, default=60, help="of each server beside the slow disk")
     given = parser.parse_args()
     print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs")
-    if given.only != "throughput":
+    wanted = (given.only,) if given.only else ("first", "throughput", "slow-disk")
+    if "first" in wanted:
         show("ktransformers", first_tokens(given.rounds, given.words))
         if given.peer_python:
             show("llama.cpp", first_tokens_llamacpp(given.peer_python, given.rounds, given.words))
-    if given.only != "first":
+    if "throughput" in wanted:
         throughput(2 * given.rounds, given.clients, given.seconds)
+    if "slow-disk" in wanted:
+        slow_disk(given.asks, given.words // 10)
 
 
 if __name__ == "__main__":
