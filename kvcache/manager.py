@@ -305,6 +305,12 @@ class KVCache:
         if entry is not None and (copy := entry.copies[Tier.DISK]) is not None:
             self.tiers.give_up(copy, told=False)
 
+    def withdraw(self, tokens: list[int]) -> None:
+        """What was computed of `tokens` in the public scope is found by nobody from now on."""
+        table = self.open(PUBLIC_SCOPE)
+        for entry, _ in list(self._path(table, [*tokens, 0])):
+            self._distrust(entry)
+
     def lose_disk(self) -> None:
         """The disk has been given up."""
         self.tiers.shelves[Tier.DISK].capacity = 0

@@ -22,6 +22,7 @@ from ktransformers.scheduler.protocol import (
     TokenEvent,
     Tokens,
     ToScheduler,
+    Withdraw,
 )
 
 log = logging.getLogger(__name__)
@@ -174,6 +175,11 @@ class SchedulerClient:
     def drain(self) -> None:
         """Ask the scheduler to refuse new requests."""
         self._try_send(Drain())
+
+    def withdraw(self, tokens: list[int]) -> bool:
+        """What was computed of them in the public scope is found no more; False when the scheduler is gone,
+        and all of it with it."""
+        return self._try_send(Withdraw(tokens))
 
     # ---- the connection
 

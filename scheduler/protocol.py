@@ -7,8 +7,10 @@ whatever dies in between (the client side invents it when the scheduler itself i
 import msgspec
 
 from ktransformers.engine.protocol import Sampling
+from ktransformers.kvcache.manager import PUBLIC_SCOPE
 
 __all__ = [
+    "PUBLIC_SCOPE",
     "Cancel",
     "Drain",
     "Failed",
@@ -24,6 +26,7 @@ __all__ = [
     "ToScheduler",
     "TokenEvent",
     "Tokens",
+    "Withdraw",
 ]
 
 
@@ -66,7 +69,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True, array_like=True):
     deadline: float
     """Seconds from now after which the request fails with code "deadline"; 0: none."""
     cache_scope: bytes
-    """Prefix blocks are shared only between requests of one scope (the tenant's salt)."""
+    """Prefix blocks are shared only between requests of one scope (the tenant's salt); what was computed in
+    PUBLIC_SCOPE is found by all, and only the server itself submits with that."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -86,7 +90,13 @@ class Drain(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Refuse new requests with code "draining"; running ones go on."""
 
 
-ToScheduler = Submit | Cancel | Hello | Drain
+class Withdraw(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """What was computed of these tokens in PUBLIC_SCOPE is found by nobody from now on."""
+
+    tokens: list[int]
+
+
+ToScheduler = Submit | Cancel | Hello | Drain | Withdraw
 
 
 # ---- scheduler -> server

@@ -47,6 +47,7 @@ from ktransformers.scheduler.protocol import (
     Submit,
     TokenEvent,
     ToScheduler,
+    Withdraw,
 )
 from ktransformers.scheduler.request import Request
 from ktransformers.scheduler.stats import Counters, Pace
@@ -245,6 +246,8 @@ class Scheduler:
                 self._cancel(message.id)
             case Drain():
                 self.drain()
+            case Withdraw() if self._engine is not None and self._engine.alive:
+                self._engine.cache.withdraw(message.tokens)
 
     def drain(self) -> None:
         """Refuse what comes from now on."""

@@ -27,6 +27,7 @@ from ktransformers.server.gate import BoundedProtocol
 from ktransformers.server.generation import Generator
 from ktransformers.server.metrics import Metrics
 from ktransformers.server.model import model_card
+from ktransformers.server.public_prefixes import PublicPrefixes
 from ktransformers.server.routing import Service
 from ktransformers.server.tenants.directory import Directory
 from ktransformers.server.tenants.ledger import Ledger
@@ -113,11 +114,13 @@ async def _serve(config: ServerConfig, directory: Directory, limiter: Limiter) -
     server = Server(_uvicorn(make_app(service)), generator, config.drain_timeout)
     scheduler.start(server.fail)
     admin = asyncio.create_task(_serve_admin(service, admin_listener))
+    public = asyncio.create_task(PublicPrefixes(generator, directory).run())
     try:
         await server.serve([listener])
     finally:
-        admin.cancel()
-        await asyncio.gather(admin, return_exceptions=True)
+        for task in (admin, public):
+            task.cancel()
+        await asyncio.gather(admin, public, return_exceptions=True)
         await scheduler.close()
         await ledger.close()
         text.close()

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ktransformers.server import errors
-from ktransformers.server.api import admin, admin_keys, admin_usage, health, ollama, openai
+from ktransformers.server.api import admin, admin_keys, admin_prefixes, admin_usage, health, ollama, openai
 from ktransformers.server.api.page import page_files, page_router
 from ktransformers.server.api.parameters import validation_error
 from ktransformers.server.errors import RequestError
@@ -27,7 +27,8 @@ def make_app(service: Service) -> FastAPI:
 def make_admin_app(service: Service) -> FastAPI:
     """The admin API, for a listener of its own. No page may call it. Raises UndeclaredRoute."""
     policy = HostPolicy(service.config.admin_host, (), ())
-    return _make(service, [health.router, admin.router, admin_keys.router, admin_usage.router], policy)
+    parts = (admin, admin_keys, admin_prefixes, admin_usage)
+    return _make(service, [health.router, *(part.router for part in parts)], policy)
 
 
 def _make(service: Service, routers: Sequence[APIRouter], policy: HostPolicy) -> FastAPI:

@@ -154,6 +154,34 @@ def admin_key(
 
 
 @app.command()
+def publish(
+    name: Annotated[str, typer.Argument(help="What to call it.")],
+    file: Annotated[str, typer.Argument(help="A text, or with --messages a list of messages as JSON.")],
+    messages: Annotated[bool, typer.Option("--messages", help="The beginning of conversations.")] = False,
+) -> None:
+    """Let every tenant find the KV of a beginning of prompts: whoever sends it can tell that it is there."""
+    from ktransformers.server.commands import tenants as command
+
+    command.publish(name, file, messages)
+
+
+@app.command()
+def published() -> None:
+    """What is public."""
+    from ktransformers.server.commands import tenants as command
+
+    command.published()
+
+
+@app.command()
+def withdraw(name: Annotated[str, typer.Argument(help="Name or id, as `published` has it.")]) -> None:
+    """Make a beginning of prompts public no longer."""
+    from ktransformers.server.commands import tenants as command
+
+    command.withdraw(name)
+
+
+@app.command()
 def audit(limit: Annotated[int, typer.Option(min=1, max=10000, help="The latest so many.")] = 50) -> None:
     """What administrators did, the latest first."""
     from ktransformers.server.commands import tenants as command

@@ -64,6 +64,10 @@ class Scheduler(Protocol):
         """Refuse new requests."""
         ...
 
+    def withdraw(self, tokens: list[int]) -> bool:
+        """Nobody finds these tokens' public KV any more."""
+        ...
+
 
 class Tokenizer(Pieces, Protocol):
     """What this needs of server.text.tokenizer.Tokenizer."""

@@ -1,5 +1,6 @@
 """`ktransformers tenants`: writes to the store, which a running server follows."""
 
+import json
 import os
 import pwd
 import re
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from ktransformers.server.config import tenants_dir
@@ -140,6 +142,34 @@ def admin_key(name: str, expires: str | None) -> None:
     with _store() as (store, actor):
         made, value = store.create_key(None, name, actor, expires_at=_time(expires))
     _print_key(made, value)
+
+
+def publish(name: str, file: str, messages: bool) -> None:
+    """Make a prefix public."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        body = {"messages": json.loads(text)} if messages else {"text": text}
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{file}: {error}") from None
+    with _store() as (store, actor):
+        made = store.publish(name, body, actor)
+    print(f"{made.name}  {made.id}")
+
+
+def published() -> None:
+    """A line for each public prefix."""
+    with _store() as (store, _):
+        prefixes = store.public_prefixes()
+    rows = [("NAME", "ID", "SINCE", "BYTES")]
+    rows += [(p.name, p.id, _when(p.created_at), f"{len(p.body):,}") for p in prefixes]
+    _table(rows)
+
+
+def withdraw(name: str) -> None:
+    """Make one public no longer."""
+    with _store() as (store, actor):
+        gone = store.withdraw(name, actor)
+    print(f"{gone.name}  {gone.id}  withdrawn")
 
 
 def audit(limit: int) -> None:

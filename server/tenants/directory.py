@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ktransformers.server.tenants.records import Key, Project, StoreError
+from ktransformers.server.tenants.records import Key, Project, PublicPrefix, StoreError
 from ktransformers.server.tenants.store import DAY, Store
 
 LOOK_SECONDS = 0.25
@@ -41,6 +41,7 @@ class View:
     keys: Mapping[bytes, Key] = field(default_factory=dict)
     """By SHA-256. Looking a key up in a table tells nothing about it by the time it takes: what is compared
     are digests, which nobody can choose."""
+    prefixes: tuple[PublicPrefix, ...] = ()
     in_use: bool = False
     """There is, or was, a tenant: from then on nobody is served without a key."""
 
@@ -164,7 +165,8 @@ def _do(store: Store, job: Callable[[Store], Any], future: Future[Any]) -> None:
 
 def _view(store: Store) -> View:
     projects, _, keys, in_use = store.load()
-    return View({p.id: p for p in projects}, {key.digest: key for key in keys}, in_use)
+    prefixes = tuple(store.public_prefixes())
+    return View({p.id: p for p in projects}, {key.digest: key for key in keys}, prefixes, in_use)
 
 
 def _secret(path: Path) -> bytes:

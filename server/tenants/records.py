@@ -106,6 +106,16 @@ class Key(msgspec.Struct, frozen=True):
     last_used_at: int | None
 
 
+class PublicPrefix(msgspec.Struct, frozen=True):
+    """The beginning of prompts, whose KV every tenant may find: nothing else is public."""
+
+    id: str
+    name: str
+    created_at: int
+    body: str
+    """JSON: {"text": …} or {"messages": […]}."""
+
+
 class AuditEntry(msgspec.Struct, frozen=True):
     """One act of an administrator."""
 

@@ -37,6 +37,11 @@ STEPS: tuple[tuple[str, ...], ...] = (
             for table in ("usage_minutes", "usage_days")
         ),
     ),
+    (
+        """CREATE TABLE public_prefixes (
+            id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, created_at INTEGER NOT NULL,
+            body TEXT NOT NULL) STRICT""",
+    ),
 )
 
 

@@ -28,6 +28,7 @@ from ktransformers.server.tenants.records import (
     Missing,
     Priority,
     Project,
+    PublicPrefix,
     StoreError,
     UsageRow,
     Used,
@@ -44,6 +45,7 @@ BUSY_SECONDS = 5.0
 MINUTES_KEPT = 8 * 24 * 60
 """The usage API asks for minutes of a day and hours of a week; older usage is kept by day."""
 DAY = 86400
+MAX_PREFIX_BYTES = 1 << 20
 
 _PROJECT = "id, name, created_at, archived_at, weight, priority, limits, models"
 _KEY = (
@@ -239,6 +241,36 @@ class Store:
         if project.archived_at is not None:
             raise Missing(f"there is no active tenant {id[:80]!r}")
         return project
+
+    # ---- public prefixes
+
+    def public_prefixes(self) -> list[PublicPrefix]:
+        """By age."""
+        rows = self._db.execute(
+            "SELECT id, name, created_at, body FROM public_prefixes ORDER BY created_at, id"
+        )
+        return [PublicPrefix(*row) for row in rows]
+
+    def publish(self, name: str, body: Mapping[str, object], actor: str) -> PublicPrefix:
+        """Let every tenant find the KV of this beginning of prompts. Errors: StoreError, Conflict."""
+        check_name(name)
+        made = PublicPrefix(new_id("prefix"), name, _now(), _encode(body).decode())
+        if len(made.body) > MAX_PREFIX_BYTES:
+            raise StoreError(f"a public prefix has at most {MAX_PREFIX_BYTES:,} bytes")
+        if any(other.name == name for other in self.public_prefixes()):
+            raise Conflict(f"there is a public prefix {name!r}")
+        with self._act(actor, "public_prefix.created", "", made.id, {"name": name}) as db:
+            db.execute("INSERT INTO public_prefixes VALUES (?, ?, ?, ?)", msgspec.structs.astuple(made))
+        return made
+
+    def withdraw(self, id: str, actor: str) -> PublicPrefix:  # noqa: A002
+        """It is not public any more; by its id or name. Errors: Missing."""
+        found = next((p for p in self.public_prefixes() if id in (p.id, p.name)), None)
+        if found is None:
+            raise Missing(f"there is no public prefix {id[:80]!r}")
+        with self._act(actor, "public_prefix.deleted", "", found.id, {"name": found.name}) as db:
+            db.execute("DELETE FROM public_prefixes WHERE id = ?", (found.id,))
+        return found
 
     # ---- accounts
 

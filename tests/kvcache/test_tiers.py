@@ -337,3 +337,17 @@ def test_what_is_public_is_found_by_all_and_only_the_public_scope_writes_it():
     assert serve(cache, tokens + text(9, 2), "A", b"A" * 32) == 24
     assert serve(cache, tokens + text(9, 2), "B", b"B" * 32) == 16
     assert serve(cache, [*tokens, 5, 6], "C", b"public") == 16
+
+
+def test_what_is_withdrawn_is_found_by_nobody():
+    cache = cache_of(host=50, disk=50)
+    tokens = text(16, 1)
+    for _ in range(2):
+        serve(cache, tokens, "", b"public")
+        settle(cache)
+    assert serve(cache, [*tokens, 1], "A", b"A" * 32) == 16
+    settle(cache)
+    cache.withdraw(tokens)
+    assert serve(cache, [*tokens, 1], "A", b"A" * 32) == 0
+    assert len(cache.send(0.0)[1]) == 4, "the disk is told"
+    cache.check([])

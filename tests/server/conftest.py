@@ -129,6 +129,9 @@ class ScriptedScheduler:
     def drain(self) -> None:
         self.drained = True
 
+    def withdraw(self, tokens: list[int]) -> bool:
+        return True
+
 
 def status_of(**changes: Any) -> Status:
     values: dict[str, Any] = {
