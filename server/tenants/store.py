@@ -246,9 +246,7 @@ class Store:
 
     def public_prefixes(self) -> list[PublicPrefix]:
         """By age."""
-        rows = self._db.execute(
-            "SELECT id, name, created_at, body FROM public_prefixes ORDER BY created_at, id"
-        )
+        rows = self._db.execute("SELECT id, name, created_at, body FROM public_prefixes ORDER BY rowid")
         return [PublicPrefix(*row) for row in rows]
 
     def publish(self, name: str, body: Mapping[str, object], actor: str) -> PublicPrefix:

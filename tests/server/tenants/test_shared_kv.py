@@ -64,7 +64,8 @@ async def test_what_is_registered_is_computed_in_public_and_withdrawn(office, co
     keeper = PublicPrefixes(app.state.service.generator, office.directory)
     url = "/v1/organization/public_prefixes"
     async with connect(office.admin_app(app)) as client:
-        for wrong in ({"name": "p"}, {"name": "p", "text": "t", "messages": [{"role": "user", "content": "x"}]}):
+        both = {"name": "p", "text": "t", "messages": [{"role": "user", "content": "x"}]}
+        for wrong in ({"name": "p"}, both):
             assert (await client.post(url, json=wrong, headers=admin)).status_code == 400
         made = (await client.post(url, json={"name": "p", "text": "hi there"}, headers=admin)).json()
         assert made["tokens"] > 0
