@@ -1,4 +1,4 @@
-"""`ktransformers simulate`: the same seed prints the same; the picture has every tenant under every policy."""
+"""`ktransformers simulate`: the same seed prints the same; each tenant is in the picture of each policy."""
 
 import xml.etree.ElementTree as ET
 from pathlib import Path
