@@ -82,7 +82,7 @@ WEIGHTS = {
     f"{'ABCDEFGH'[i]} (weight {w:g})": w for i, w in enumerate((1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0))
 }
 CLIENTS_PER_WEIGHT, MORE_CLIENTS = 5, 4
-WARM_SECONDS = 10.0
+WARM_SECONDS = 12.0
 
 
 async def saturate(server: Server, seconds: float) -> dict[str, float]:
