@@ -16,6 +16,7 @@ import pytest
 import request_maker
 from measured import SMALL, Measured, closed, units
 
+from ktransformers.scheduler import engine_life
 from ktransformers.scheduler import entrance as entrance_module
 from ktransformers.scheduler import scheduler as scheduler_module
 from ktransformers.scheduler.charges import UNIT, Prices
@@ -149,7 +150,7 @@ def test_f2_one_victim_is_not_always_enough(monkeypatch):
         def _enough(self, movable, entry, running):
             return super()._enough(movable, entry, running)[:1] if self._promised is None else []
 
-    monkeypatch.setattr(scheduler_module, "Entrance", OneAtMost)
+    monkeypatch.setattr(engine_life, "Entrance", OneAtMost)
     with pytest.raises(AssertionError, match="units"):
         check_preemption_bound(monkeypatch)
 
@@ -415,7 +416,7 @@ def test_mistake_2_head_of_line_block(monkeypatch):
         def _ahead_of(self, first, running):
             return None
 
-    monkeypatch.setattr(scheduler_module, "Entrance", Breaks)
+    monkeypatch.setattr(engine_life, "Entrance", Breaks)
     with pytest.raises(AssertionError):
         check_small_ones_pass()
 
@@ -602,7 +603,7 @@ def test_mistake_6_fair_only_at_admission(monkeypatch):
         def victims(self, running):
             return []
 
-    monkeypatch.setattr(scheduler_module, "Entrance", Never)
+    monkeypatch.setattr(engine_life, "Entrance", Never)
     with pytest.raises(AssertionError, match="units"):
         check_preemption_bound(monkeypatch)
 
