@@ -62,7 +62,10 @@ def test_it_says_what_the_gguf_file_says(write: ModuleType, tmp_path: Path) -> N
     assert greedy(folder, PROMPT, 5) == greedy(program_of(write.default_model()), PROMPT, 5)
 
 
-@pytest.mark.parametrize(("dense", "moe"), [("llama", "mixtral"), ("qwen3", "qwen3moe")])
+@pytest.mark.parametrize(
+    ("dense", "moe"),
+    [("llama", "mixtral"), pytest.param("qwen3", "qwen3moe", marks=pytest.mark.slow)],
+)
 def test_experts_say_what_the_dense_model_says(
     write: ModuleType, tmp_path: Path, dense: str, moe: str
 ) -> None:
