@@ -122,6 +122,10 @@ Op op_of(const std::string& kind, Fields& f) {
   if (kind == "Rope")
     return op::Rope{id("x"),           id("heads"), id("head_dim"), id("inv_freq"), f.get<bool>("interleaved"),
                     number("scale"), id("offset")};
+  if (kind == "HeadLinear") return op::HeadLinear{id("x"), id("weight"), id("out"), id("heads")};
+  if (kind == "MlaAttention")
+    return op::MlaAttention{id("q_latent"), id("q"),     id("latent"), id("rope"),
+                            id("out"),      id("layer"), id("heads"),  number("scale")};
   if (kind == "PositionScale") return op::PositionScale{id("x"), id("span"), number("scale")};
   if (kind == "Attention")
     return op::Attention{id("q"),           id("k"),           id("v"),        id("out"),       id("layer"),
@@ -253,6 +257,7 @@ uint64_t weight_digest(const Weight& weight, ThreadPool& pool) {
 KvFormat kv_format_of(const std::string& name) {
   if (name == "f16") return KvFormat::kF16;
   if (name == "int8") return KvFormat::kInt8;
+  if (name == "latent") return KvFormat::kLatent;
   throw std::invalid_argument("kv_format: '" + name + "' is not known");
 }
 

@@ -36,7 +36,7 @@ Program::Program(std::shared_ptr<ThreadPool> pool, const KernelTable& table, Mod
       model_(std::move(model)),
       rows_(check_model(model_)),
       sizes_(checked(sizes)),
-      attention_memory_(table, model_.ops, pool_->threads()),
+      attention_memory_(table, model_.ops, model_.widths, pool_->threads()),
       sampler_(table, pool_->threads(), rows_.vocab),
       block_writer_(sizes.blocks),
       profile_(model_.ops.size() + 1) {
@@ -75,6 +75,12 @@ void Program::build_products() {
     if (product != nullptr)
       activation_bytes = std::max(activation_bytes, product->activation_bytes() * max_rows(rows_.of_op[i]));
     products_.push_back(std::move(product));
+    std::unique_ptr<HeadProduct> heads;
+    if (const auto* op = std::get_if<op::HeadLinear>(&model_.ops[i])) {
+      heads = std::make_unique<HeadProduct>(table_, model_, values_, rows_.of_op[i], *op);
+      activation_bytes = std::max(activation_bytes, heads->activation_bytes() * max_rows(rows_.of_op[i]));
+    }
+    head_products_.push_back(std::move(heads));
     std::unique_ptr<Experts> experts;
     if (const auto* op = std::get_if<op::Experts>(&model_.ops[i])) {
       const Rows rows = rows_.of_op[i];
@@ -190,6 +196,16 @@ void Program::add(size_t i, const op::Rope& op) {
 }
 void Program::add(size_t i, const op::PositionScale& op) {
   add_row_op(i, rows_.of_op[i], values_.widths[op.x], make_position_scale(values_, op));
+}
+void Program::add(size_t i, const op::HeadLinear& op) {
+  const HeadProduct& product = *head_products_[i];
+  const Rows rows = rows_.of_op[i];
+  add_row_op(i, rows, values_.widths[op.x], product.make_quantize(activation_memory_.data(), max_rows(rows)));
+  stages_.push_back(WholeOp{i, product.make_multiply(*pool_, activation_memory_.data(), max_rows(rows))});
+}
+void Program::add(size_t i, const op::MlaAttention& op) {
+  add_row_op(i, rows_.of_op[i], values_.widths[op.latent], make_store_latent(table_, values_, kv_, op));
+  stages_.push_back(WholeOp{i, make_attention(table_, *pool_, values_, kv_, op, attention_memory_)});
 }
 void Program::add(size_t i, const op::Attention& op) {
   add_row_op(i, rows_.of_op[i], 4 * values_.widths[op.k], make_store_kv(table_, values_, kv_, op));

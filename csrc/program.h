@@ -10,6 +10,7 @@
 #include "cpu/thread_pool.h"
 #include "ops/attention.h"
 #include "ops/batch.h"
+#include "ops/head_linear.h"
 #include "ops/experts.h"
 #include "ops/linear.h"
 #include "ops/ops.h"
@@ -78,6 +79,8 @@ class Program {
   void add(size_t i, const op::Linear& op);
   void add(size_t i, const op::Rope& op);
   void add(size_t i, const op::PositionScale& op);
+  void add(size_t i, const op::HeadLinear& op);
+  void add(size_t i, const op::MlaAttention& op);
   void add(size_t i, const op::Attention& op);
   void add(size_t i, const op::Gated& op);
   void add(size_t i, const op::Route& op);
@@ -112,6 +115,7 @@ class Program {
   std::vector<RopeAngles> angles_;
   AttentionMemory attention_memory_;
   std::vector<std::unique_ptr<Product>> products_;  // of each op; null where it is none
+  std::vector<std::unique_ptr<HeadProduct>> head_products_;
   std::vector<std::unique_ptr<Experts>> experts_;  // likewise
   ExpertsMemory experts_memory_;
   std::unique_ptr<ExpertCache> expert_cache_;

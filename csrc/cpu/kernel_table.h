@@ -34,7 +34,8 @@ inline constexpr int64_t kSpanTokens = 512;
 
 // How keys and values are kept.
 //   kInt8: each token's key, and each token's value, of a head is about scale * q with a scale of its own
-enum class KvFormat : int32_t { kF16, kInt8 };
+//   kLatent: rows that all heads read as keys and, in their first part, as values, in float16: [kBlockTokens][head_dim]
+enum class KvFormat : int32_t { kF16, kInt8, kLatent };
 
 // The KV of one layer and one kv head in one block:
 //   keys   [head_dim][kBlockTokens]   (transposed: 16 scores are one vector)
@@ -42,17 +43,19 @@ enum class KvFormat : int32_t { kF16, kInt8 };
 // and, for kInt8, float scales [kBlockTokens] of the keys, then of the values.
 inline constexpr int64_t kv_head_bytes(KvFormat format, int64_t head_dim) {
   const int64_t elements = 2 * head_dim * kBlockTokens;
+  if (format == KvFormat::kLatent) return elements;
   return format == KvFormat::kInt8 ? elements + 2 * kBlockTokens * static_cast<int64_t>(sizeof(float)) : 2 * elements;
 }
 
 struct AttentionTask {
-  const float* q;          // row r, head g of the group at q + r * q_stride + g * head_dim
-  float* out;              // same layout as q with out_stride
+  const float* q;          // row r, head g of the group at q + r * q_stride + g * (head_dim - tail)
+  float* out;              // row r, head g at out + r * out_stride + g * value_dim
   int64_t q_stride, out_stride;
   int64_t rows;            // query rows (consecutive positions of one sequence)
   int64_t first_position;  // absolute position of row 0
   int64_t group;           // query heads that share this kv head
-  int64_t head_dim;        // multiple of 16, <= 512
+  int64_t head_dim;        // of queries and keys: a multiple of 16
+  int64_t value_dim;       // of values and outputs: head_dim, of latent rows less
   KvFormat format;
   const uint8_t* kv;       // pool base of this layer and kv head: block b at kv + b * block_stride
   int64_t block_stride;    // in bytes
@@ -61,6 +64,10 @@ struct AttentionTask {
   int64_t window;          // 0: none; else position p sees (p - window, p]
   int64_t chunk;           // 0: none; else position p sees [p - p % chunk, p]
   const float* sinks;      // one more score of each head, without a value; null: none
+  // The last `tail` elements of a query lie apart, at q_tail + r * tail_stride + g * tail_head.
+  int64_t tail;
+  const float* q_tail;
+  int64_t tail_stride, tail_head;
 };
 
 // First position that `position` sees.
@@ -104,6 +111,7 @@ struct KernelTable {
 
   // ---- attention
   void (*store_kv)(KvFormat, const float* k, const float* v, int64_t head_dim, int64_t offset_in_block, uint8_t* block);
+  void (*store_half)(const float* x, int64_t n, uint16_t* y);  // n a multiple of 16, to float16
   size_t (*attention_scratch_floats)(const AttentionTask&);
   void (*attention)(const AttentionTask&, float* scratch);
   // The same in parts: the state of one span that any of the rows sees, then all of them, one after another, merged.

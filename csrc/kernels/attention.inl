@@ -44,12 +44,15 @@ struct Tile {
 // How keys and values are kept: KvFormat as types. Scales are those of a block's keys; its values' follow.
 struct HalfCells {
   static constexpr int kBytes = 2;
-  static constexpr bool kScaled = false;
+  static constexpr bool kScaled = false, kRows = false;
   static Floats load(const uint8_t* block, int64_t i) { return load_f16(reinterpret_cast<const uint16_t*>(block) + i); }
+};
+struct LatentCells : HalfCells {
+  static constexpr bool kRows = true;
 };
 struct Int8Cells {
   static constexpr int kBytes = 1;
-  static constexpr bool kScaled = true;
+  static constexpr bool kScaled = true, kRows = false;
   static Floats load(const uint8_t* block, int64_t i) { return to_floats(load_i8(block + i)); }
   static const float* scales(const uint8_t* block, int64_t head_dim) {
     return reinterpret_cast<const float*>(block + 2 * kBlock * head_dim);
@@ -67,7 +70,7 @@ struct State {
 };
 
 size_t attention_state_floats(const AttentionTask& t) {
-  return static_cast<size_t>(t.rows * t.group * (1 + kLanes + t.head_dim));
+  return static_cast<size_t>(t.rows * t.group * (1 + kLanes + t.value_dim));
 }
 
 // The working memory of a task.
@@ -125,6 +128,40 @@ void store_kv(KvFormat format, const float* k, const float* v, int64_t head_dim,
   scales[kBlock] = quantize_cells(v, head_dim, keys + (kBlock + offset_in_block) * head_dim, 1);
 }
 
+void store_half(const float* x, int64_t n, uint16_t* y) {
+  for (int64_t i = 0; i < n; i += kLanes) store_f16(y + i, load(x + i));
+}
+
+// scores[m][p] = q_m . row, for P positions of latent rows from `first` on: sums along the row.
+template <int M, int P>
+inline void dot_rows(const Front& f, const Tile& tile, int first, int64_t head_dim, float* scores) {
+  Floats s[M][P];
+#pragma GCC unroll 6
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) s[m][p] = set1(0.0f);
+  const uint8_t *block = tile.block[first / kBlock], *ahead = tile.ahead[first / kBlock];
+  const int64_t row = first % kBlock * head_dim;
+  for (int64_t d = 0; d < head_dim; d += kLanes) {
+    Floats k[P];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      k[p] = LatentCells::load(block, row + p * head_dim + d);
+      __builtin_prefetch(ahead + (row + p * head_dim + d) * LatentCells::kBytes);
+    }
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m) {
+      const Floats q = load(f.q[m] + d);
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) s[m][p] = fma(k[p], q, s[m][p]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) scores[m * kTile + p] = hsum(s[m][p]);
+}
+
 // scores[m][b * kBlock + lane] = q_m . k
 template <class Cells, int M, int B>
 inline void dot_keys(const Front& f, const Tile& tile, int first, int64_t head_dim, float* scores) {
@@ -156,15 +193,16 @@ inline void dot_keys(const Front& f, const Tile& tile, int first, int64_t head_d
 
 // out_m[d, d + D vectors) += the weighted values of positions [begin, end), in ascending order.
 template <class Cells, int M, int D>
-inline void add_values(float* const* out, const float* weights, const Tile& tile, int64_t head_dim, int64_t d,
+inline void add_values(const AttentionTask& t, float* const* out, const float* weights, const Tile& tile, int64_t d,
                        int begin, int end) {
+  constexpr int kBefore = Cells::kRows ? 0 : kBlock;  // rows of keys
   Floats acc[M][D];
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int i = 0; i < D; ++i) acc[m][i] = load(out[m] + d + i * kLanes);
   for (int position = begin; position < end; ++position) {
-    const int64_t at = (kBlock + position % kBlock) * head_dim + d;
+    const int64_t at = (kBefore + position % kBlock) * t.head_dim + d;
     const uint8_t* ahead = tile.ahead[position / kBlock] + at * Cells::kBytes;
     __builtin_prefetch(ahead);
     if (D * kLanes * Cells::kBytes > kLineBytes) __builtin_prefetch(ahead + kLineBytes);
@@ -182,20 +220,24 @@ inline void add_values(float* const* out, const float* weights, const Tile& tile
     for (int i = 0; i < D; ++i) store(out[m] + d + i * kLanes, acc[m][i]);
 }
 
-// Positions [begin, end); head_dim in slices of kWide vectors and then of one.
+// Positions [begin, end); value_dim in slices of kWide vectors and then of one.
 template <class Cells, int M>
-inline void add_all_values(float* const* out, const float* weights, const Tile& tile, int64_t head_dim, int begin,
+inline void add_all_values(const AttentionTask& t, float* const* out, const float* weights, const Tile& tile, int begin,
                            int end) {
   if (begin >= end) return;
   int64_t d = 0;
-  for (; d + kWide * kLanes <= head_dim; d += kWide * kLanes)
-    add_values<Cells, M, kWide>(out, weights, tile, head_dim, d, begin, end);
-  for (; d < head_dim; d += kLanes) add_values<Cells, M, 1>(out, weights, tile, head_dim, d, begin, end);
+  for (; d + kWide * kLanes <= t.value_dim; d += kWide * kLanes)
+    add_values<Cells, M, kWide>(t, out, weights, tile, d, begin, end);
+  for (; d < t.value_dim; d += kLanes) add_values<Cells, M, 1>(t, out, weights, tile, d, begin, end);
 }
 
 // Scores of the blocks [first, last) of the tile that any of the queries sees.
 template <class Cells, int M>
 inline void score(const AttentionTask& t, const Front& f, const Tile& tile, int first, int last, float* scores) {
+  if constexpr (Cells::kRows) {
+    for (int p = first * kBlock; p < last * kBlock; p += kWide) dot_rows<M, kWide>(f, tile, p, t.head_dim, scores + p);
+    return;
+  }
   int b = first;
   for (; b + kWide <= last; b += kWide) dot_keys<Cells, M, kWide>(f, tile, b, t.head_dim, scores + b * kBlock);
   for (; b < last; ++b) dot_keys<Cells, M, 1>(f, tile, b, t.head_dim, scores + b * kBlock);
@@ -246,7 +288,7 @@ inline void fold_scores(const AttentionTask& t, const Front& f, int first, int l
     }
     store(sum + m * kLanes, total);
     if (factor[m] != 1.0f)  // NaN too
-      for (int64_t d = 0; d < t.head_dim; d += kLanes)
+      for (int64_t d = 0; d < t.value_dim; d += kLanes)
         store(f.out[m] + d, load(f.out[m] + d) * set1(factor[m]));
   }
 }
@@ -272,12 +314,10 @@ void fold_tile(const AttentionTask& t, const Front& f, const Tile& tile, float* 
   const int begin = f.all_low, end = f.all_low < f.all_high ? f.all_high : f.all_low;
   // Each query in ascending order: what it sees before the common part, that, and what it sees after.
   for (int m = 0; m < M; ++m)
-    add_all_values<Cells, 1>(f.out + m, s.weights + m * kTile, tile, t.head_dim, f.begin[m],
-                      f.end[m] < begin ? f.end[m] : begin);
-  add_all_values<Cells, M>(f.out, s.weights, tile, t.head_dim, begin, end);
+    add_all_values<Cells, 1>(t, f.out + m, s.weights + m * kTile, tile, f.begin[m], f.end[m] < begin ? f.end[m] : begin);
+  add_all_values<Cells, M>(t, f.out, s.weights, tile, begin, end);
   for (int m = 0; m < M; ++m)
-    add_all_values<Cells, 1>(f.out + m, s.weights + m * kTile, tile, t.head_dim, f.begin[m] > end ? f.begin[m] : end,
-                      f.end[m]);
+    add_all_values<Cells, 1>(t, f.out + m, s.weights + m * kTile, tile, f.begin[m] > end ? f.begin[m] : end, f.end[m]);
 }
 
 // Points the queries [first, first + count) at the tile that begins at `start`. False when none of them sees it.
@@ -291,7 +331,7 @@ inline bool make_front(const AttentionTask& t, int64_t first, int count, int64_t
     const int64_t begin = first_seen(t, position) - start;
     const int64_t end = position + 1 - start;
     f.q[m] = q + (first + m) * t.head_dim;
-    f.out[m] = out + (first + m) * t.head_dim;
+    f.out[m] = out + (first + m) * t.value_dim;
     f.begin[m] = static_cast<int>(begin < 0 ? 0 : begin > kTile ? kTile : begin);
     f.end[m] = static_cast<int>(end < f.begin[m] ? f.begin[m] : end > kTile ? kTile : end);
     if (f.begin[m] < f.end[m]) {
@@ -322,8 +362,11 @@ constexpr FoldTile kFoldTile[kQueries + 1] = {nullptr,
 inline void prepare_queries(const AttentionTask& t, float* q) {
   const Floats scale = set1(t.softcap > 0.0f ? t.scale / t.softcap : t.scale * kLog2E);
   for (int64_t i = 0; i < t.rows * t.group; ++i) {
-    const float* x = t.q + i / t.group * t.q_stride + i % t.group * t.head_dim;
-    for (int64_t d = 0; d < t.head_dim; d += kLanes) store(q + i * t.head_dim + d, load(x + d) * scale);
+    const int64_t row = i / t.group, head = i % t.group, front = t.head_dim - t.tail;
+    const float* x = t.q + row * t.q_stride + head * front;
+    for (int64_t d = 0; d < front; d += kLanes) store(q + i * t.head_dim + d, load(x + d) * scale);
+    const float* tail = t.q_tail + row * t.tail_stride + head * t.tail_head;
+    for (int64_t d = 0; d < t.tail; d += kLanes) store(q + i * t.head_dim + front + d, load(tail + d) * scale);
   }
 }
 
@@ -342,11 +385,13 @@ void fold_span(const AttentionTask& t, int64_t span, float* at, const Scratch& s
   const State<float> state(t, at);
   const int64_t queries = t.rows * t.group;
   for (int64_t i = 0; i < queries; ++i) state.maximum[i] = kMinusInfinity;
-  for (int64_t i = 0; i < queries * (kLanes + t.head_dim); i += kLanes) store(state.sum + i, set1(0.0f));
+  for (int64_t i = 0; i < queries * (kLanes + t.value_dim); i += kLanes) store(state.sum + i, set1(0.0f));
   const int64_t seen = t.first_position + t.rows, from = first_seen(t, t.first_position);
   const int64_t begin = span * kSpanTokens > from / kTile * kTile ? span * kSpanTokens : from / kTile * kTile;
   const int64_t end = (span + 1) * kSpanTokens < seen ? (span + 1) * kSpanTokens : seen;
-  const FoldTile* fold = t.format == KvFormat::kInt8 ? kFoldTile<Int8Cells> : kFoldTile<HalfCells>;
+  const FoldTile* fold = t.format == KvFormat::kLatent ? kFoldTile<LatentCells>
+                         : t.format == KvFormat::kInt8 ? kFoldTile<Int8Cells>
+                                                       : kFoldTile<HalfCells>;
   for (int64_t start = begin; start < end; start += kTile) {
     Tile tile = tile_at(t, start, seen);
     for (int64_t i = 0; i < queries; i += kQueries) {
@@ -381,7 +426,7 @@ void merge(const AttentionTask& t, int64_t span, const State<float>& total, cons
       store(into, span == from / kSpanTokens ? x : fma(load(into), set1(factors[0]), x));
     };
     add(total.sum + i * kLanes, part.sum + i * kLanes);
-    for (int64_t d = 0; d < t.head_dim; d += kLanes) add(total.out + i * t.head_dim + d, part.out + i * t.head_dim + d);
+    for (int64_t d = i * t.value_dim; d < (i + 1) * t.value_dim; d += kLanes) add(total.out + d, part.out + d);
   }
 }
 
@@ -398,8 +443,8 @@ inline float last_factor(const AttentionTask& t, const State<float>& total, int6
 void finish_attention(const AttentionTask& t, const State<float>& total) {
   for (int64_t i = 0; i < t.rows * t.group; ++i) {
     const Floats inverse = set1(last_factor(t, total, i));
-    float* out = t.out + i / t.group * t.out_stride + i % t.group * t.head_dim;
-    for (int64_t d = 0; d < t.head_dim; d += kLanes) store(out + d, load(total.out + i * t.head_dim + d) * inverse);
+    float* out = t.out + i / t.group * t.out_stride + i % t.group * t.value_dim;
+    for (int64_t d = 0; d < t.value_dim; d += kLanes) store(out + d, load(total.out + i * t.value_dim + d) * inverse);
   }
 }
 

@@ -25,6 +25,7 @@ constexpr KernelTable make_table(const char* name) {
   t.softcap = softcap;
   t.weighted_sum = weighted_sum;
   t.store_kv = store_kv;
+  t.store_half = store_half;
   t.attention_scratch_floats = attention_scratch_floats;
   t.attention = attention;
   t.attention_state_floats = attention_state_floats;

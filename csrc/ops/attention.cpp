@@ -39,15 +39,46 @@ RowFunction make_store_kv(const KernelTable& table, const Values& values, const 
   };
 }
 
-AttentionMemory::AttentionMemory(const KernelTable& table, const std::vector<Op>& ops, int threads)
+RowFunction make_store_latent(const KernelTable& table, const Values& values, const KvPool& kv,
+                              const op::MlaAttention& op) {
+  return [store = table.store_half, latent = values.data[op.latent], rope = values.data[op.rope], &kv, layer = op.layer,
+          n = values.widths[op.latent], m = values.widths[op.rope]](const Step& step, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      uint8_t* block = kv.base(layer, 0) + step.token_block[r] * kv.block_bytes();
+      uint16_t* row = reinterpret_cast<uint16_t*>(block) + step.positions[r] % kBlockTokens * (n + m);
+      store(latent + r * n, n, row);
+      store(rope + r * m, m, row + n);
+    }
+  };
+}
+
+namespace {
+
+// Heads that read the same latent rows one after another, in one unit of work.
+int64_t latent_group(int64_t heads) {
+  for (int64_t group = 8; group > 1; --group)
+    if (heads % group == 0) return group;
+  return 1;
+}
+
+}  // namespace
+
+AttentionMemory::AttentionMemory(const KernelTable& table, const std::vector<Op>& ops, const std::vector<int64_t>& widths,
+                                 int threads)
     : unfinished(std::make_unique<std::atomic<int64_t>[]>(threads * kSplitUnits)) {
   for (const Op& any : ops) {
-    const auto* op = std::get_if<op::Attention>(&any);
-    if (op == nullptr) continue;
     AttentionTask task{};
     task.rows = kQueryRows;
-    task.group = op->heads / op->kv_heads;
-    task.head_dim = op->head_dim;
+    if (const auto* op = std::get_if<op::Attention>(&any)) {
+      task.group = op->heads / op->kv_heads;
+      task.head_dim = task.value_dim = op->head_dim;
+    } else if (const auto* mla = std::get_if<op::MlaAttention>(&any)) {
+      task.group = latent_group(mla->heads);
+      task.value_dim = widths[mla->latent];
+      task.head_dim = task.value_dim + widths[mla->rope];
+    } else {
+      continue;
+    }
     constexpr size_t kLine = 64 / sizeof(float);
     stride = std::max(stride, (table.attention_scratch_floats(task) + kLine - 1) / kLine * kLine);
   }
@@ -56,18 +87,49 @@ AttentionMemory::AttentionMemory(const KernelTable& table, const std::vector<Op>
 
 namespace {
 
-// A unit of attention is one kv head for one piece of query rows. They go in the order of their work, the longest
+// A unit of attention is one kv head (of latent rows: a few heads) for one piece of query rows. They go in the order of their work, the longest
 // first: what is left for the end is short.
 class Attention {
  public:
   Attention(const KernelTable& table, const Model& model, const Values& values, const KvPool& kv, const op::Attention& op,
             AttentionMemory& memory)
-      : table_(table), q_(values.data[op.q]), out_(values.data[op.out]), kv_(kv), op_(op), memory_(memory) {
+      : table_(table), kv_(kv), memory_(memory), layer_(op.layer), units_(op.kv_heads) {
+    base_.q = values.data[op.q];
+    base_.out = values.data[op.out];
+    base_.q_stride = base_.out_stride = op.heads * op.head_dim;
+    base_.group = op.heads / op.kv_heads;
+    base_.head_dim = base_.value_dim = op.head_dim;
+    base_.format = kv.format();
+    base_.block_stride = kv.block_bytes();
+    base_.scale = op.scale;
+    base_.softcap = op.softcap;
+    base_.window = op.window;
+    base_.chunk = op.chunk;
+    base_.q_tail = base_.q;
     if (op.sinks != op::kNone) sinks_ = vector_of(*model.weights[op.sinks]);
   }
 
+  Attention(const KernelTable& table, const Values& values, const KvPool& kv, const op::MlaAttention& op,
+            AttentionMemory& memory)
+      : table_(table), kv_(kv), memory_(memory), layer_(op.layer), units_(op.heads / latent_group(op.heads)) {
+    base_.q = values.data[op.q_latent];
+    base_.out = values.data[op.out];
+    base_.q_stride = base_.out_stride = values.widths[op.q_latent];
+    base_.group = latent_group(op.heads);
+    base_.value_dim = values.widths[op.latent];
+    base_.tail = values.widths[op.rope];
+    base_.head_dim = base_.value_dim + base_.tail;
+    base_.format = kv.format();
+    base_.block_stride = kv.block_bytes();
+    base_.scale = op.scale;
+    
+    base_.tail_stride = values.widths[op.q];
+    base_.tail_head = base_.tail_stride / op.heads;
+    base_.q_tail = values.data[op.q] + base_.tail_head - base_.tail;
+  }
+
   void run(const Step& step, ThreadPool& pool) const {
-    const int64_t units = static_cast<int64_t>(step.query_rows.size()) * op_.kv_heads;
+    const int64_t units = static_cast<int64_t>(step.query_rows.size()) * units_;
     if (units < pool.threads() * kSplitUnits) return run_split(step, pool, units);
     pool.parallel_for(units, [&](int64_t unit, int thread) { table_.attention(task(step, unit), scratch(thread)); });
   }
@@ -101,36 +163,27 @@ class Attention {
   }
 
   AttentionTask task(const Step& step, int64_t unit) const {
-    const QueryRows& piece = step.query_rows[unit / op_.kv_heads];
-    const int64_t kv_head = unit % op_.kv_heads, group = op_.heads / op_.kv_heads, width = op_.heads * op_.head_dim;
-    const int64_t at = piece.first_token * width + kv_head * group * op_.head_dim;
-    return {.q = q_ + at,
-            .out = out_ + at,
-            .q_stride = width,
-            .out_stride = width,
-            .rows = piece.rows,
-            .first_position = piece.first_position,
-            .group = group,
-            .head_dim = op_.head_dim,
-            .format = kv_.format(),
-            .kv = kv_.base(op_.layer, kv_head),
-            .block_stride = kv_.block_bytes(),
-            .blocks = step.batch.blocks.data() + step.batch.block_starts[piece.sequence],
-            .scale = op_.scale,
-            .softcap = op_.softcap,
-            .window = op_.window,
-            .chunk = op_.chunk,
-            .sinks = sinks_.empty() ? nullptr : sinks_.data() + kv_head * group};
+    const QueryRows& piece = step.query_rows[unit / units_];
+    const int64_t u = unit % units_, head = u * base_.group;
+    AttentionTask t = base_;
+    t.q += piece.first_token * t.q_stride + head * (t.head_dim - t.tail);
+    t.out += piece.first_token * t.out_stride + head * t.value_dim;
+    t.q_tail += piece.first_token * t.tail_stride + head * t.tail_head;
+    t.rows = piece.rows;
+    t.first_position = piece.first_position;
+    t.kv = kv_.base(layer_, t.format == KvFormat::kLatent ? 0 : u);
+    t.blocks = step.batch.blocks.data() + step.batch.block_starts[piece.sequence];
+    t.sinks = sinks_.empty() ? nullptr : sinks_.data() + head;
+    return t;
   }
 
   float* scratch(int thread) const { return memory_.scratch.data() + thread * memory_.stride; }
 
   const KernelTable& table_;
-  const float* q_;
-  float* out_;
   const KvPool& kv_;
-  op::Attention op_;
   AttentionMemory& memory_;
+  int64_t layer_, units_;  // units of each piece of query rows
+  AttentionTask base_{};   // what all tasks have in common, pointing at row 0 and head 0
   std::vector<float> sinks_;
 };
 
@@ -141,6 +194,11 @@ WholeFunction make_attention(const KernelTable& table, ThreadPool& pool, const M
   return [attention = Attention(table, model, values, kv, op, memory), &pool](const Step& step) {
     attention.run(step, pool);
   };
+}
+
+WholeFunction make_attention(const KernelTable& table, ThreadPool& pool, const Values& values, const KvPool& kv,
+                             const op::MlaAttention& op, AttentionMemory& memory) {
+  return [attention = Attention(table, values, kv, op, memory), &pool](const Step& step) { attention.run(step, pool); };
 }
 
 }  // namespace kt

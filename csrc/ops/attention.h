@@ -40,6 +40,10 @@ class KvPool {
 // Writes k and v of the rows to the cache.
 RowFunction make_store_kv(const KernelTable& table, const Values& values, const KvPool& kv, const op::Attention& op);
 
+// Writes the latent rows to the cache.
+RowFunction make_store_latent(const KernelTable& table, const Values& values, const KvPool& kv,
+                              const op::MlaAttention& op);
+
 // With fewer units of work for each thread than this, attention is split along the positions too.
 inline constexpr int64_t kSplitUnits = 4;
 
@@ -49,7 +53,7 @@ struct AttentionMemory {
     int64_t unit, span;
     size_t states, state;  // offsets in `states` of the unit's first and of this part's
   };
-  AttentionMemory(const KernelTable& table, const std::vector<Op>& ops, int threads);
+  AttentionMemory(const KernelTable& table, const std::vector<Op>& ops, const std::vector<int64_t>& widths, int threads);
 
   size_t stride = 0;           // floats of scratch for each thread
   std::vector<float> scratch;
@@ -60,5 +64,7 @@ struct AttentionMemory {
 
 WholeFunction make_attention(const KernelTable& table, ThreadPool& pool, const Model& model, const Values& values,
                              const KvPool& kv, const op::Attention& op, AttentionMemory& memory);
+WholeFunction make_attention(const KernelTable& table, ThreadPool& pool, const Values& values, const KvPool& kv,
+                             const op::MlaAttention& op, AttentionMemory& memory);
 
 }  // namespace kt

@@ -8,7 +8,7 @@ namespace kt {
 namespace {
 
 constexpr int64_t kMaxWidth = int64_t{1} << 31;
-constexpr int64_t kMaxHeadDim = 512;
+constexpr int64_t kMaxHeadDim = 1024;
 constexpr int64_t kMaxExperts = 65536;
 
 class Checker {
@@ -20,6 +20,7 @@ class Checker {
   ModelRows run() {
     require(model_.cache.layers > 0 && model_.cache.kv_heads > 0, "cache", "layers and kv_heads must be positive");
     check_head_dim("cache.head_dim", model_.cache.head_dim);
+    require(model_.cache.format != KvFormat::kLatent || model_.cache.kv_heads == 1, "cache.kv_heads", "of latent rows must be 1");
     for (int64_t width : model_.widths) require(width > 0 && width < kMaxWidth, "widths", "must be positive");
     for (const auto& weight : model_.weights) require(weight != nullptr, "weights", "must not be None");
     layer_used_.resize(model_.cache.layers, false);
@@ -90,7 +91,7 @@ class Checker {
   }
   void check_head_dim(const char* field, int64_t head_dim) const {
     require(head_dim > 0 && head_dim % kBlockTokens == 0 && head_dim <= kMaxHeadDim, field,
-            "must be a multiple of 16, at most 512");
+            "must be a multiple of 16, at most 1024");
   }
   void check_number(const char* field, float x, bool positive) const {
     require(std::isfinite(x) && (!positive || x > 0), field, positive ? "must be positive and finite" : "must be finite");
@@ -135,7 +136,7 @@ class Checker {
   void check(const op::Rope& op) {
     start("Rope", Rows::kTokens);
     require(op.heads > 0, "heads", "must be positive");
-    require(op.head_dim > 0 && op.head_dim <= kMaxHeadDim, "head_dim", "must be in 1 .. 512");
+    require(op.head_dim > 0 && op.head_dim <= kMaxHeadDim, "head_dim", "must be in 1 .. 1024");
     read("x", op.x, Rows::kTokens, checked_product(op.heads, op.head_dim));
     const int64_t pairs = weight("inv_freq", op.inv_freq).cols();
     check_shape("inv_freq", op.inv_freq, 1, pairs);
@@ -151,12 +152,45 @@ class Checker {
     check_number("scale", op.scale, false);
   }
 
+  void check(const op::HeadLinear& op) {
+    const Rows rows = enter("HeadLinear", "x", op.x);
+    require(op.heads > 0 && width("x", op.x) % op.heads == 0, "heads", "must divide the width of x");
+    const Weight& w = weight("weight", op.weight);
+    check_shape("weight", op.weight, w.rows(), w.cols(), op.heads);
+    require(w.cols() <= width("x", op.x) / op.heads, "weight", "has more columns than a head has elements");
+    require(op.out != op.x, "out", "must not be x");
+    write("out", op.out, rows, w.rows());
+  }
+
+  void check(const op::MlaAttention& op) {
+    start("MlaAttention", Rows::kTokens);
+    use_layer(op.layer);
+    require(model_.cache.format == KvFormat::kLatent, "latent", "the cache has none");
+    require(op.heads > 0, "heads", "must be positive");
+    const int64_t latent = width("latent", op.latent), rope = width("rope", op.rope), q = width("q", op.q);
+    require(latent % kBlockTokens == 0 && rope % kBlockTokens == 0, "latent", "and rope must be multiples of 16 wide");
+    require(latent + rope == model_.cache.head_dim, "latent", "and rope differ from the cache");
+    read("latent", op.latent, Rows::kTokens, latent);
+    read("rope", op.rope, Rows::kTokens, rope);
+    read("q_latent", op.q_latent, Rows::kTokens, checked_product(op.heads, latent));
+    read("q", op.q, Rows::kTokens, q);
+    require(q % op.heads == 0 && q / op.heads >= rope, "q", "has no rope part in each head");
+    require(op.out != op.q_latent && op.out != op.q, "out", "must not be a query");
+    check_number("scale", op.scale, false);
+    write("out", op.out, Rows::kTokens, op.heads * latent);
+  }
+
+  void use_layer(int64_t layer) {
+    require(layer >= 0 && layer < model_.cache.layers, "layer", "is not in the cache");
+    require(!layer_used_[layer], "layer", "is used by an attention before");
+    layer_used_[layer] = true;
+  }
+
   void check(const op::Attention& op) {
     start("Attention", Rows::kTokens);
     const CacheShape& cache = model_.cache;
-    require(op.layer >= 0 && op.layer < cache.layers, "layer", "is not in the cache");
-    require(!layer_used_[op.layer], "layer", "is used by an attention before");
-    layer_used_[op.layer] = true;
+    use_layer(op.layer);
+    require(cache.format != KvFormat::kLatent, "layer", "has latent rows");
     require(op.kv_heads == cache.kv_heads, "kv_heads", "differs from the cache");
     require(op.head_dim == cache.head_dim, "head_dim", "differs from the cache");
     require(op.heads > 0 && op.heads % op.kv_heads == 0, "heads", "must be a multiple of kv_heads");

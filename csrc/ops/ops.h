@@ -44,6 +44,13 @@ struct Attention {
   float softcap;
   int64_t sinks, chunk;  // sinks may be kNone
 };
+struct HeadLinear {
+  int64_t x, weight, out, heads;
+};
+struct MlaAttention {
+  int64_t q_latent, q, latent, rope, out, layer, heads;
+  float scale;
+};
 enum class Act { kSilu, kGeluTanh, kSigmoid, kRelu, kSwigluOai };
 struct Gated {
   int64_t gate, up, out;
@@ -78,7 +85,7 @@ struct Logits {
 
 }  // namespace op
 
-using Op = std::variant<op::Embed, op::RmsNorm, op::Linear, op::Rope, op::PositionScale, op::Attention, op::Gated, op::Route,
+using Op = std::variant<op::Embed, op::RmsNorm, op::Linear, op::Rope, op::PositionScale, op::HeadLinear, op::MlaAttention, op::Attention, op::Gated, op::Route,
                         op::Experts, op::Add, op::GatherRows, op::Logits>;
 
 struct CacheShape {

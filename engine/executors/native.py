@@ -36,8 +36,8 @@ class NativeExecutor:
         kv_format: KvFormat = "f16",
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        if program.cache.kind != "kv":
-            raise ValueError(f"cache: kind: {program.cache.kind!r} is not supported")
+        if program.cache.kind != "kv" and kv_format != "f16":
+            raise ValueError(f"kv_format: {kv_format!r} is not supported for latent rows")
         self.isa = isa or _kernels.isas()[0]
         self.blocks = blocks
         pool = _kernels.ThreadPool(threads)
@@ -57,7 +57,7 @@ class NativeExecutor:
             max_tokens,
             max_rows,
             expert_bytes or 0,
-            kv_format,
+            "latent" if program.cache.kind == "latent" else kv_format,
         )
 
     @property
