@@ -21,7 +21,7 @@ from ktransformers.kvcache.tiers import Tiers
 MOST_LOADS = 256
 """Loads that the engine has in hand at once."""
 _BASE_SECONDS = 0.05
-_PATIENCE = 2.0
+_PATIENCE = 4.0
 """Times the predicted time."""
 _SLOWER = (Tier.HOST, Tier.DISK)
 
@@ -36,6 +36,8 @@ class _Load:
     """Not on the device yet, by position."""
     until: float | None = None
     """How long it may wait; None: its turn has not come."""
+    compute: float | None = None
+    """Seconds that computing the same would take, if known."""
 
 
 class Loads:
@@ -77,6 +79,8 @@ class Loads:
         elif load.until:
             load.until = None
         self._touch(path)
+        begin = next(i for i, (entry, _) in enumerate(path) if entry is run[0][0])
+        load.compute = self._recompute(begin * size, len(run) * size)
         load.blocks += len(run)
         self.held += len(run)
         for entry, content, tier in run:
@@ -128,7 +132,7 @@ class Loads:
             return False
         if load.until is None:
             self.waited += 1
-            load.until = now + self._patience(pending) + latency
+            load.until = now + self._patience(load) + latency
         if now < load.until:
             return True
         if load.until > 0:
@@ -149,13 +153,14 @@ class Loads:
         copy = entry.copies[Tier.DEVICE]
         return copy.state is not State.WRITING if copy is not None else entry not in self._entries
 
-    def _patience(self, pending: deque[Entry]) -> float:
-        seconds = 0.0
+    def _patience(self, load: _Load) -> float:
+        pending, seconds = load.pending, 0.0
         for tier in _SLOWER:
             speed = self._moves.speed[tier]
             count = sum((source := self._source(e)) is not None and source.tier is tier for e in pending)
             seconds += max(count, speed.under_way) * speed.seconds
-        return _BASE_SECONDS + _PATIENCE * seconds
+        patience = _BASE_SECONDS + _PATIENCE * seconds
+        return patience if load.compute is None else min(patience, load.compute)
 
     def next_timeout(self, now: float) -> float | None:
         """When the next one that waits will wait no longer."""
