@@ -3,8 +3,8 @@
 First token of a prompt of 4,000 tokens at the real server with the default model: cold, from the device, from
 disk once other prompts have taken its place, and from disk after a restart of everything; with a python that
 has xllamacpp, the same at llama.cpp's server, which keeps nothing on disk. Then the tokens per second of
-prompts that nobody asks for twice, with all tiers and with none, in turns. Then first tokens with a disk whose
-calls take 50 ms each, beside a server without a disk tier (K11; this needs a C compiler).
+prompts that nobody asks for twice, with all tiers and with none, in turns. Then first tokens with a disk on
+which each call takes 50 ms, beside a server without a disk tier (this needs a C compiler).
 """
 
 import argparse
