@@ -60,6 +60,7 @@ async def keep_asking(
 
     async def one(number: int) -> None:
         rng = random.Random(f"{tenant} {number}")
+        await asyncio.sleep(rng.random())  # who is first is in debt for a while: let it be anybody
         while True:
             replies.append(await server.ask(tenant, prompt(rng, words), tokens))
             if replies[-1].status != 200:
