@@ -95,7 +95,7 @@ struct I4Z {
 // scale multiplies the sum of a block. File: scale, 128 bytes. Panel: for each block the scales, then the elements of 16
 // outputs one after another.
 struct F8_E4M3 {
-  static constexpr Activation kActivation = Activation::kF32;
+  static constexpr Activation kActivation = kHasDotBf16 ? Activation::kBF16 : Activation::kF32;
   static constexpr int kElements = 128, kFileBytes = 4 + 128;
   static constexpr int kHeader = 4 * kPanelRows, kPairBytes = 2 * kPanelRows;
   static constexpr int kBlockBytes = kHeader + kElements / 2 * kPairBytes;
@@ -109,6 +109,12 @@ struct F8_E4M3 {
   static void pair(const uint8_t* p, Floats& even, Floats& odd) {
     even = decode(p);
     odd = decode(p + kPanelRows);
+  }
+  // The same as bfloat16, which they fit exactly: the even element in the low half of a lane.
+  static Ints bf16_pair(const uint8_t* p) {
+    Floats even, odd;
+    pair(p, even, odd);
+    return shift_right<16>(as_ints(even)) | as_ints(odd);
   }
 };
 

@@ -33,6 +33,7 @@ struct BF16 {
   static constexpr Activation kActivation = kHasDotBf16 ? Activation::kBF16 : Activation::kF32;
   static constexpr int kFileBytes = 2, kPairBytes = 4 * kPanelRows;
   static int64_t offset(int64_t k, int lane) { return (k / 2 * kPanelRows + lane) * 4 + k % 2 * 2; }
+  static Ints bf16_pair(const uint8_t* p) { return load_ints(p); }
   static void pair(const uint8_t* p, Floats& even, Floats& odd) {
     const Ints both = load_ints(p);
     even = as_floats(shift_left<16>(both));

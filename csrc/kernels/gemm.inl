@@ -150,27 +150,14 @@ inline void codebook_tile(const CodebookLayout& layout, const uint8_t* panel, in
   }
 }
 
-// Each block's sum is multiplied by the block's scale.
-template <class F, int R>
-inline void scaled_tile(const uint8_t* panel, int64_t ahead, const uint8_t* act, int64_t stride, int64_t cols,
-                        Floats* sum) {
-  for (int r = 0; r < R; ++r) sum[r] = set1(0.0f);
-  for (int64_t k = 0; k < cols; k += F::kElements, panel += F::kBlockBytes) {
-    Floats part[R];
-    float_tile<F, R>(panel + F::kHeader, ahead, act + k * 4, stride, F::kElements, part);
-    const Floats scale = load(reinterpret_cast<const float*>(panel));
-    for (int r = 0; r < R; ++r) sum[r] = fma(part[r], scale, sum[r]);
-  }
-}
-
 #ifdef __AVX512BF16__
-template <int R>
+template <class F, int R>
 inline void bf16_tile(const uint8_t* panel, int64_t ahead, const uint8_t* act, int64_t stride, int64_t cols,
                       Floats* sum) {
   for (int r = 0; r < R; ++r) sum[r] = set1(0.0f);
-  for (int64_t k = 0; k < cols; k += 2, panel += BF16::kPairBytes) {
+  for (int64_t k = 0; k < cols; k += 2, panel += F::kPairBytes) {
     if (ahead) __builtin_prefetch(panel + ahead);
-    const Ints weights = load_ints(panel);
+    const Ints weights = F::bf16_pair(panel);
     for (int r = 0; r < R; ++r) {
       int32_t pair;
       __builtin_memcpy(&pair, act + r * stride + 2 * k, sizeof pair);
@@ -179,6 +166,33 @@ inline void bf16_tile(const uint8_t* panel, int64_t ahead, const uint8_t* act, i
   }
 }
 #endif
+
+// Floats as the table's dot product takes them.
+template <class F, int R>
+inline void any_float_tile(const uint8_t* panel, int64_t ahead, const uint8_t* act, int64_t stride, int64_t cols,
+                           Floats* sum) {
+  if constexpr (F::kActivation == Activation::kF32) {
+    float_tile<F, R>(panel, ahead, act, stride, cols, sum);
+  } else {
+#ifdef __AVX512BF16__
+    bf16_tile<F, R>(panel, ahead, act, stride, cols, sum);
+#endif
+  }
+}
+
+// Each block's sum is multiplied by the block's scale.
+template <class F, int R>
+inline void scaled_tile(const uint8_t* panel, int64_t ahead, const uint8_t* act, int64_t stride, int64_t cols,
+                        Floats* sum) {
+  constexpr int kElementBytes = F::kActivation == Activation::kF32 ? 4 : 2;  // of the activations
+  for (int r = 0; r < R; ++r) sum[r] = set1(0.0f);
+  for (int64_t k = 0; k < cols; k += F::kElements, panel += F::kBlockBytes) {
+    Floats part[R];
+    any_float_tile<F, R>(panel + F::kHeader, ahead, act + k * kElementBytes, stride, F::kElements, part);
+    const Floats scale = load(reinterpret_cast<const float*>(panel));
+    for (int r = 0; r < R; ++r) sum[r] = fma(part[r], scale, sum[r]);
+  }
+}
 
 struct Product {
   const uint8_t* packed;
@@ -219,12 +233,8 @@ template <class F, int R, int P>
     scaled_tile<F, R>(weights, ahead, act, p.stride, p.cols, sum);
   } else if constexpr (!kIsFloat<F>) {
     integer_tile<F, R, P>(weights, p.panel_bytes, ahead, act, p.stride, p.cols, sum);
-  } else if constexpr (F::kActivation == Activation::kF32) {
-    float_tile<F, R>(weights, ahead, act, p.stride, p.cols, sum);
   } else {
-#ifdef __AVX512BF16__
-    bf16_tile<R>(weights, ahead, act, p.stride, p.cols, sum);
-#endif
+    any_float_tile<F, R>(weights, ahead, act, p.stride, p.cols, sum);
   }
   for (int i = 0; i < P; ++i)
     for (int r = 0; r < R; ++r) store_outputs(p, panel + i, row + r, sum[i * R + r]);

@@ -177,8 +177,8 @@ def test_like_transformers(case: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(oracle.logits(batch), theirs, rtol=0, atol=3e-5 * np.abs(theirs).max())
     native = NativeExecutor(program, threads=2, blocks=3, max_tokens=64, max_rows=64)
     ours = native.logits(batch)
-    # FP8 is multiplied in float32; the integer formats see activations of eight bits.
-    bound = 0.003 if case == "fp8" else 0.1
+    # FP8 sees activations in float32 or bfloat16, the integer formats in eight bits.
+    bound = 0.02 if case == "fp8" else 0.1
     assert np.abs(ours - theirs).max() < bound * np.abs(theirs).max()
 
 

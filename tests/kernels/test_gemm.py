@@ -19,7 +19,7 @@ def columns(fmt) -> list[int]:
 
 
 def uses_bf16_dot(fmt, isa: str) -> bool:
-    return fmt.name == "BF16" and isa == "avx512_bf16"
+    return fmt.name in ("BF16", "F8_E4M3") and isa == "avx512_bf16"
 
 
 def as_presented(fmt, isa: str, x: F32) -> F64:
