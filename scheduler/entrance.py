@@ -179,8 +179,9 @@ class Entrance:
 
     @property
     def _latency(self) -> float:
-        """Seconds until the engine sees a message: it may be in a step, and has the next one already."""
-        return 2 * self._pace.step_seconds
+        """Seconds until the engine sees a message: it may be in a step, and has the next one already. Nobody
+        could enter sooner, so waiting that long costs nothing."""
+        return 2 * self._pace.longest_step
 
     def _cost(self, entry: Entry, account: Account) -> int:
         outputs = max(1, min(self._queue.predicted(account), entry.left))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 _DECAY = 0.999
 """A step; the slowest one of the last thousand or so counts."""
+_DECAY_LONGEST = 0.98
 _WEIGHT = 1 / 32
 """Of the newest step in the averages."""
 
@@ -30,6 +31,7 @@ class Pace:
 
     def __init__(self) -> None:
         self._slowest = 0.0
+        self._longest = 0.0
         self._tokens = 0.0
         self._seconds = 0.0
 
@@ -38,13 +40,14 @@ class Pace:
         if tokens <= 0:
             return
         self._slowest = max(seconds / tokens, self._slowest * _DECAY)
+        self._longest = max(seconds, self._longest * _DECAY_LONGEST)
         self._tokens += (tokens - self._tokens) * _WEIGHT
         self._seconds += (seconds - self._seconds) * _WEIGHT
 
     @property
-    def step_seconds(self) -> float:
-        """Of the average step; 0 while nothing was measured."""
-        return self._seconds
+    def longest_step(self) -> float:
+        """Seconds of the longest step of late; 0 while nothing was measured."""
+        return self._longest
 
     def at_most(self, tokens: int) -> float | None:
         """Seconds that a step of `tokens` tokens should not exceed; None while nothing was measured.
