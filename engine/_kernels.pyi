@@ -103,6 +103,7 @@ class Program:
     """A compiled program with its KV pool.
 
     `ops` are tuples (kind, fields in the order of engine.program's dataclasses); linear parts are tuples.
+    `kv_format` is "f16", "int8", or "latent" for a cache of latent rows (float16; kv_heads 1).
     """
 
     def __init__(

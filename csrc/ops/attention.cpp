@@ -63,8 +63,8 @@ int64_t latent_group(int64_t heads) {
 
 }  // namespace
 
-AttentionMemory::AttentionMemory(const KernelTable& table, const std::vector<Op>& ops, const std::vector<int64_t>& widths,
-                                 int threads)
+AttentionMemory::AttentionMemory(const KernelTable& table, const std::vector<Op>& ops,
+                                 const std::vector<int64_t>& widths, int threads)
     : unfinished(std::make_unique<std::atomic<int64_t>[]>(threads * kSplitUnits)) {
   for (const Op& any : ops) {
     AttentionTask task{};
@@ -87,8 +87,8 @@ AttentionMemory::AttentionMemory(const KernelTable& table, const std::vector<Op>
 
 namespace {
 
-// A unit of attention is one kv head (of latent rows: a few heads) for one piece of query rows. They go in the order of their work, the longest
-// first: what is left for the end is short.
+// A unit of attention is one kv head, or a few heads that read latent rows, for one piece of query rows. They go in the
+// order of their work, the longest first: what is left for the end is short.
 class Attention {
  public:
   Attention(const KernelTable& table, const Model& model, const Values& values, const KvPool& kv, const op::Attention& op,
@@ -122,7 +122,6 @@ class Attention {
     base_.format = kv.format();
     base_.block_stride = kv.block_bytes();
     base_.scale = op.scale;
-    
     base_.tail_stride = values.widths[op.q];
     base_.tail_head = base_.tail_stride / op.heads;
     base_.q_tail = values.data[op.q] + base_.tail_head - base_.tail;

@@ -20,7 +20,8 @@ class Checker {
   ModelRows run() {
     require(model_.cache.layers > 0 && model_.cache.kv_heads > 0, "cache", "layers and kv_heads must be positive");
     check_head_dim("cache.head_dim", model_.cache.head_dim);
-    require(model_.cache.format != KvFormat::kLatent || model_.cache.kv_heads == 1, "cache.kv_heads", "of latent rows must be 1");
+    require(model_.cache.format != KvFormat::kLatent || model_.cache.kv_heads == 1, "cache.kv_heads",
+            "of latent rows must be 1");
     for (int64_t width : model_.widths) require(width > 0 && width < kMaxWidth, "widths", "must be positive");
     for (const auto& weight : model_.weights) require(weight != nullptr, "weights", "must not be None");
     layer_used_.resize(model_.cache.layers, false);

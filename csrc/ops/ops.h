@@ -85,8 +85,9 @@ struct Logits {
 
 }  // namespace op
 
-using Op = std::variant<op::Embed, op::RmsNorm, op::Linear, op::Rope, op::PositionScale, op::HeadLinear, op::MlaAttention, op::Attention, op::Gated, op::Route,
-                        op::Experts, op::Add, op::GatherRows, op::Logits>;
+using Op = std::variant<op::Embed, op::RmsNorm, op::Linear, op::Rope, op::PositionScale, op::HeadLinear,
+                        op::MlaAttention, op::Attention, op::Gated, op::Route, op::Experts, op::Add, op::GatherRows,
+                        op::Logits>;
 
 struct CacheShape {
   int64_t layers, kv_heads, head_dim;
