@@ -192,11 +192,10 @@ def test_copied_blocks_are_the_same_rows(small: ModuleType, program: Program) ->
 
 
 def test_two_layers_share_a_block(small: ModuleType) -> None:
-    """Each layer has rows of its own: a second pass over other rows changes nothing of the first."""
+    """Each layer has rows of its own: what is read of the one is not what the other wrote after it."""
     one = latent_program(small, 5, 32, 32, 20)
     ops = list(one.ops)
-    second = replace(ops[4], latent=8, layer=1, out=9)
-    ops[4:4] = [Embed(len(one.weights), 8, 1.0), second]
+    ops[4:5] = [replace(ops[4], layer=1), Embed(len(one.weights), 8, 1.0), replace(ops[4], latent=8, out=9)]
     table = small.tensor(np.random.default_rng(9).standard_normal((one.vocab, 32)))
     two = replace(
         one,
