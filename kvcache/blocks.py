@@ -7,6 +7,9 @@ from ktransformers.kvcache.hashing import Chain
 
 BlockId = int
 
+_LATELY = 8192
+"""Blocks after which what an owner asked for before counts half."""
+
 
 class Tier(IntEnum):
     """Where a copy of a block lies, the fastest first. The names, in lower case, are the engine's."""
@@ -39,6 +42,24 @@ class Owner:
     """[16], a digest: all that the engine and the disk learn of a tenant."""
     weight: float = 1.0
     quota: tuple[int, int, int] = (0, 0, 0)
+    asked: int = 0
+    """Blocks of its prompts, lately."""
+    found: int = 0
+    """Those of them that were known."""
+
+    def asks(self, blocks: int, found: int) -> None:
+        """It comes with a prompt of so many blocks."""
+        self.asked += blocks
+        self.found += found
+        if self.asked > _LATELY:
+            self.asked //= 2
+            self.found //= 2
+
+    @property
+    def returns(self) -> bool:
+        """Whether it is in the habit of coming back to what it had computed: an eighth of its prompts is
+        known. To write a block and read it again costs a CPU about a thirtieth of computing it."""
+        return self.found * 8 > self.asked
 
 
 @dataclass(eq=False)

@@ -167,6 +167,8 @@ class KVCache:
     def attach(self, table: BlockTable, blocks: list[BlockId], again: bool = False) -> None:
         """The sequence of this empty table begins with `blocks`, just matched; `again` after a preemption."""
         self.loads.drop(table)
+        if not again:
+            table.owner.asks(len(table.chain.keys), len(blocks))
         for block in blocks:
             self.tiers.wake(block)
             copy = self.tiers.copy_in(block)
@@ -241,6 +243,8 @@ class KVCache:
             copy = self.tiers.copy_in(block)
             if copy is not None and self._pool.refs[block] == 1 + copy.moves:
                 self.moves.wanted(copy.entry, Tier.HOST)
+                if table.owner.returns:
+                    self.moves.wanted(copy.entry, Tier.DISK)
         last = min(prompt // self.block_tokens, table.committed)
         if table.hits and last:
             self.moves.rests(table.chain.keys[last - 1], self._now)

@@ -69,6 +69,7 @@ def test_to_the_host_goes_what_comes_to_rest_and_to_disk_what_is_asked_for_again
 
 def test_a_conversation_that_rests_is_written_as_far_as_its_prompt():
     cache = cache_of(disk=50)
+    cache.owner("t").asks(1000, 0)  # it comes back so seldom that not all of it is worth a write
     turn = text(16, 1)
     serve(cache, turn, prompt=9)
     settle(cache)
@@ -85,6 +86,25 @@ def test_a_single_question_is_never_written_to_disk():
     serve(cache, text(20, 1), prompt=16)
     settle(cache, 1000.0)
     assert on(cache, Tier.DISK) == 0
+
+
+def test_all_of_a_tenant_that_comes_back_is_written_and_no_more_when_it_does_so_no_longer():
+    cache = cache_of(blocks=4000, disk=4000)
+    shared = text(16, 0)
+    serve(cache, shared)
+    serve(cache, turn := shared + text(17, 1))
+    settle(cache)
+    assert on(cache, Tier.DISK) == 8, "a third of what it asked for was known"
+    serve(cache, turn + text(16, 2), tenant="another", scope=b"another")
+    settle(cache)
+    assert on(cache, Tier.DISK) == 8, "it was for another tenant"
+    for i in range(20):
+        serve(cache, text(33, 10 + i))
+    settle(cache)
+    before = on(cache, Tier.DISK)
+    serve(cache, text(33, 100))
+    settle(cache)
+    assert on(cache, Tier.DISK) == before < 80
 
 
 def test_a_failed_move_leaves_nothing():
