@@ -110,7 +110,7 @@ def test_prefix_hits(native_executor, prompts: Prompts, alone: dict[str, Answer]
         stack.run()
     check(stack.answers, alone)
     hits = stack.scheduler.status().prefix_hit_tokens - before
-    assert hits >= 0.5 * sum(len(tokens) for tokens, _ in some.values())
+    assert hits >= 0.5 * sum(len(tokens) for tokens, _ in prompts.values())
 
 
 def test_forced_preemption(native_executor, prompts: Prompts, alone: dict[str, Answer]) -> None:
@@ -154,7 +154,7 @@ def ask_each(stack: Stack, some: Prompts, times: int = 1) -> None:
 
 def most_tokens(some: Prompts) -> float:
     """Hits that can be called most of what the prompts have."""
-    return 0.5 * sum(len(tokens) for tokens, _ in some.values())
+    return 0.5 * sum(len(tokens) for tokens, _ in prompts.values())
 
 
 def test_hits_on_the_host(native_executor, some: Prompts, expected: dict[str, Answer]) -> None:
