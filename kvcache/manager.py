@@ -222,6 +222,8 @@ class KVCache:
             if entry is not None and entry.copies[Tier.DEVICE] is None:
                 self.tiers.place(entry, Tier.DEVICE, table.blocks[i], State.COMMITTED)
                 self._used(entry)
+                # While it is held: in a small pool, what comes to rest may be evicted before it was copied.
+                self._worth_copies(entry, table.owner)
         table.committed = full
 
     def release(self, table: BlockTable, prompt: int = 0) -> None:
@@ -242,12 +244,16 @@ class KVCache:
             # Not yet idle, but about to be, unless others hold it: then their leaving is soon enough.
             copy = self.tiers.copy_in(block)
             if copy is not None and self._pool.refs[block] == 1 + copy.moves:
-                self.moves.wanted(copy.entry, Tier.HOST)
-                if table.owner.returns:
-                    self.moves.wanted(copy.entry, Tier.DISK)
+                self._worth_copies(copy.entry, table.owner)
         last = min(prompt // self.block_tokens, table.committed)
         if table.hits and last:
             self.moves.rests(table.chain.keys[last - 1], self._now)
+
+    def _worth_copies(self, entry: Entry, owner: Owner) -> None:
+        if self.tiered:
+            self.moves.wanted(entry, Tier.HOST)
+            if owner.returns:
+                self.moves.wanted(entry, Tier.DISK)
 
     def discard(self, table: BlockTable) -> None:
         """The sequence leaves and its KV is not to be trusted: nobody finds any of its blocks again."""

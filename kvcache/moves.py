@@ -4,10 +4,10 @@ A move holds its source, so that it keeps its bytes, and its target, which nobod
 said that the bytes are there. They are done beside the steps, so a move may write only where no step that is
 not done reads or writes (see `BlockPool`).
 
-Sent down are, as there is room: to the host whatever comes to rest on the device; to disk what was asked for
-a second time, the beginning of a conversation that nobody has gone on with for a while, and whatever comes to
-rest of a tenant that is in the habit of coming back (`Owner.returns`). What others generate and never read
-again is not worth a write.
+Sent down are, as there is room: to the host whatever was computed; to disk what was asked for a second time,
+the beginning of a conversation that nobody has gone on with for a while, and whatever was computed for a tenant
+that is in the habit of coming back (`Owner.returns`). What others generate and never read again is not worth a
+write.
 """
 
 from collections import deque
@@ -21,7 +21,8 @@ from ktransformers.kvcache.tiers import Tiers
 IDLE_SECONDS = 30.0
 """A conversation that has not gone on for so long is written to disk as far as its last prompt."""
 MOST_STORES = 64
-"""Moves down that the engine has in hand at once; they hold blocks."""
+"""Moves down to one tier that the engine has in hand at once; they hold blocks. Of each tier by itself: what
+waits for a slow disk must not keep what goes to the host until it is evicted."""
 _MOST_PENDING = 65_536
 _SECONDS_WEIGHT = 1 / 16
 
@@ -77,7 +78,7 @@ class Moves:
         self._outgoing: list[Transfer] = []
         self._down: dict[Tier, deque[Entry]] = {Tier.HOST: deque(), Tier.DISK: deque()}
         self._queued: dict[Tier, set[Entry]] = {Tier.HOST: set(), Tier.DISK: set()}
-        self._stores = 0
+        self._stores = {Tier.HOST: 0, Tier.DISK: 0}
         self._resting: deque[tuple[float, bytes]] = deque()
         self.traffic = {(a, b): Traffic() for a in Tier for b in Tier if a is not b}
         # First guesses: 300 KB at 2 GB/s, and a disk's seek.
@@ -102,7 +103,7 @@ class Moves:
         if target.tier is Tier.DEVICE:
             self.speed[source.tier].under_way += 1
         else:
-            self._stores += 1
+            self._stores[target.tier] += 1
 
     def finish(self, move: int, ok: bool, size: int, seconds: float) -> None:
         """The engine has answered. An id that is not known is nobody's any more."""
@@ -118,7 +119,7 @@ class Moves:
         if target.tier is Tier.DEVICE:
             self.speed[source.tier].finished(seconds)
         else:
-            self._stores -= 1
+            self._stores[target.tier] -= 1
         if ok and target.state is State.WRITING:
             self._arrived(transfer, size)
         elif target.state is State.WRITING:
@@ -158,7 +159,7 @@ class Moves:
         self._wake_resting(now)
         for tier, queue in self._down.items():
             most = min(MOST_STORES, self._tiers.device.total // 8)
-            while queue and self._stores < most:
+            while queue and self._stores[tier] < most:
                 entry = queue.popleft()
                 self._queued[tier].discard(entry)
                 self._store(entry, tier)
