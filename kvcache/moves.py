@@ -5,9 +5,9 @@ said that the bytes are there. They are done beside the steps, so a move may wri
 not done reads or writes (see `BlockPool`).
 
 Sent down are, as there is room: to the host whatever was computed; to disk what was asked for a second time,
-the beginning of a conversation that nobody has gone on with for a while, and whatever was computed for a tenant
-that is in the habit of coming back (`Owner.returns`). What others generate and never read again is not worth a
-write.
+the beginning of a conversation that nobody has gone on with for a while, and whatever was computed for a
+tenant that is in the habit of coming back (`Owner.returns`). What others generate and never read again is not
+worth a write.
 """
 
 from collections import deque
