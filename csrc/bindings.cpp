@@ -83,6 +83,7 @@ op::Linear linear_of(Fields& f) {
     linear.parts.push_back({weight, bias.value_or(op::kNone), p.get<int64_t>("out")});
     p.end();
   }
+  linear.precise = f.get<bool>("precise");
   return linear;
 }
 
@@ -142,7 +143,7 @@ Op op_of(const std::string& kind, Fields& f) {
                        number("alpha"), number("limit"),       f.get<bool>("weigh_input")};
   if (kind == "Add") return op::Add{id("a"), id("b"), id("out")};
   if (kind == "GatherRows") return op::GatherRows{id("x"), id("out")};
-  if (kind == "Logits") return op::Logits{id("x"), id("weight"), id("out"), number("softcap")};
+  if (kind == "Logits") return op::Logits{id("x"), id("weight"), id("out"), number("softcap"), f.get<bool>("precise")};
   throw std::invalid_argument(f.where() + ": unknown kind");
 }
 
@@ -205,7 +206,7 @@ Array<float> weight_row(const Weight& weight, int64_t i) {
   return out;
 }
 
-Array<float> gemm(ThreadPool& pool, const std::shared_ptr<Weight>& weight, const Array<float>& x) {
+Array<float> gemm(ThreadPool& pool, const std::shared_ptr<Weight>& weight, const Array<float>& x, bool precise) {
   if (weight->experts() != 1) throw std::invalid_argument("weight: has several experts");
   if (x.ndim() != 2 || x.shape(1) != weight->cols()) throw std::invalid_argument("x: must be [n, cols]");
   Array<float> y({x.shape(0), static_cast<py::ssize_t>(weight->rows())});
@@ -214,7 +215,7 @@ Array<float> gemm(ThreadPool& pool, const std::shared_ptr<Weight>& weight, const
   // An output that is never written shows.
   std::fill_n(out, y.size(), std::numeric_limits<float>::quiet_NaN());
   const py::gil_scoped_release release;
-  product(pool, *weight, in, x.shape(0), out);
+  product(pool, *weight, in, x.shape(0), precise, out);
   return y;
 }
 
@@ -272,7 +273,8 @@ const char* activation(const std::string& isa, int32_t format) {
   const KernelTable& table = table_of(isa);
   if (table.packed_bytes(static_cast<Format>(format), 1, 256) == 0) throw std::invalid_argument("format: not supported");
   switch (table.activation(static_cast<Format>(format))) {
-    case Activation::kInt8: return "int8";
+    case Activation::kInt8:
+    case Activation::kInt8FarOut: return "int8";
     case Activation::kBF16: return "bf16";
     case Activation::kF32: return "f32";
   }
@@ -420,7 +422,8 @@ PYBIND11_MODULE(_kernels, m) {
         py::arg("cols"), py::arg("experts"), py::arg("read"));
   m.def("map_experts", &map_experts, py::arg("isa"), py::arg("format"), py::arg("rows"), py::arg("cols"),
         py::arg("data").noconvert(), py::keep_alive<0, 5>());
-  m.def("gemm", &gemm, py::arg("pool"), py::arg("weight"), py::arg("x").noconvert());
+  m.def("gemm", &gemm, py::arg("pool"), py::arg("weight"), py::arg("x").noconvert(),
+        py::arg("precise") = false);
 
   m.def("digest", &digest_of, py::arg("pool"), py::arg("data").noconvert());
 

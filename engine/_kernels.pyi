@@ -62,8 +62,10 @@ def map_experts(isa: str, format: int, rows: int, cols: int, data: list[U8]) -> 
     Only Experts takes such a weight; a Program keeps the packed experts that it used last, `expert_bytes` of
     them, packs the others when they are chosen, and gives their pages back."""
 
-def gemm(pool: ThreadPool, weight: Weight, x: F32) -> F32:
-    """x [n, cols] -> [n, rows]: quantises x as the weight's format asks, then the product. For tests."""
+def gemm(pool: ThreadPool, weight: Weight, x: F32, precise: bool = False) -> F32:
+    """x [n, cols] -> [n, rows]: quantises x as the weight's format asks, then the product. For tests.
+
+    `precise`: see engine.program.Linear."""
 
 def digest(pool: ThreadPool, data: U8) -> int:
     """64 bits that tell contents of one size apart, by chance alone; as fast as memory can be read."""

@@ -94,10 +94,15 @@ class LinearPart:
 
 @dataclass(frozen=True)
 class Linear:
-    """One or more products of the same input (q, k and v; gate and up), so that it is quantised once."""
+    """One or more products of the same input (q, k and v; gate and up), so that it is quantised once.
+
+    `precise` asks an executor that rounds inputs to eight bits for more of them where single elements stand
+    far out of their neighbours. The result is defined without it.
+    """
 
     x: ValueId
     parts: tuple[LinearPart, ...]
+    precise: bool = False
 
 
 @dataclass(frozen=True)
@@ -275,12 +280,16 @@ class GatherRows:
 
 @dataclass(frozen=True)
 class Logits:
-    """out = x @ weight.T, then softcap * tanh(l / softcap) when softcap > 0. The last op."""
+    """out = x @ weight.T, then softcap * tanh(l / softcap) when softcap > 0. The last op.
+
+    `precise` as Linear's.
+    """
 
     x: ValueId
     weight: WeightId
     out: ValueId
     softcap: float
+    precise: bool = False
 
 
 Op = (

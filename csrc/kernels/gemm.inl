@@ -4,6 +4,9 @@
 // unpacked in registers and used for every row, whose activations are broadcast from memory. Each output has its own
 // chain of sums in the order of k, the same whatever the number of rows, and all but dot_bf16 is equal on every
 // instruction set.
+//
+// Far-out quads (kInt8FarOut) are no matter of the tiles, which take their q: 128 times the high parts is added to what
+// the tiles stored, row by row in the order of k.
 #pragma once
 
 namespace kt {
@@ -25,19 +28,30 @@ constexpr bool kTwoPanels<Q8_0> = kTileRows == 12;
 // when a line of weights is worked on for long.
 constexpr int64_t kAhead = 4096;
 
-// Minus the sum of a row's q over subgroup S of F, times the bias of the weights: where their accumulator starts, since
-// they are stored with the bias added.
-template <class F, int S>
-inline Ints start(const ActivationGroup& a) {
+// A negative sum of what is multiplied, times the bias of the weights: where their accumulator starts, since they are
+// stored with the bias added.
+template <class F>
+inline Ints start_at(int32_t negative_sum) {
   if constexpr (F::kBias == 0) {
     return set1_int(0);
   } else if constexpr (F::kBias == 128) {
     static_assert(F::kSubgroups == 1);
-    return start_biased128(a.negative_sum);
+    return start_biased128(negative_sum);
   } else {
     constexpr int kShift = __builtin_ctz(F::kBias);
-    return shift_left<kShift>(set1_int(F::kSubgroups == 1 ? a.negative_sum : a.negative_half[S]));
+    return shift_left<kShift>(set1_int(negative_sum));
   }
+}
+
+// The same of a row's q over subgroup S.
+template <class F, int S>
+inline Ints start(const ActivationGroup& a) {
+  return start_at<F>(F::kSubgroups == 1 ? a.negative_sum : a.negative_half[S]);
+}
+
+template <class F>
+inline Ints dot(Ints acc, Bytes w, Bytes x) {
+  return F::kBias == 128 ? dot_biased128(acc, w, x) : dot_u7(acc, w, x);
 }
 
 // sum + (what subgroup S adds to it)
@@ -67,8 +81,7 @@ inline void group_product(const Scales* w, const uint8_t* quads, int64_t panel_b
       for (int p = 0; p < P; ++p) weights[p] = F::template quad<kQuad>(quads + p * panel_bytes);
       for (int r = 0; r < R; ++r) {
         const Bytes x = broadcast4(row(r).q + 4 * kQuad);
-        for (int p = 0; p < P; ++p)
-          acc[p][r] = F::kBias == 128 ? dot_biased128(acc[p][r], weights[p], x) : dot_u7(acc[p][r], weights[p], x);
+        for (int p = 0; p < P; ++p) acc[p][r] = dot<F>(acc[p][r], weights[p], x);
       }
     });
     for (int p = 0; p < P; ++p)
@@ -202,6 +215,7 @@ struct Product {
   const float* bias;
   float* y;
   int64_t ldy;
+  bool far_out;  // whether any row has far-out quads
 };
 
 inline void store_outputs(const Product& p, int64_t panel, int64_t row, Floats sum) {
@@ -260,9 +274,154 @@ inline void codebook_tiles(const Product& p, const CodebookLayout& layout, int64
   if constexpr (R > 1) codebook_tiles<R == 12 ? 8 : R / 2>(p, layout, panel, row, end, ahead);
 }
 
-void codebook_product(const Product& p, const CodebookLayout& layout, int64_t rows, int64_t begin, int64_t end) {
-  for (int64_t panel = begin; panel < end; ++panel)
+// Panels whose far-out quads are added together, while their weights are still in the second-level cache, and the rows
+// and groups that are then looked through at a time.
+constexpr int64_t kFarOutPanels = 16;
+constexpr int kFarOutRows = 32, kFarOutGroups = 32;
+
+// The far-out quads of some rows and groups by the weights that they are multiplied with, in ascending order: each
+// row's come in the order of k, whatever the other rows have.
+struct FarOutIndex {
+  struct Entry {
+    int8_t high[4];
+    int32_t row, sum;  // sum of high
+    float scale;       // of 128 * high
+  };
+  struct Weights {
+    int group, quad, end;  // end of its entries
+  };
+  Entry entries[kFarOutRows * kFarOutGroups];
+  Weights weights[kFarOutGroups * 8];
+  int count;  // of weights
+};
+
+// Of rows [row, end) and the groups from `first` on. next[i] is where the list of row i goes on; it is moved on.
+inline void index_far_out(const Product& p, int64_t row, int64_t end, int64_t first, int32_t* next, FarOutIndex& out) {
+  constexpr int kKeys = kFarOutGroups * 8;
+  uint64_t seen[kKeys / 64] = {};
+  int32_t at[kKeys], stop[kFarOutRows];
+  for (int64_t r = row; r < end; ++r) {
+    const FarOutList& list = far_out_list(p.act + r * p.stride, p.cols);
+    int32_t i = next[r - row];
+    for (; i < list.count && list.quads[i].group < first + kFarOutGroups; ++i) {
+      const int key = static_cast<int>(list.quads[i].group - first) * 8 + list.quads[i].quad;
+      const uint64_t bit = uint64_t{1} << (key % 64);
+      at[key] = seen[key / 64] & bit ? at[key] + 1 : 1;
+      seen[key / 64] |= bit;
+    }
+    stop[r - row] = i;
+  }
+  int32_t used = 0;
+  out.count = 0;
+  for (int word = 0; word < kKeys / 64; ++word) {
+    for (uint64_t left = seen[word]; left != 0; left &= left - 1) {
+      const int key = 64 * word + __builtin_ctzll(left);
+      const int32_t begin = used;
+      used += at[key];
+      at[key] = begin;
+      out.weights[out.count++] = {static_cast<int>(first) + key / 8, key % 8, used};
+    }
+  }
+  for (int64_t r = row; r < end; ++r) {
+    const uint8_t* act = p.act + r * p.stride;
+    const FarOutList& list = far_out_list(act, p.cols);
+    for (int32_t i = next[r - row]; i < stop[r - row]; ++i) {
+      const FarOutQuad& far = list.quads[i];
+      FarOutIndex::Entry& e = out.entries[at[(far.group - first) * 8 + far.quad]++];
+      __builtin_memcpy(e.high, far.high, sizeof e.high);
+      e.row = static_cast<int32_t>(r);
+      e.sum = far.high[0] + far.high[1] + far.high[2] + far.high[3];
+      e.scale = reinterpret_cast<const ActivationGroup*>(act)[far.group].scale * 128.0f;
+    }
+    next[r - row] = stop[r - row];
+  }
+}
+
+struct QuadWeights {
+  Bytes integers;
+  Scales scales;
+};
+
+// Quad q of group g of a panel.
+template <class F>
+inline QuadWeights quad_weights(const uint8_t* panel, int64_t g, int q) {
+  const int place = static_cast<int>(g % F::kGroups);
+  QuadWeights out{};
+  if constexpr (kIsCodebook<F>) {
+    const uint8_t* header = panel + g / F::kGroups * (F::kHeader + F::kGroups * F::kBytes);
+    const uint8_t* packed = header + F::kHeader + place * F::kBytes;
+    out.integers = F::quad(header, place, packed, q);
+    out.scales = F::scales(header, place, packed);
+  } else {
+    const uint8_t* header = panel + g / F::kGroups * (F::kHeader + F::kGroups * F::Quads::kBytes);
+    const uint8_t* packed = header + F::kHeader + place * F::Quads::kBytes;
+    unroll<kGroup / 4>([&](auto i) {
+      if (q == i) out.integers = F::template quad<i>(packed);
+    });
+    out.scales = F::scales(header, place);
+  }
+  return out;
+}
+
+// Entries [begin, end) of the index, all of quad q of group g, for one panel. G is how the integers are multiplied: F, or
+// CodebookGroup.
+template <class F, class G>
+inline void add_far_out_quads(const Product& p, int64_t panel, int64_t g, int q, const FarOutIndex::Entry* begin,
+                              const FarOutIndex::Entry* end) {
+  const QuadWeights w = quad_weights<F>(p.packed + panel * p.panel_bytes, g, q);
+  const int s = G::kSubgroups == 1 ? 0 : q / (kGroup / 8);
+  const int64_t first = panel * kPanelRows;
+  const int outputs = static_cast<int>(p.out_rows - first < kPanelRows ? p.out_rows - first : kPanelRows);
+  for (const FarOutIndex::Entry* e = begin; e != end; ++e) {
+    float* out = p.y + e->row * p.ldy + first;
+    Floats y = outputs == kPanelRows ? load(out) : load_n(out, outputs);
+    const Ints acc = dot<G>(start_at<G>(-e->sum), w.integers, broadcast4(e->high));
+    y = fma(to_floats(acc) * w.scales.d[s], set1(e->scale), y);
+    // Where a group has one minimum the tile has added scaled_sum, in which this is.
+    if constexpr (G::kHasMin && G::kSubgroups == 2)
+      y = fma(w.scales.m[s] * to_floats(set1_int(e->sum)), set1(e->scale), y);
+    if (outputs == kPanelRows) {
+      store(out, y);
+    } else {
+      store_n(out, y, outputs);
+    }
+  }
+}
+
+// Adds the far-out quads of rows [row, end) to what the tiles have stored of panels [begin, stop).
+template <class F, class G>
+[[gnu::noinline]] void add_far_out(const Product& p, int64_t begin, int64_t stop, int64_t row, int64_t end) {
+  FarOutIndex index;
+  for (; row < end; row += kFarOutRows) {
+    const int64_t last = end - row < kFarOutRows ? end : row + kFarOutRows;
+    int32_t next[kFarOutRows] = {};
+    for (int64_t first = 0; first < p.cols / kGroup; first += kFarOutGroups) {
+      index_far_out(p, row, last, first, next, index);
+      const FarOutIndex::Entry* entry = index.entries;
+      for (int i = 0; i < index.count; ++i) {
+        const FarOutIndex::Weights& w = index.weights[i];
+        for (int64_t panel = begin; panel < stop; ++panel)
+          add_far_out_quads<F, G>(p, panel, w.group, w.quad, entry, index.entries + w.end);
+        entry = index.entries + w.end;
+      }
+    }
+  }
+}
+
+bool any_far_out(const uint8_t* act, int64_t stride, int64_t rows, int64_t cols) {
+  for (int64_t r = 0; r < rows; ++r)
+    if (far_out_list(act + r * stride, cols).count > 0) return true;
+  return false;
+}
+
+using AddFarOut = void (*)(const Product&, int64_t begin, int64_t stop, int64_t row, int64_t end);
+
+void codebook_product(const Product& p, const CodebookLayout& layout, AddFarOut add, int64_t rows, int64_t begin,
+                      int64_t end) {
+  for (int64_t panel = begin; panel < end; ++panel) {
     codebook_tiles<kTileRows>(p, layout, panel, 0, rows, kAhead);
+    if (p.far_out) add(p, panel, panel + 1, 0, rows);
+  }
 }
 
 template <class F>
@@ -272,22 +431,28 @@ void product(const Product& p, int64_t rows, int64_t begin, int64_t end) {
   const int64_t chunk = fit > kTile ? fit : kTile;
   for (int64_t r = 0; r < rows; r += chunk) {
     const int64_t last = rows - r < chunk ? rows : r + chunk;
-    int64_t panel = begin;
-    if constexpr (kTwoPanels<F>) {
-      for (; panel + 2 <= end; panel += 2) tiles<F, kTile / 2, 2>(p, panel, r, last, kAhead);
+    for (int64_t first = begin; first < end; first += kFarOutPanels) {
+      const int64_t stop = end - first < kFarOutPanels ? end : first + kFarOutPanels;
+      int64_t panel = first;
+      if constexpr (kTwoPanels<F>) {
+        for (; panel + 2 <= stop; panel += 2) tiles<F, kTile / 2, 2>(p, panel, r, last, kAhead);
+      }
+      for (; panel < stop; ++panel) tiles<F, kTile, 1>(p, panel, r, last, kAhead);
+      if constexpr (!kIsFloat<F> && !kIsScaledFloat<F>)
+        if (p.far_out) add_far_out<F, F>(p, first, stop, r, last);
     }
-    for (; panel < end; ++panel) tiles<F, kTile, 1>(p, panel, r, last, kAhead);
   }
 }
 
-void gemm(Format format, const uint8_t* packed, int64_t out_rows, int64_t cols, const uint8_t* act, int64_t rows,
-          int64_t begin, int64_t end, const float* bias, float* y, int64_t ldy) {
+void gemm(Format format, const uint8_t* packed, int64_t out_rows, int64_t cols, Activation kind, const uint8_t* act,
+          int64_t rows, int64_t begin, int64_t end, const float* bias, float* y, int64_t ldy) {
   with_format(format, [&](auto f) {
     using F = decltype(f);
-    const int64_t stride = static_cast<int64_t>(activation_bytes(activation(format), cols));
-    const Product p = {packed, out_rows, cols, panel_bytes<F>(cols), act, stride, bias, y, ldy};
+    const int64_t stride = static_cast<int64_t>(activation_bytes(kind, cols));
+    const bool far_out = kind == Activation::kInt8FarOut && any_far_out(act, stride, rows, cols);
+    const Product p = {packed, out_rows, cols, panel_bytes<F>(cols), act, stride, bias, y, ldy, far_out};
     if constexpr (kIsCodebook<F>) {
-      codebook_product(p, {look_up<F>, F::kHeader, F::kBytes, F::kGroups}, rows, begin, end);
+      codebook_product(p, {look_up<F>, F::kHeader, F::kBytes, F::kGroups}, add_far_out<F, CodebookGroup>, rows, begin, end);
     } else {
       product<F>(p, rows, begin, end);
     }

@@ -54,7 +54,8 @@ inline int64_t peak_bf16([[maybe_unused]] int64_t rounds, [[maybe_unused]] float
 
 int64_t peak(Activation kind, int64_t rounds, float* sink) {
   switch (kind) {
-    case Activation::kInt8: *sink += peak_int8(rounds); return rounds * kChains * kByteOps;
+    case Activation::kInt8:
+    case Activation::kInt8FarOut: *sink += peak_int8(rounds); return rounds * kChains * kByteOps;
     case Activation::kF32: *sink += peak_f32(rounds); return rounds * kChains * kFloatOps;
     case Activation::kBF16: return peak_bf16(rounds, sink);
   }

@@ -15,6 +15,29 @@ struct ActivationGroup {
 };
 static_assert(sizeof(ActivationGroup) == 52);
 
+// Where one quad (four neighbours) stands far out of the group, a scale that fits it would leave little of the others.
+// kInt8FarOut has the scale fit the others there, and the quad is 128 * high + q. The integer sums are of q alone, which
+// is all that the product of groups sees; scaled_sum is of everything.
+struct FarOutQuad {
+  int32_t group, quad;
+  int8_t high[4];
+};
+
+// After a row's groups: its far-out quads in ascending order, one of a group at most.
+struct FarOutList {
+  int32_t count;
+  FarOutQuad quads[];
+};
+
+// How many times the largest of the others a quad's largest must be.
+constexpr float kFarOut = 3.0f;
+
+inline int64_t groups_bytes(int64_t cols) { return cols / kGroup * static_cast<int64_t>(sizeof(ActivationGroup)); }
+
+inline const FarOutList& far_out_list(const uint8_t* act, int64_t cols) {
+  return *reinterpret_cast<const FarOutList*>(act + groups_bytes(cols));
+}
+
 Activation activation(Format format) {
   Activation result = Activation::kInt8;
   with_format(format, [&](auto f) {
@@ -31,7 +54,10 @@ size_t activation_bytes(Activation kind, int64_t cols) {
   switch (kind) {
     case Activation::kF32: bytes = even * 4; break;
     case Activation::kBF16: bytes = even * 2; break;
-    case Activation::kInt8: bytes = cols / kGroup * static_cast<int64_t>(sizeof(ActivationGroup)); break;
+    case Activation::kInt8: bytes = groups_bytes(cols); break;
+    case Activation::kInt8FarOut:
+      bytes = groups_bytes(cols) + static_cast<int64_t>(sizeof(FarOutList) + cols / kGroup * sizeof(FarOutQuad));
+      break;
   }
   return static_cast<size_t>(ceil_div(bytes, 64) | 1) * 64;
 }
@@ -40,7 +66,8 @@ size_t activation_offset(Activation kind, int64_t col) {
   switch (kind) {
     case Activation::kF32: return static_cast<size_t>(col) * 4;
     case Activation::kBF16: return static_cast<size_t>(col) * 2;
-    case Activation::kInt8: return static_cast<size_t>(col / kGroup) * sizeof(ActivationGroup);
+    case Activation::kInt8:
+    case Activation::kInt8FarOut: return static_cast<size_t>(col / kGroup) * sizeof(ActivationGroup);
   }
   return 0;
 }
@@ -70,6 +97,70 @@ inline void quantize_group(const float* x, ActivationGroup* out) {
   out->negative_half[1] = -second;
 }
 
+// The largest magnitude of a group, and that of all but the quad which has it; both rounded up by at most 2^-20.
+struct Largest {
+  bool finite;
+  float all, rest;
+  int quad;
+};
+
+inline Largest largest_of(Floats a, Floats b) {
+  const int32_t numbers[2 * kLanes] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3,
+                                       4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7};
+  // The number of the quad in the last bits: no two are equal.
+  const Ints upper = set1_int(~7);
+  const Ints first = (max_of_four(magnitude(a)) & upper) | load_ints(numbers);
+  const Ints second = (max_of_four(magnitude(b)) & upper) | load_ints(numbers + kLanes);
+  const TwoLargest found = two_largest(first, second);
+  const int32_t all = found.first | 7, rest = found.second | 7;
+  Largest out{all < 0x7F800000, 0.0f, 0.0f, found.first & 7};
+  __builtin_memcpy(&out.all, &all, sizeof all);
+  __builtin_memcpy(&out.rest, &rest, sizeof rest);
+  return out;
+}
+
+// The rest becomes 127 at most, the quad 127 * 128.
+inline void quantize_far_out(const float* x, const Largest& found, ActivationGroup* out, FarOutQuad* far) {
+  const float fits = found.all * 0x1p-7f;
+  const float top = found.rest > fits ? found.rest : fits;
+  const Floats inverse = set1(127.0f / top);
+  int32_t whole[kGroup], low[kGroup];
+  store_ints(whole, round_to_ints(load(x) * inverse));
+  store_ints(whole + kLanes, round_to_ints(load(x + kLanes) * inverse));
+  __builtin_memcpy(low, whole, sizeof low);
+  for (int i = 0; i < 4; ++i) {
+    const int k = 4 * found.quad + i, high = (whole[k] + 64) >> 7;
+    far->high[i] = static_cast<int8_t>(high);
+    low[k] = whole[k] - high * 128;
+  }
+  far->quad = found.quad;
+  const Ints qa = load_ints(low), qb = load_ints(low + kLanes);
+  store_i8(out->q, qa);
+  store_i8(out->q + kLanes, qb);
+  const int32_t first = hsum(qa), second = hsum(qb);
+  out->scale = top / 127.0f;
+  out->scaled_sum = out->scale * static_cast<float>(hsum(load_ints(whole) + load_ints(whole + kLanes)));
+  out->negative_sum = -(first + second);
+  out->negative_half[0] = -first;
+  out->negative_half[1] = -second;
+}
+
+inline void quantize_far_out_row(const float* x, int64_t cols, uint8_t* act) {
+  ActivationGroup* out = reinterpret_cast<ActivationGroup*>(act);
+  FarOutList* list = reinterpret_cast<FarOutList*>(act + groups_bytes(cols));
+  int32_t count = 0;
+  for (int32_t g = 0; g < cols / kGroup; ++g, x += kGroup) {
+    const Largest found = largest_of(load(x), load(x + kLanes));
+    if (found.finite && found.all > 1e-30f && found.all > kFarOut * found.rest) {
+      list->quads[count].group = g;
+      quantize_far_out(x, found, out + g, &list->quads[count++]);
+    } else {
+      quantize_group(x, out + g);
+    }
+  }
+  list->count = count;
+}
+
 // To nearest, ties to even; a NaN stays one.
 inline uint16_t to_bf16(float x) {
   uint32_t bits;
@@ -97,6 +188,7 @@ void quantize_row(Activation kind, const float* x, int64_t cols, uint8_t* act) {
       for (int64_t g = 0; g < cols / kGroup; ++g) quantize_group(x + g * kGroup, out + g);
       break;
     }
+    case Activation::kInt8FarOut: quantize_far_out_row(x, cols, act); break;
   }
 }
 

@@ -123,6 +123,22 @@ inline Ints shift_right(Ints a, int n) {
   return {_mm256_srl_epi32(a.lo, count), _mm256_srl_epi32(a.hi, count)};
 }
 inline Ints max(Ints a, Ints b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
+inline __m256i max_of_four(__m256i a) {
+  const __m256i two = _mm256_max_epi32(a, _mm256_shuffle_epi32(a, 0xB1));
+  return _mm256_max_epi32(two, _mm256_shuffle_epi32(two, 0x4E));
+}
+inline Ints max_of_four(Ints a) { return {max_of_four(a.lo), max_of_four(a.hi)}; }
+struct TwoLargest {
+  int32_t first, second;
+};
+inline TwoLargest two_largest(Ints a, Ints b) {
+  const __m256i m = _mm256_max_epi32(a.lo, b.lo), n = _mm256_max_epi32(a.hi, b.hi);
+  const __m256i s = _mm256_max_epi32(_mm256_min_epi32(a.lo, b.lo), _mm256_min_epi32(a.hi, b.hi));
+  const __m256i top = _mm256_max_epi32(m, n), next = _mm256_max_epi32(_mm256_min_epi32(m, n), s);
+  const __m128i m4 = _mm256_castsi256_si128(top), n4 = _mm256_extracti128_si256(top, 1);
+  const __m128i s4 = _mm_max_epi32(_mm256_castsi256_si128(next), _mm256_extracti128_si256(next, 1));
+  return {_mm_cvtsi128_si32(_mm_max_epi32(m4, n4)), _mm_cvtsi128_si32(_mm_max_epi32(_mm_min_epi32(m4, n4), s4))};
+}
 inline int32_t hsum(Ints a) {
   const __m256i w8 = _mm256_add_epi32(a.lo, a.hi);
   const __m128i w4 = _mm_add_epi32(_mm256_castsi256_si128(w8), _mm256_extracti128_si256(w8, 1));

@@ -85,6 +85,22 @@ inline Ints shift_right(Ints a) {
 }
 inline Ints shift_right(Ints a, int n) { return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(n))}; }
 inline Ints max(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }
+inline Ints max_of_four(Ints a) {
+  const __m512i two = _mm512_max_epi32(a.v, _mm512_shuffle_epi32(a.v, _MM_PERM_CDAB));
+  return {_mm512_max_epi32(two, _mm512_shuffle_epi32(two, _MM_PERM_BADC))};
+}
+struct TwoLargest {
+  int32_t first, second;
+};
+inline TwoLargest two_largest(Ints a, Ints b) {
+  const __m512i m = _mm512_max_epi32(a.v, b.v), s = _mm512_min_epi32(a.v, b.v);
+  const __m256i m8 = _mm512_castsi512_si256(m), n8 = _mm512_extracti32x8_epi32(m, 1);
+  const __m256i s8 = _mm256_max_epi32(_mm512_castsi512_si256(s), _mm512_extracti32x8_epi32(s, 1));
+  const __m256i top8 = _mm256_max_epi32(m8, n8), next8 = _mm256_max_epi32(_mm256_min_epi32(m8, n8), s8);
+  const __m128i m4 = _mm256_castsi256_si128(top8), n4 = _mm256_extracti128_si256(top8, 1);
+  const __m128i s4 = _mm_max_epi32(_mm256_castsi256_si128(next8), _mm256_extracti128_si256(next8, 1));
+  return {_mm_cvtsi128_si32(_mm_max_epi32(m4, n4)), _mm_cvtsi128_si32(_mm_max_epi32(_mm_min_epi32(m4, n4), s4))};
+}
 inline int32_t hsum(Ints a) { return _mm512_reduce_add_epi32(a.v); }
 inline int32_t hmax(Ints a) { return _mm512_reduce_max_epi32(a.v); }
 inline Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }

@@ -162,6 +162,30 @@ inline Ints shift_right(Ints a, int n) {
 inline Ints max(Ints a, Ints b) {
   return lanes<Ints>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
+// Of each four neighbours the largest, in all four.
+inline Ints max_of_four(Ints a) {
+  return lanes<Ints>([&](int i) {
+    int32_t m = a.v[i / 4 * 4];
+    for (int j = i / 4 * 4 + 1; j < i / 4 * 4 + 4; ++j) m = a.v[j] > m ? a.v[j] : m;
+    return m;
+  });
+}
+struct TwoLargest {
+  int32_t first, second;
+};
+// Of two vectors that have the same number in each four neighbours, and no number twice else: the two largest numbers.
+inline TwoLargest two_largest(Ints a, Ints b) {
+  TwoLargest out{INT32_MIN, INT32_MIN};
+  for (int i = 0; i < 2 * kLanes; i += 4) {
+    const int32_t x = i < kLanes ? a.v[i] : b.v[i - kLanes];
+    if (x > out.first) {
+      out = {x, out.first};
+    } else if (x > out.second) {
+      out.second = x;
+    }
+  }
+  return out;
+}
 inline int32_t hsum(Ints a) {
   uint32_t sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += bits(a.v[i]);

@@ -154,7 +154,8 @@ void Experts::announce(int64_t rows) const {
   std::vector<uint8_t> input(row_bytes * rows);
   table_.quantize(kind, x_, cols_, rows, cols_, input.data());
   std::vector<float> logits(rows * w.rows());
-  table_.gemm(w.format(), w.packed(), w.rows(), cols_, input.data(), rows, 0, w.panels(), nullptr, logits.data(), w.rows());
+  table_.gemm(w.format(), w.packed(), w.rows(), cols_, kind, input.data(), rows, 0, w.panels(), nullptr, logits.data(),
+              w.rows());
   std::vector<int64_t> order(w.rows());
   for (int64_t r = 0; r < rows; ++r) {
     const float* row = logits.data() + r * w.rows();
@@ -333,8 +334,8 @@ void Experts::multiply(const Matrix& m, int64_t expert, const ExpertsMemory& mem
   const int64_t first = begin * kPanelRows;
   const float* bias = m.bias.empty() ? nullptr : m.bias.data() + expert * w.expert_rows() + first;
   const uint8_t* packed = cache_ == nullptr ? w.packed(expert) : memory.slots[expert] + m.offset;
-  table_.gemm(w.format(), packed + begin * w.panel_bytes(), w.expert_rows() - first, w.cols(), act, rows, 0,
-              end - begin, bias, y, ldy);
+  table_.gemm(w.format(), packed + begin * w.panel_bytes(), w.expert_rows() - first, w.cols(),
+              table_.activation(w.format()), act, rows, 0, end - begin, bias, y, ldy);
 }
 
 }  // namespace kt

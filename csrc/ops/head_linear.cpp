@@ -34,7 +34,7 @@ WholeFunction HeadProduct::make_multiply(ThreadPool& pool, const uint8_t* activa
     const int64_t rows = step.rows(rows_), chunks = (rows + kRowChunk - 1) / kRowChunk;
     pool.parallel_for(heads_ * chunks, [&](int64_t unit, int) {
       const int64_t h = unit / chunks, r = unit % chunks * kRowChunk;
-      table_.gemm(weight_.format(), weight_.packed(h), weight_.expert_rows(), weight_.cols(),
+      table_.gemm(weight_.format(), weight_.packed(h), weight_.expert_rows(), weight_.cols(), activation_,
                   activations + (h * max_rows + r) * row_bytes_, std::min(kRowChunk, rows - r), 0, weight_.panels(),
                   nullptr, out_ + r * weight_.rows() + h * weight_.expert_rows(), weight_.rows());
     });

@@ -34,14 +34,19 @@ struct Grid {
   }
 };
 
+Activation activation_of(const KernelTable& table, const Weight& weight, bool precise) {
+  const Activation kind = table.activation(weight.format());
+  return precise && kind == Activation::kInt8 ? Activation::kInt8FarOut : kind;
+}
+
 }  // namespace
 
-void product(ThreadPool& pool, const Weight& weight, const float* x, int64_t rows, float* y) {
+void product(ThreadPool& pool, const Weight& weight, const float* x, int64_t rows, bool precise, float* y) {
   if (rows == 0) return;
   const ThreadPool::Session session(pool);
   const KernelTable& table = weight.table();
   const int64_t cols = weight.cols();
-  const Activation activation = table.activation(weight.format());
+  const Activation activation = activation_of(table, weight, precise);
   const size_t row_bytes = table.activation_bytes(activation, cols);
   const Mapping presented(row_bytes * rows);
   pool.parallel_for(ceil_div(rows, kRowStep), [&](int64_t chunk, int) {
@@ -51,25 +56,30 @@ void product(ThreadPool& pool, const Weight& weight, const float* x, int64_t row
   const Grid grid(rows, row_bytes, weight.panels(), weight.bytes(), pool.threads());
   pool.parallel_for(grid.chunks, [&](int64_t chunk, int) {
     const int64_t r = chunk / grid.panel_chunks * grid.row_chunk, begin = chunk % grid.panel_chunks * grid.panel_chunk;
-    table.gemm(weight.format(), weight.packed(), weight.rows(), cols, presented.data() + r * row_bytes,
+    table.gemm(weight.format(), weight.packed(), weight.rows(), cols, activation, presented.data() + r * row_bytes,
                std::min(grid.row_chunk, rows - r), begin, std::min(begin + grid.panel_chunk, weight.panels()), nullptr,
                y + r * weight.rows(), weight.rows());
   });
 }
 
 Product::Product(const KernelTable& table, const Model& model, const Values& values, Rows rows, const op::Linear& op)
-    : table_(table), x_(values.data[op.x]), cols_(values.widths[op.x]), rows_(rows) {
+    : table_(table), x_(values.data[op.x]), cols_(values.widths[op.x]), rows_(rows), precise_(op.precise) {
   for (const op::LinearPart& part : op.parts) add(model, part, values);
 }
 
 Product::Product(const KernelTable& table, const Model& model, const Values& values, Rows rows, const op::Logits& op)
-    : table_(table), x_(values.data[op.x]), cols_(values.widths[op.x]), rows_(rows), softcap_(op.softcap) {
+    : table_(table),
+      x_(values.data[op.x]),
+      cols_(values.widths[op.x]),
+      rows_(rows),
+      softcap_(op.softcap),
+      precise_(op.precise) {
   add(model, {op.weight, op::kNone, op.out}, values);
 }
 
 void Product::add(const Model& model, const op::LinearPart& part, const Values& values) {
   const Weight& weight = *model.weights[part.weight];
-  const Activation activation = table_.activation(weight.format());
+  const Activation activation = activation_of(table_, weight, precise_);
   size_t input = 0;
   while (input < inputs_.size() && inputs_[input].activation != activation) ++input;
   if (input == inputs_.size()) {
@@ -110,7 +120,7 @@ void Product::multiply(const Step& step, ThreadPool& pool, const uint8_t* activa
       if (first < last) {
         const Input& input = inputs_[part.input];
         float* y = part.out + first_row * w.rows();
-        table_.gemm(w.format(), w.packed(), w.rows(), w.cols(),
+        table_.gemm(w.format(), w.packed(), w.rows(), w.cols(), input.activation,
                     activations + input.offset * max_rows + first_row * input.row_bytes, n, first, last,
                     part.bias.empty() ? nullptr : part.bias.data(), y, w.rows());
         if (softcap_ > 0.0f) {

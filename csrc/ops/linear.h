@@ -8,7 +8,7 @@
 namespace kt {
 
 // y = x @ weight.T by itself, for tests and benchmarks: x is [rows][cols], y [rows][outputs].
-void product(ThreadPool& pool, const Weight& weight, const float* x, int64_t rows, float* y);
+void product(ThreadPool& pool, const Weight& weight, const float* x, int64_t rows, bool precise, float* y);
 
 // One or more products of the same input. The input is presented once for each kind of activation that the formats of
 // the weights ask for.
@@ -49,6 +49,7 @@ class Product {
   float softcap_ = 0.0f;
   std::vector<Part> parts_;
   std::vector<Input> inputs_;
+  bool precise_;
   size_t activation_bytes_ = 0;
   int64_t panels_ = 0;
   size_t packed_bytes_ = 0;

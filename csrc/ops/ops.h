@@ -26,6 +26,7 @@ struct LinearPart {
 struct Linear {
   int64_t x;
   std::vector<LinearPart> parts;
+  bool precise = false;
 };
 struct Rope {
   int64_t x, heads, head_dim, inv_freq;
@@ -81,6 +82,7 @@ struct GatherRows {
 struct Logits {
   int64_t x, weight, out;
   float softcap;
+  bool precise = false;
 };
 
 }  // namespace op

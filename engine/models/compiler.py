@@ -59,7 +59,14 @@ class Compiler:
         """Each `group` elements of x with the weight of that name."""
         self.ops.append(RmsNorm(x, self.tensors.vector(name, group), out, group, self.spec.eps))
 
-    def linear(self, x: ValueId, layer: int, *outs: tuple[str, ValueId], needs_bias: bool = False) -> None:
+    def linear(
+        self,
+        x: ValueId,
+        layer: int,
+        *outs: tuple[str, ValueId],
+        needs_bias: bool = False,
+        precise: bool = False,
+    ) -> None:
         """One Linear for all products of the same input."""
         parts = []
         for name, out in outs:
@@ -68,7 +75,7 @@ class Compiler:
             bias = names.bias(layer, name)
             has_bias = needs_bias or self.tensors.has(bias)
             parts.append(LinearPart(weight, self.tensors.vector(bias, rows) if has_bias else None, out))
-        self.ops.append(Linear(x, tuple(parts)))
+        self.ops.append(Linear(x, tuple(parts), precise))
 
     def inv_freq(self, rope: RopeSpec) -> WeightId:
         """The frequencies of a rope, with the file's own factors if it has them."""

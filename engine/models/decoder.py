@@ -42,7 +42,7 @@ def compile_program(spec: ModelSpec, file: Checkpoint) -> Program:
     c.norm(x, names.OUTPUT_NORM, h, spec.width)
     output = names.OUTPUT if c.tensors.has(names.OUTPUT) else names.EMBED
     weight = c.tensors.matrix(output, vocab, spec.width)
-    c.ops.append(Logits(h, weight, c.value("logits", vocab), spec.logit_softcap))
+    c.ops.append(Logits(h, weight, c.value("logits", vocab), spec.logit_softcap, precise=True))
     for layer in range(spec.layers, spec.layers + spec.unused_layers):
         c.tensors.skip_layer(layer)
     c.tensors.refuse_unused(spec.architecture)
@@ -71,7 +71,7 @@ def _attention(c: Compiler, layer: int, h: ValueId) -> ValueId:
     k, v = c.value("k", kv_width), c.value("v", kv_width)
     out = c.value("attention", s.heads * s.head_dim)
     qkv = ((names.ATTN_Q, q), (names.ATTN_K, k), (names.ATTN_V, v))
-    c.linear(h, layer, *qkv, needs_bias=s.qkv_bias)
+    c.linear(h, layer, *qkv, needs_bias=s.qkv_bias, precise=True)
     normed = s.qk_norm != "none"
     if s.qk_norm == "head_if_there":
         normed = c.tensors.has(names.weight(layer, names.ATTN_Q_NORM))

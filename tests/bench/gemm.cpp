@@ -1,9 +1,10 @@
 // The bare product of one kernel table: GOPS, and GB/s of packed weights, for a shape, a format and a number of rows.
 //
-//   gemm ISA FORMAT OUT COLS ROWS [THREADS [COPIES]]
+//   gemm ISA FORMAT OUT COLS ROWS [THREADS [COPIES [FAR]]]
 //
 // Threads split the panels; they are started once and spin between rounds, so that only the kernel is timed. COPIES
 // weights are gone through in turn: enough of them to exceed the caches measure what streaming from memory costs.
+// With FAR the input is presented for a precise product, FAR percent of its groups with an element far out.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -41,6 +42,7 @@ struct Case {
   const kt::KernelTable* table;
   kt::Format format;
   int64_t out, cols, rows;
+  kt::Activation kind;
   const uint8_t* weights;
   size_t weight_bytes;
   const uint8_t* act;
@@ -51,8 +53,8 @@ void run_share(const Case& c, int copies, int thread, int threads) {
   const int64_t panels = (c.out + kt::kPanelRows - 1) / kt::kPanelRows;
   const int64_t begin = panels * thread / threads, end = panels * (thread + 1) / threads;
   for (int i = 0; i < copies; ++i) {
-    c.table->gemm(c.format, c.weights + static_cast<size_t>(i) * c.weight_bytes, c.out, c.cols, c.act, c.rows, begin, end,
-                  nullptr, c.y, c.out);
+    c.table->gemm(c.format, c.weights + static_cast<size_t>(i) * c.weight_bytes, c.out, c.cols, c.kind, c.act,
+                  c.rows, begin, end, nullptr, c.y, c.out);
   }
 }
 
@@ -87,7 +89,7 @@ std::vector<double> measure(const Case& c, int copies, int threads, int rounds) 
 
 int main(int argc, char** argv) {
   if (argc < 6) {
-    std::fprintf(stderr, "usage: gemm ISA FORMAT OUT COLS ROWS [THREADS [COPIES]]\n");
+    std::fprintf(stderr, "usage: gemm ISA FORMAT OUT COLS ROWS [THREADS [COPIES [FAR]]]\n");
     return 2;
   }
   Case c{};
@@ -109,10 +111,13 @@ int main(int argc, char** argv) {
   c.weights = weights;
   std::vector<float> x(static_cast<size_t>(c.rows * c.cols)), y(static_cast<size_t>(c.rows * c.out));
   for (float& v : x) v = static_cast<float>(random()) * 0x1p-31f - 1.0f;
-  const kt::Activation kind = c.table->activation(c.format);
-  uint8_t* act = huge_pages(c.table->activation_bytes(kind, c.cols) * static_cast<size_t>(c.rows));
+  const int far = argc > 8 ? std::atoi(argv[8]) : -1;
+  for (int64_t g = 0; g < c.rows * c.cols / 32; ++g)
+    if (static_cast<int>(random() % 100) < far) x[static_cast<size_t>(g * 32 + random() % 32)] = 10.0f;
+  c.kind = far < 0 ? c.table->activation(c.format) : kt::Activation::kInt8FarOut;
+  uint8_t* act = huge_pages(c.table->activation_bytes(c.kind, c.cols) * static_cast<size_t>(c.rows));
   const double start = seconds_now(1);
-  c.table->quantize(kind, x.data(), c.cols, c.rows, c.cols, act);
+  c.table->quantize(c.kind, x.data(), c.cols, c.rows, c.cols, act);
   const double quantize = seconds_now(1) - start;
   c.act = act;
   c.y = y.data();

@@ -176,7 +176,7 @@ def torch_executor(default_program: Program) -> TorchExecutor:
         default_program,
         device="cpu",
         threads=2,
-        blocks=256,
+        blocks=384,
         block_tokens=16,
         max_tokens=512,
         progress=lambda done, total: None,

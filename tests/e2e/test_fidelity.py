@@ -1,6 +1,11 @@
-"""The native executor against float32 on real text: what int8 activations and float16 KV cost."""
+"""The native executor against float32 on real text: what int8 activations and float16 KV cost.
+
+Roundings of equal accuracy differ in perplexity by chance, relatively by sqrt(2 KL / positions): on one short
+text that is as much as they cost. So all that is asserted is of two texts together.
+"""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +13,37 @@ import pytest
 
 from ktransformers.engine.batch import Batch, Executor
 
-LICENCE = Path(__file__).resolve().parents[2] / "LICENSE"
-POSITIONS = 2048
-# llama.cpp on the same positions, as tests/bench/fidelity.py --peer-python prints it.
-LLAMACPP_KL, LLAMACPP_TOP1, LLAMACPP_PERPLEXITY = 0.00375, 0.9648, 13.822
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one engine: mean KL divergence from float32, share of positions where the likeliest token is its,
+    and perplexity."""
+
+    positions: int
+    kl: float
+    top1: float
+    perplexity: float
+
+
+# What llama.cpp gets. From the repository's root, for each text:
+#   python tests/bench/fidelity.py --text TEXT --positions POSITIONS --peer-python PYTHON_WITH_LLAMA_CPP
+# prose.txt is what the repository's own pages were at one time; it does not follow them.
+LLAMACPP = {
+    HERE.parents[1] / "LICENSE": Figures(2048, 0.00375, 0.9648, 13.822),
+    HERE / "prose.txt": Figures(6000, 0.00333, 0.9570, 40.570),
+}
+
+
+def pooled(figures: list[Figures]) -> Figures:
+    n = sum(f.positions for f in figures)
+    return Figures(
+        n,
+        sum(f.positions * f.kl for f in figures) / n,
+        sum(f.positions * f.top1 for f in figures) / n,
+        math.exp(sum(f.positions * math.log(f.perplexity) for f in figures) / n),
+    )
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -36,34 +68,40 @@ def chunks(executor: Executor, tokens: list[int], size: int = 256):
         )
 
 
-@pytest.mark.timeout(600)
-def test_native_against_float32(default_program, native_executor, torch_executor, default_tokenizer) -> None:
-    tokens = default_tokenizer.encode(LICENCE.read_text())[: POSITIONS + 1]
-    assert len(tokens) == POSITIONS + 1
+def compare(native: Executor, exact: Executor, tokens: list[int]) -> tuple[Figures, Figures]:
+    """The figures of `native`, and those of `exact`, on all tokens but the last."""
     divergence, same, loss_native, loss_exact, seen = 0.0, 0, 0.0, 0.0, 0
-    moved: list[np.ndarray] = []
-    for native, exact in zip(
-        chunks(native_executor, tokens[:-1]), chunks(torch_executor, tokens[:-1]), strict=True
-    ):
-        p, q = log_softmax(exact), log_softmax(native)
+    for ours, theirs in zip(chunks(native, tokens[:-1]), chunks(exact, tokens[:-1]), strict=True):
+        p, q = log_softmax(theirs), log_softmax(ours)
         divergence += float((np.exp(p) * (p - q)).sum())
-        same += int((exact.argmax(1) == native.argmax(1)).sum())
+        same += int((theirs.argmax(1) == ours.argmax(1)).sum())
         rows = np.arange(len(p))
         target = np.array(tokens[seen + 1 : seen + 1 + len(p)])
         loss_exact -= float(p[rows, target].sum())
         loss_native -= float(q[rows, target].sum())
-        moved.append(p[rows, target] - q[rows, target])
         seen += len(p)
-    exact_ppl, native_ppl = math.exp(loss_exact / seen), math.exp(loss_native / seen)
-    # How far perplexity strays by chance, relative: roundings of equal accuracy differ by as much.
-    chance = float(np.concatenate(moved).std()) / math.sqrt(seen)
-    print(
-        f"{seen} positions: mean KL {divergence / seen:.5f}, top-1 {same / seen:.2%}, "
-        f"perplexity {native_ppl:.3f} against {exact_ppl:.3f}, by chance {chance:.2%}"
+    return (
+        Figures(seen, divergence / seen, same / seen, math.exp(loss_native / seen)),
+        Figures(seen, 0.0, 1.0, math.exp(loss_exact / seen)),
     )
-    assert divergence / seen <= 0.004
-    assert same / seen >= 0.96
-    assert abs(native_ppl / exact_ppl - 1) <= 0.003
-    assert divergence / seen <= LLAMACPP_KL
-    assert same / seen >= LLAMACPP_TOP1
-    assert native_ppl <= LLAMACPP_PERPLEXITY * (1 + chance)
+
+
+@pytest.mark.timeout(900)
+def test_native_against_float32(native_executor, torch_executor, default_tokenizer) -> None:
+    ours, exact = [], []
+    for text, theirs in LLAMACPP.items():
+        tokens = default_tokenizer.encode(text.read_text())[: theirs.positions + 1]
+        assert len(tokens) == theirs.positions + 1
+        found, oracle = compare(native_executor, torch_executor, tokens)
+        print(f"{text.name}: {found}, float32 {oracle.perplexity:.3f}, llama.cpp {theirs}")
+        ours.append(found)
+        exact.append(oracle)
+    native, oracle, peer = pooled(ours), pooled(exact), pooled(list(LLAMACPP.values()))
+    print(f"together: {native}, float32 {oracle.perplexity:.3f}, llama.cpp {peer}")
+    assert native.kl <= 0.0025
+    assert native.kl <= peer.kl
+    assert native.top1 >= peer.top1
+    assert native.perplexity <= peer.perplexity
+    # What is lost is the divergence, but for chance: three standard deviations of it.
+    loss = math.log(native.perplexity / oracle.perplexity)
+    assert abs(loss - native.kl) <= 3 * math.sqrt(2 * native.kl / native.positions)
