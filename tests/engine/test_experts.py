@@ -416,7 +416,8 @@ def test_experts_that_are_in_no_file_cannot_stay_there(small: ModuleType, tmp_pa
         small.executor(p, expert_bytes=1 << 30)
     data = [np.zeros(4 * 6 * 4, np.uint8)] * 2
     one = _kernels.map_experts(ISAS[0], 0, 12, 4, data)
-    ops: list[tuple[object, ...]] = [("Embed", 0, 0, 1.0), ("GatherRows", 0, 1), ("Logits", 1, 0, 2, 0.0)]
+    last = ("Logits", 1, 0, 2, 0.0, False)
+    ops: list[tuple[object, ...]] = [("Embed", 0, 0, 1.0), ("GatherRows", 0, 1), last]
     with pytest.raises(ValueError, match=r"op 0 \(Embed\): table: must not stay in its file"):
         _kernels.Program(_kernels.ThreadPool(1), ISAS[0], ops, [4, 4, 12], [one], 1, 1, 16, 1, 1, 1)
     with pytest.raises(ValueError, match="data: differ in size"):

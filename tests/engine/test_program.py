@@ -281,7 +281,8 @@ def test_other_bad_programs(small: ModuleType, llama: Llama) -> None:
     if len(ISAS) > 1:
         pool = _kernels.ThreadPool(1)
         other = _kernels.pack(pool, ISAS[1], 0, VOCAB, WIDTH, program.weights[0].data)
-        ops: list[tuple[object, ...]] = [("Embed", 0, 0, 1.0), ("GatherRows", 0, 1), ("Logits", 1, 0, 2, 0.0)]
+        last = ("Logits", 1, 0, 2, 0.0, False)
+        ops: list[tuple[object, ...]] = [("Embed", 0, 0, 1.0), ("GatherRows", 0, 1), last]
         with pytest.raises(ValueError, match="packed for"):
             _kernels.Program(pool, ISAS[0], ops, [WIDTH, WIDTH, VOCAB], [other], 1, 1, 16, 1, 1, 1)
 
