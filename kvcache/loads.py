@@ -60,8 +60,6 @@ class Loads:
         self.held = 0
         """Blocks of the budget that are spoken for."""
         self._budget = tiers.device.total // 4
-        self._stuck_at: int | None = None
-        """Blocks in use when last there was none to load to; with fewer in use there may be one now."""
 
     def prefetch(self, table: BlockTable, path: list[tuple[Entry, bytes]], size: int, urgent: bool) -> None:
         """Start loading what of `path` (the known beginning of a sequence: entry and content of each block of
@@ -128,7 +126,7 @@ class Loads:
         if load is None:
             return False
         pending = self._pending(load)
-        if not pending or (self._stuck() and not any(s.under_way for s in self._moves.speed.values())):
+        if not pending:
             return False
         if load.until is None:
             self.waited += 1
@@ -139,9 +137,6 @@ class Loads:
             self.timed_out += 1
             load.until = 0.0
         return False
-
-    def _stuck(self) -> bool:
-        return self._stuck_at is not None and self._tiers.device.used >= self._stuck_at
 
     def _pending(self, load: _Load) -> deque[Entry]:
         pending = load.pending
@@ -178,7 +173,6 @@ class Loads:
 
     def start(self) -> None:
         """Begin as many loads as may be under way. Not while a step is planned: it takes idle blocks."""
-        self._stuck_at = None
         most = min(MOST_LOADS, self._budget)
         while self._queue and sum(s.under_way for s in self._moves.speed.values()) < most:
             table, entry, content, tier = self._queue[0]
@@ -186,8 +180,7 @@ class Loads:
             if table in self._loads and entry.copies[Tier.DEVICE] is None and source is not None:
                 block = self._tiers.take(Tier.DEVICE, entry.owner, must=False)
                 if block is None:
-                    self._stuck_at = self._tiers.device.used
-                    return
+                    return  # what was just left may be had when the steps that read it are done
                 target = self._tiers.place(entry, Tier.DEVICE, block, State.WRITING)
                 self._moves.start(source, target, content)
             self._queue.popleft()

@@ -260,6 +260,23 @@ def test_a_load_is_waited_for_until_it_is_late_and_then_what_came_is_used():
     assert cache.used == 0 and cache.loads.held == 0
 
 
+def test_a_load_waits_for_blocks_that_steps_not_yet_done_may_still_read():
+    cache, tokens = on_host_only(blocks=8)
+    cache.step_planned(1)
+    serve(cache, text(32, 7))  # all blocks, just let go
+    table = cache.open(b"", cache.owner("t"))
+    cache.prefetch(table, tokens, urgent=True)
+    stores = cache.send(0.0)[0]
+    assert not any(t.target.tier is Tier.DEVICE for t in stores)
+    for store in stores:
+        cache.moves.finish(store.id, True, BYTES, 0.001)
+    assert cache.waits(table, tokens, 0.0, 0.0), "computing would have to wait for the same blocks"
+    cache.step_done(1)
+    settle(cache)
+    assert not cache.waits(table, tokens, 0.0, 0.0)
+    assert len(cache.match(table, tokens)) == 4
+
+
 def test_a_load_that_fails_is_a_miss_and_is_not_waited_for():
     cache, tokens = on_host_only()
     table = cache.open(b"", cache.owner("t"))
