@@ -154,7 +154,7 @@ def ask_each(stack: Stack, some: Prompts, times: int = 1) -> None:
 
 def most_tokens(some: Prompts) -> float:
     """Hits that can be called most of what the prompts have."""
-    return 0.5 * sum(len(tokens) for tokens, _ in prompts.values())
+    return 0.5 * sum(len(tokens) for tokens, _ in some.values())
 
 
 def test_hits_on_the_host(native_executor, some: Prompts, expected: dict[str, Answer]) -> None:
