@@ -61,12 +61,16 @@ class Loads:
         """Blocks of the budget that are spoken for."""
         self._budget = tiers.device.total // 4
 
+    def is_asked(self, table: BlockTable, urgent: bool) -> bool:
+        """Whether there is nothing to add to what this sequence has had fetched."""
+        load = self._loads.get(table)
+        return load is not None and (not urgent or bool(self._pending(load)))
+
     def prefetch(self, table: BlockTable, path: list[tuple[Entry, bytes]], size: int, urgent: bool) -> None:
         """Start loading what of `path` (the known beginning of a sequence: entry and content of each block of
-        `size` tokens) is not on the device. `urgent`: it is next, and will need all of them anyway."""
+        `size` tokens) is not on the device. `urgent`: it is next, and will need all of them anyway. Only for
+        a sequence that has not asked (`is_asked`)."""
         load = self._loads.get(table)
-        if load is not None and (not urgent or self._pending(load)):
-            return
         device = self._tiers.device
         room = device.total - device.used if urgent else self._budget - self.held
         run = self._run(path, size, room)

@@ -272,7 +272,7 @@ class KVCache:
 
     def prefetch(self, table: BlockTable, tokens: list[int], urgent: bool = False) -> None:
         """Start loading what a waiting sequence will find in slower tiers; see `loads.py`."""
-        if self.tiered:
+        if self.tiered and not self.loads.is_asked(table, urgent):
             self.loads.prefetch(table, list(self._path(table, tokens)), self.block_tokens, urgent)
 
     def waits(self, table: BlockTable, tokens: list[int], now: float, latency: float) -> bool:
