@@ -222,8 +222,9 @@ class KVCache:
             if entry is not None and entry.copies[Tier.DEVICE] is None:
                 self.tiers.place(entry, Tier.DEVICE, table.blocks[i], State.COMMITTED)
                 self._used(entry)
-                # While it is held: in a small pool, what comes to rest may be evicted before it was copied.
-                self._worth_copies(entry, table.owner)
+                if table.owner.returns:
+                    # While it is held: in a small pool, it may be evicted as it comes to rest.
+                    self._worth_copies(entry, table.owner)
         table.committed = full
 
     def release(self, table: BlockTable, prompt: int = 0) -> None:

@@ -4,10 +4,10 @@ A move holds its source, so that it keeps its bytes, and its target, which nobod
 said that the bytes are there. They are done beside the steps, so a move may write only where no step that is
 not done reads or writes (see `BlockPool`).
 
-Sent down are, as there is room: to the host whatever was computed; to disk what was asked for a second time,
-the beginning of a conversation that nobody has gone on with for a while, and whatever was computed for a
-tenant that is in the habit of coming back (`Owner.returns`). What others generate and never read again is not
-worth a write.
+Sent down are, as there is room: to the host whatever comes to rest on the device; to disk what was asked for
+a second time, and the beginning of a conversation that nobody has gone on with for a while; and to both, as
+soon as it is computed, all of a tenant that is in the habit of coming back (`Owner.returns`). What others
+generate and never read again is not worth a write.
 """
 
 from collections import deque
