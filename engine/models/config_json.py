@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Final
 
-from ktransformers.engine.models.spec import ModelError
+from ktransformers.engine.models.fields import Fields, brief
 
 _NAMES: Final = """
     architectures model_type transformers_version _name_or_path name_or_path language torch_dtype dtype
@@ -29,64 +29,21 @@ _DESCRIPTIVE: Final = frozenset(_NAMES.split())
 defaults of sampling, settings of training, other senses."""
 
 
-def brief(value: object) -> str:
-    """A value of a file as a few printable words."""
-    if isinstance(value, list | dict):
-        return f"{'an array' if isinstance(value, list) else 'an object'} of {len(value)} values"
-    return ascii(value[:40] + "..." if isinstance(value, str) and len(value) > 40 else value)[:60]
+class Config(Fields[object]):
+    """The fields of one JSON object. null is as good as absent."""
 
-
-class Config:
-    """The fields of one JSON object. null is as good as absent. Remembers what was asked for."""
+    UNASKED = "is not known, so what it changes is not either"
 
     def __init__(self, values: Mapping[str, object], where: str = "config.json") -> None:
-        self._values = {name: value for name, value in values.items() if value is not None}
-        self._null = values.keys() - self._values.keys()
-        self._where = where
-        self._asked: set[str] = set(_DESCRIPTIVE)
+        present = {name: value for name, value in values.items() if value is not None}
+        super().__init__(present, f"{where}: field '", _DESCRIPTIVE)
+        self._null = values.keys() - present.keys()
+        self._file = where
         self._sections: list[Config] = []
-
-    def error(self, name: str, what: str) -> ModelError:
-        return ModelError(f"{self._where}: field '{name}': {what}")
-
-    def get(self, name: str) -> object:
-        """Any value, None when it is absent."""
-        self._asked.add(name)
-        return self._values.get(name)
-
-    def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
-        """An integer in [low, high]."""
-        value = self.get(name)
-        if value is None:
-            if default is None:
-                raise self.error(name, "is missing")
-            return default
-        if type(value) is not int or not low <= value <= high:
-            raise self.error(name, f"{brief(value)} is not an integer from {low} to {high}")
-        return value
-
-    def number(self, name: str, low: float, high: float, default: float | None = None) -> float:
-        """A finite number in [low, high]."""
-        value = self.get(name)
-        if value is None:
-            if default is None:
-                raise self.error(name, "is missing")
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise self.error(name, f"{brief(value)} is not a number from {low} to {high}")
-        return float(value)
 
     def number_unless_null(self, name: str, low: float, high: float, default: float) -> float:
         """As `number`; 0 when the field is null, which says more than a field that is absent."""
         return 0.0 if name in self._null else self.number(name, low, high, default)
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.error(name, f"{brief(value)} is neither true nor false")
-        return value
 
     def text(self, name: str, default: str | None = None) -> str:
         value = self.get(name)
@@ -105,12 +62,6 @@ class Config:
             raise self.error(name, f"{brief(value)} is not an array of strings")
         return value
 
-    def refuse(self, name: str, *harmless: object) -> None:
-        """A field of a variation that is not implemented: it may be there if it says that it is not used."""
-        value = self.get(name)
-        if value is not None and not any(type(value) is type(h) and value == h for h in harmless):
-            raise self.error(name, f"{brief(value)} is not supported")
-
     def has(self, name: str) -> bool:
         return name in self._values
 
@@ -121,14 +72,12 @@ class Config:
             return None
         if not isinstance(value, dict):
             raise self.error(name, f"{brief(value)} is not an object")
-        section = Config(value, f"{self._where}: {name}")
+        section = Config(value, f"{self._file}: {name}")
         self._sections.append(section)
         return section
 
     def finish(self) -> None:
-        """Refuse fields that nobody has asked for."""
-        for name in self._values:
-            if name not in self._asked:
-                raise self.error(ascii(name)[1:-1][:80], "is not known, so what it changes is not either")
+        """Refuse fields that nobody has asked for, in the sections, too."""
+        super().finish()
         for section in self._sections:
             section.finish()

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from ktransformers.engine.models import huggingface_experts as experts
-from ktransformers.engine.models.config_json import Config, brief
+from ktransformers.engine.models.config_json import Config
+from ktransformers.engine.models.fields import MAX_LAYERS, brief
 from ktransformers.engine.models.huggingface_base import Read, act_of, base, qwen_windows, rope_of, windows_of
-from ktransformers.engine.models.keys import MAX_LAYERS
 from ktransformers.engine.models.spec import ModelError, ModelSpec, RopeSpec
 from ktransformers.engine.weights import names
 

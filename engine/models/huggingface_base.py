@@ -8,14 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from ktransformers.engine.models.config_json import Config, brief
-from ktransformers.engine.models.keys import (
+from ktransformers.engine.models.config_json import Config
+from ktransformers.engine.models.fields import (
     MAX_CONTEXT,
     MAX_FFN,
     MAX_HEAD_DIM,
     MAX_HEADS,
     MAX_LAYERS,
     MAX_WIDTH,
+    brief,
 )
 from ktransformers.engine.models.spec import ModelSpec, RopeSpec, Yarn, sharpening
 

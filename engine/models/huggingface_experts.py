@@ -3,18 +3,19 @@
 from dataclasses import replace
 from typing import Final, Literal
 
-from ktransformers.engine.models.config_json import Config, brief
+from ktransformers.engine.models.config_json import Config
 from ktransformers.engine.models.families import gpt_oss as oss
 from ktransformers.engine.models.families import llama4 as scout
-from ktransformers.engine.models.huggingface_base import Read, act_of, base, qwen_windows, windows_of
-from ktransformers.engine.models.keys import (
+from ktransformers.engine.models.fields import (
     MAX_CONTEXT,
     MAX_EXPERTS,
     MAX_FFN,
     MAX_HEAD_DIM,
     MAX_LAYERS,
     MAX_WIDTH,
+    brief,
 )
+from ktransformers.engine.models.huggingface_base import Read, act_of, base, qwen_windows, windows_of
 from ktransformers.engine.models.spec import MlaSpec, ModelSpec, MoeSpec, sharpening
 
 _SCORES: Final[dict[str, Literal["softmax", "sigmoid"]]] = {"softmax": "softmax", "sigmoid": "sigmoid"}

@@ -17,7 +17,8 @@ from ktransformers.engine.models.families import (
     qwen,
     smallthinker,
 )
-from ktransformers.engine.models.keys import Keys, brief
+from ktransformers.engine.models.fields import brief
+from ktransformers.engine.models.keys import Keys
 from ktransformers.engine.models.spec import ModelError, ModelSpec
 from ktransformers.engine.weights.gguf import Value
 

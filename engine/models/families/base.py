@@ -5,7 +5,7 @@ from typing import Final, Literal
 
 import numpy as np
 
-from ktransformers.engine.models.keys import (
+from ktransformers.engine.models.fields import (
     MAX_CONTEXT,
     MAX_EXPERTS,
     MAX_FFN,
@@ -13,9 +13,9 @@ from ktransformers.engine.models.keys import (
     MAX_HEADS,
     MAX_LAYERS,
     MAX_WIDTH,
-    Keys,
     brief,
 )
+from ktransformers.engine.models.keys import Keys
 from ktransformers.engine.models.spec import ModelSpec, MoeSpec, RopeSpec, Yarn, sharpening
 
 _SCORES: Final[dict[int, Literal["softmax", "sigmoid", "softmax_top"]]] = {

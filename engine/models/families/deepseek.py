@@ -4,14 +4,8 @@ import math
 from dataclasses import replace
 
 from ktransformers.engine.models.families.base import layers_of, moe, rope_of
-from ktransformers.engine.models.keys import (
-    MAX_CONTEXT,
-    MAX_FFN,
-    MAX_HEAD_DIM,
-    MAX_HEADS,
-    MAX_WIDTH,
-    Keys,
-)
+from ktransformers.engine.models.fields import MAX_CONTEXT, MAX_FFN, MAX_HEAD_DIM, MAX_HEADS, MAX_WIDTH
+from ktransformers.engine.models.keys import Keys
 from ktransformers.engine.models.spec import MlaSpec, ModelSpec
 
 

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from ktransformers.engine.models.families.base import base, moe
-from ktransformers.engine.models.keys import MAX_CONTEXT, Keys
+from ktransformers.engine.models.fields import MAX_CONTEXT
+from ktransformers.engine.models.keys import Keys
 from ktransformers.engine.models.spec import ModelSpec
 
 

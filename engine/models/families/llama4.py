@@ -4,7 +4,8 @@ from dataclasses import replace
 from typing import Final
 
 from ktransformers.engine.models.families.base import base, moe
-from ktransformers.engine.models.keys import MAX_LAYERS, Keys
+from ktransformers.engine.models.fields import MAX_LAYERS
+from ktransformers.engine.models.keys import Keys
 from ktransformers.engine.models.spec import ModelSpec
 
 CHUNK: Final = 8192
