@@ -13,9 +13,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     model: str
     """Path of a GGUF file, or of a folder in Hugging Face's layout."""
-    executor: Literal["native", "torch"] = "native"
-    device: str = "cpu"
-    """torch device; only the torch executor reads it."""
+    executor: Annotated[str, Meta(pattern=r"\A(native|torch(:[a-z]+(:[0-9]{1,3})?)?)\Z")] = "native"
+    """native; torch, which is torch:cpu; or torch on another of its devices, as in torch:cuda:0."""
     threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
     """Compute threads; None is one for each CPU this process may run on."""
     context: Annotated[int, Meta(ge=16, le=1 << 24)] | None = None
@@ -33,3 +32,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cache: CacheConfig = CacheConfig()
     socket: str = ""
     """Path of the engine's unix socket; the supervisor fills it in."""
+
+    @property
+    def torch_device(self) -> str | None:
+        """Name of the torch device; None: the native executor."""
+        name, _, device = self.executor.partition(":")
+        return (device or "cpu") if name == "torch" else None

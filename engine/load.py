@@ -157,7 +157,7 @@ def fingerprint(config: EngineConfig, program: Program, facts: Facts, executor: 
 
 def _build(config: EngineConfig) -> bytes:
     """Names the code that computes KV."""
-    if config.executor == "torch":
+    if config.torch_device is not None:
         return f"torch {version('torch')}".encode()
     from ktransformers.engine import _kernels
 
@@ -215,7 +215,7 @@ def _fixed_needs(config: EngineConfig, program: Program, facts: Facts) -> tuple[
     row = sum(width for v, width in enumerate(program.widths) if v not in wide)
     activations = 4 * (row * config.max_batch_tokens + program.vocab * config.max_sequences)
     weights = facts.weight_bytes
-    if config.executor == "torch":
+    if config.torch_device is not None:
         weights = 4 * sum(w.rows * w.cols for w in program.weights)
     if config.expert_bytes is None:
         return ("weights", weights), ("activations", activations)
@@ -229,7 +229,7 @@ def _fixed_needs(config: EngineConfig, program: Program, facts: Facts) -> tuple[
 def block_bytes(config: EngineConfig, program: Program) -> int:
     """Bytes of one KV block: as kv_format says in the native executor, float32 in torch's."""
     cache = program.cache
-    if config.executor == "torch":
+    if config.torch_device is not None:
         token = 4 * cache.elements
     elif config.cache.kv_format == "int8":
         token = cache.elements + 4 * cache.elements // cache.head_dim
@@ -240,11 +240,12 @@ def block_bytes(config: EngineConfig, program: Program) -> int:
 
 def device_memory(config: EngineConfig) -> int:
     """Bytes free where the model will live."""
-    if config.executor == "torch" and config.device != "cpu":
+    device = config.torch_device
+    if device is not None and device != "cpu":
         _need_torch()
         from ktransformers.engine.executors.torch import free_memory
 
-        free = free_memory(config.device)
+        free = free_memory(device)
         if free is not None:
             return free
     return machine.available_memory()
@@ -252,7 +253,7 @@ def device_memory(config: EngineConfig) -> int:
 
 def _has_own_memory(config: EngineConfig) -> bool:
     """Whether the device has memory of its own, beside the machine's."""
-    return config.executor == "torch" and config.device != "cpu"
+    return config.torch_device not in (None, "cpu")
 
 
 def _host_bytes(config: EngineConfig) -> int:
@@ -279,7 +280,7 @@ def _need_torch() -> None:
 
 def build_executor(config: EngineConfig, program: Program, plan: Plan, progress: Progress) -> Executor:
     """Load the weights. ModelError for settings that this executor cannot honour."""
-    if config.executor == "torch":
+    if config.torch_device is not None:
         _need_torch()
         if config.cache.kv_format != "f16":
             raise ModelError(f"cache.kv_format: only the native executor has {config.cache.kv_format!r}")
@@ -289,7 +290,7 @@ def build_executor(config: EngineConfig, program: Program, plan: Plan, progress:
 
         return TorchExecutor(
             program,
-            device=config.device,
+            device=config.torch_device,
             threads=plan.threads,
             blocks=plan.blocks,
             block_tokens=config.cache.block_tokens,

@@ -16,6 +16,7 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """
 
     block_tokens: Annotated[int, Meta(ge=1, le=1024)] = 16
+    """No setting: the native executor has blocks of 16 only, and results depend on it."""
     device_bytes: Annotated[int, Meta(ge=1, le=1 << 60)] | None = None
     """Bytes of the device pool; None takes a share of the memory that is free once the weights are loaded."""
     host_bytes: Annotated[int, Meta(ge=0, le=1 << 60)] | None = None

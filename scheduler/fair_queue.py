@@ -55,7 +55,6 @@ class Rules:
             window=config.fair_window,
             backfill=config.fair_window,
             preempt=config.fair_preempt,
-            kv_share=config.fair_kv_share,
         )
 
 

@@ -203,7 +203,7 @@ class Simulation:
         """`settings`: fields of SchedulerConfig."""
         machine = machine or Machine()
         engine = EngineConfig(model="simulated", cache=CacheConfig())
-        values = {"max_waiting": 1 << 20, "max_waiting_tokens": 1 << 40, **(settings or {})}
+        values = {"max_waiting": 1 << 20, **(settings or {})}
         config = msgspec.convert({**values, "policy": policy, "engine": engine}, SchedulerConfig)
         self.now = 0.0
         self.policy: Policy = policy

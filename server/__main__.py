@@ -22,7 +22,7 @@ from ktransformers.engine.logs import log_loop_error, start_logging
 from ktransformers.scheduler.client import SchedulerClient
 from ktransformers.server.app import make_admin_app, make_app
 from ktransformers.server.auth import AdminKeys, Keys
-from ktransformers.server.config import ConfigError, ServerConfig, tenants_dir
+from ktransformers.server.config import ADMIN_HOST, ConfigError, ServerConfig, tenants_dir
 from ktransformers.server.gate import BoundedProtocol
 from ktransformers.server.generation import Generator
 from ktransformers.server.metrics import Metrics
@@ -107,7 +107,7 @@ async def _serve(config: ServerConfig, directory: Directory, limiter: Limiter) -
     text = _load(path)
     card = model_card(path, config.model_name, text)
     scheduler = SchedulerClient.connect(config.scheduler.socket)
-    metrics = Metrics(card.name, lambda: scheduler.status, config.vllm_metrics)
+    metrics = Metrics(card.name, lambda: scheduler.status)
     ledger = Ledger(lambda at, rows, used: directory.post(lambda store: store.add_usage(at, rows, used)))
     generator = Generator(card.name, text, scheduler, metrics, config.request_timeout, limiter, ledger)
     service = Service(config, keys, metrics, generator, card, directory)
@@ -158,7 +158,7 @@ def _uvicorn(app: FastAPI) -> uvicorn.Config:
 
 
 def _listen_for_admin(config: ServerConfig) -> socket.socket:
-    return _listen("admin_port", config.admin_host, config.admin_port)
+    return _listen("admin_port", ADMIN_HOST, config.admin_port)
 
 
 def _listen(setting: str, host: str, port: int) -> socket.socket:

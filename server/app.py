@@ -12,6 +12,7 @@ from ktransformers.server import errors
 from ktransformers.server.api import admin, admin_keys, admin_prefixes, admin_usage, health, ollama, openai
 from ktransformers.server.api.page import page_files, page_router
 from ktransformers.server.api.parameters import validation_error
+from ktransformers.server.config import ADMIN_HOST
 from ktransformers.server.errors import RequestError
 from ktransformers.server.gate import Gate, HostPolicy, error_response
 from ktransformers.server.routing import Service, check_routes
@@ -26,7 +27,7 @@ def make_app(service: Service) -> FastAPI:
 
 def make_admin_app(service: Service) -> FastAPI:
     """The admin API, for a listener of its own. No page may call it. Raises UndeclaredRoute."""
-    policy = HostPolicy(service.config.admin_host, (), ())
+    policy = HostPolicy(ADMIN_HOST, (), ())
     parts = (admin, admin_keys, admin_prefixes, admin_usage)
     return _make(service, [health.router, *(part.router for part in parts)], policy)
 

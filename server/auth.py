@@ -130,11 +130,9 @@ class Keys:
 
     @classmethod
     def load(cls, config: ServerConfig, directory: Directory | None = None) -> "Keys":
-        """Keys of the settings, of the key file and of the store. Raises ConfigError; among others when there
-        are none although the address listened on can be reached from other machines."""
-        keys = [("", key) for key in config.api_keys]
-        if config.api_key_file is not None:
-            keys += _read_key_file(Path(config.api_key_file))
+        """Keys of the key file and of the store. Raises ConfigError; among others when there are none
+        although the address listened on can be reached from other machines."""
+        keys = [] if config.api_key_file is None else _read_key_file(Path(config.api_key_file))
         found = cls(keys, directory)
         if not keys and not found.directory.view.in_use and not is_loopback(config.host):
             raise ConfigError(

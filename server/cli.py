@@ -80,10 +80,10 @@ def serve(
     request_timeout: Annotated[
         float | None, _option("Seconds after which a request fails; 0 is never [0].")
     ] = None,
-    admin_host: Annotated[str | None, _option("Address of the admin API [127.0.0.1].")] = None,
-    admin_port: Annotated[int | None, _option("Port of the admin API; 0 is any free one [8001].")] = None,
+    admin_port: Annotated[
+        int | None, _option("Port of the admin API on loopback; 0 is any free one [8001].")
+    ] = None,
     log_level: Annotated[str | None, _option("debug, info, warning or error [info].")] = None,
-    vllm_metrics: Annotated[bool | None, _option("Export some metrics under vLLM's names, too.")] = None,
     policy: Annotated[str | None, _option("Who is next: fair, vtc or fifo [fair].")] = None,
     fair_window: Annotated[
         float | None, _option("Seconds of service that a cached prefix may jump [2].")
@@ -91,16 +91,15 @@ def serve(
     fair_preempt: Annotated[
         float | None, _option("Seconds of service ahead at which a tenant makes room; 0 is never [10].")
     ] = None,
-    fair_kv_share: Annotated[
-        float | None, _option("Times its share of KV that a tenant may have; 0 is any [1.25].")
-    ] = None,
     tbt_slo: Annotated[
         float | None, _option("Seconds that a step may take while streams run; 0 is any [0.25].")
     ] = None,
-    max_waiting: Annotated[int | None, _option("Requests that may wait; more are refused [1024].")] = None,
-    max_waiting_tokens: Annotated[int | None, _option("Prompt tokens that may wait [4194304].")] = None,
-    executor: Annotated[str | None, _option("native or torch [native].")] = None,
-    device: Annotated[str | None, _option("torch device [cpu].")] = None,
+    max_waiting: Annotated[
+        int | None, _option("Requests, and prompts of 4096 tokens, that may wait; more are refused [1024].")
+    ] = None,
+    executor: Annotated[
+        str | None, _option("native, torch (on the CPU) or torch on a device: torch:cuda [native].")
+    ] = None,
     threads: Annotated[int | None, _option("Compute threads [one a CPU].")] = None,
     context: Annotated[int | None, _option("Longest sequence in tokens [as trained, as fits].")] = None,
     max_batch_tokens: Annotated[int | None, _option("Most tokens of a step [512].")] = None,
@@ -111,7 +110,6 @@ def serve(
     expert_format: Annotated[
         str | None, _option("as-is, int8 or int4: experts with more bits are made of so many [as-is].")
     ] = None,
-    block_tokens: Annotated[int | None, _option("Tokens of a KV block [16].")] = None,
     device_bytes: Annotated[int | None, _option("Bytes of the KV pool [a share of free memory].")] = None,
     host_bytes: Annotated[
         int | None, _option("Bytes of the host's KV pool, 0 is none [none on a CPU, else a share].")

@@ -10,7 +10,7 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -20,6 +20,8 @@ from ktransformers.scheduler.config import SchedulerConfig
 ENV_PREFIX = "KTRANSFORMERS_"
 CONFIG_FILE_VARIABLE = "KTRANSFORMERS_CONFIG"
 """Names the TOML file itself; read by the command line, not a setting."""
+ADMIN_HOST: Final = "127.0.0.1"
+"""Where the admin API listens. Who administers from elsewhere comes through a tunnel of his own."""
 
 
 class ConfigError(ValueError):
@@ -34,7 +36,6 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Address to listen on. Anything but loopback needs API keys."""
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
     """0 lets the system choose."""
-    api_keys: tuple[Annotated[str, Meta(min_length=8, max_length=512)], ...] = ()
     api_key_file: str | None = None
     """One key a line, `name:key` or bare; readable by its owner only."""
     allowed_hosts: tuple[str, ...] = ()
@@ -48,14 +49,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Seconds that running requests may still take after SIGTERM."""
     request_timeout: Annotated[float, Meta(ge=0, le=86400)] = 0.0
     """Seconds after which any request fails with code "deadline"; 0 is never."""
-    admin_host: str = "127.0.0.1"
-    """Address of the admin API, which is there once there is an admin key (`ktransformers tenants
-    admin-key`)."""
     admin_port: Annotated[int, Meta(ge=0, le=65535)] = 8001
-    """0 lets the system choose."""
+    """Of the admin API, which listens on loopback and is there once there is an admin key (`ktransformers
+    tenants admin-key`); 0 lets the system choose."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    vllm_metrics: bool = False
-    """Also export the gauges that dashboards and routers read under their `vllm:` names."""
 
 
 def _nested(struct: type[msgspec.Struct], name: str) -> type[msgspec.Struct]:
@@ -71,7 +68,8 @@ TABLES: dict[str, type[msgspec.Struct]] = {
     "engine": _ENGINE,
     "cache": _nested(_ENGINE, "cache"),
 }
-_NOT_SETTINGS = frozenset({"scheduler", "engine", "cache", "socket"})
+_NOT_SETTINGS = frozenset({"scheduler", "engine", "cache", "socket", "block_tokens"})
+"""The tables within tables, and what the processes tell each other."""
 
 
 def settings() -> dict[str, tuple[str, msgspec.structs.FieldInfo]]:
@@ -107,11 +105,10 @@ def load_config(
     engine = {**values["engine"], "cache": values["cache"]}
     scheduler = {**values["scheduler"], "engine": engine}
     config = msgspec.convert({**values["server"], "scheduler": scheduler}, ServerConfig)
-    keys = tenants or config.api_keys or config.api_key_file is not None
-    if not keys and not is_loopback(config.host):
+    if not tenants and config.api_key_file is None and not is_loopback(config.host):
         raise ConfigError(
-            f"setting 'host': listening on {config.host} needs a tenant (`ktransformers tenants create`), "
-            "'api_key_file' or 'api_keys' (without keys only a loopback address such as 127.0.0.1 is allowed)"
+            f"setting 'host': listening on {config.host} needs a tenant (`ktransformers tenants create`) "
+            "or 'api_key_file' (without keys only a loopback address such as 127.0.0.1 is allowed)"
         )
     return config
 

@@ -1,8 +1,8 @@
 """What Prometheus reads: events of this process, and the scheduler's last status.
 
-Names are `ktransformers_*`. vLLM's names hold a colon, which promtool refuses, so they are an option, and
-only for what routers and the public dashboards read; those carry the model's name, since their queries filter
-on it. Nothing carries a tenant or a word of a prompt.
+Names are `ktransformers_*`. What routers and the public dashboards read is there under vLLM's names, too,
+with the model's name, since their queries filter on it; those hold a colon, which promtool's linter dislikes.
+Nothing carries a tenant or a word of a prompt.
 """
 
 from collections.abc import Callable, Iterator
@@ -138,11 +138,11 @@ _TIER_COUNTERS = {
 class Metrics:
     """All series of the API process, in a registry of its own."""
 
-    def __init__(self, model: str, status: Callable[[], Status | None], vllm_names: bool) -> None:
+    def __init__(self, model: str, status: Callable[[], Status | None]) -> None:
         self.registry = CollectorRegistry()
         r = self.registry
         self.tenants = TenantMetrics(r)
-        r.register(_StatusCollector(model, status, vllm_names, self.tenants))
+        r.register(_StatusCollector(model, status, self.tenants))
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"ktransformers_{name}", text, registry=r, buckets=buckets)
@@ -263,10 +263,9 @@ class _StatusCollector:
         self,
         model: str,
         status: Callable[[], Status | None],
-        vllm_names: bool,
         tenants: "TenantMetrics",
     ) -> None:
-        self._model, self._status, self._vllm_names = model, status, vllm_names
+        self._model, self._status = model, status
         self._tenants = tenants
 
     def describe(self) -> list[Metric]:
@@ -341,7 +340,7 @@ class _StatusCollector:
     def _alias(
         self, kind: type[GaugeMetricFamily | CounterMetricFamily], name: str, text: str, value: float
     ) -> Iterator[Metric]:
-        if self._vllm_names and name:
+        if name:
             family = kind(f"vllm:{name}", text, labels=["model_name"])
             family.add_metric([self._model], value)
             yield family

@@ -38,7 +38,7 @@ def exported() -> dict[str, set[str]]:
     zero = {bool: True, int: 0, float: 0.0, str: ""}
     fields = msgspec.structs.fields(Status)
     status = Status(**{field.name: zero.get(field.type, []) for field in fields})
-    metrics = Metrics("model", lambda: status, vllm_names=False)
+    metrics = Metrics("model", lambda: status)
     metrics.finished("stop")
     metrics.failed("internal")
     metrics.http_request("GET", "/", 200, 0.1)

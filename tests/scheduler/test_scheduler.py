@@ -258,8 +258,9 @@ def test_full_queue_is_overloaded_with_advice():
     w.check_drained()
 
 
-def test_too_many_waiting_tokens():
-    w = World(max_sequences=1, settings={"max_waiting_tokens": 50})
+def test_too_many_waiting_tokens(monkeypatch):
+    monkeypatch.setattr("ktransformers.scheduler.config._MEAN_PROMPT", 10)
+    w = World(max_sequences=1, settings={"max_waiting": 5})
     w.submit("a", prompt(60), max_tokens=30)
     w.submit("b", prompt(60), max_tokens=1)
     w.submit("c", prompt(10))

@@ -172,10 +172,11 @@ def _maker(scheduler: ScriptedScheduler) -> AppMaker:
         directory: Directory | None = None,
         limiter: Limiter | None = None,
         ledger: Ledger | None = None,
+        keys: tuple[str, ...] = (),
         **changes: Any,
     ) -> FastAPI:
         config = make_config(**changes)
-        metrics = Metrics("tiny", lambda: scheduler.status, config.vllm_metrics)
+        metrics = Metrics("tiny", lambda: scheduler.status)
         generator = Generator(
             "tiny", ByteText(), scheduler, metrics, config.request_timeout, limiter, ledger
         )
@@ -183,14 +184,15 @@ def _maker(scheduler: ScriptedScheduler) -> AppMaker:
         card = ModelCard(
             "tiny", 1_700_000_000, 1234, "0" * 64, "llama", "1M", "F16", "apache-2.0", "{{ x }}"
         )  # fmt: skip
-        return make_app(Service(config, Keys.load(config, directory), metrics, generator, card, directory))
+        known = Keys([("", key) for key in keys], directory) if keys else Keys.load(config, directory)
+        return make_app(Service(config, known, metrics, generator, card, directory))
 
     return build
 
 
 @pytest.fixture
 def make(scheduler: ScriptedScheduler) -> AppMaker:
-    """Builds the application; keyword arguments are settings."""
+    """Builds the application; keyword arguments are settings, and `keys`, as a file of keys has them."""
     return _maker(scheduler)
 
 

@@ -118,7 +118,7 @@ def test_openai_bad_requests(client: openai.OpenAI) -> None:
 
 
 def test_openai_keys(make, served) -> None:
-    with served(make(api_keys=(KEY,))) as port:
+    with served(make(keys=(KEY,))) as port:
         base = f"http://127.0.0.1:{port}/v1"
         with pytest.raises(openai.AuthenticationError) as raised:
             openai.OpenAI(base_url=base, api_key="wrong", max_retries=0).models.list()

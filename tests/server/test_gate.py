@@ -52,9 +52,9 @@ async def test_two_hosts_or_none(app: FastAPI, connect) -> None:
 @pytest.mark.anyio
 async def test_with_keys_and_another_address_any_host_unless_listed(make, connect) -> None:
     keys = ("abcdefgh",)
-    async with connect(make(host="0.0.0.0", api_keys=keys)) as client:
+    async with connect(make(host="0.0.0.0", keys=keys)) as client:
         assert (await client.get("/livez", headers={"Host": "anything.test"})).status_code == 200
-    async with connect(make(host="0.0.0.0", api_keys=keys, allowed_hosts=("a.test",))) as client:
+    async with connect(make(host="0.0.0.0", keys=keys, allowed_hosts=("a.test",))) as client:
         assert (await client.get("/livez", headers={"Host": "anything.test"})).status_code == 403
         assert (await client.get("/livez", headers={"Host": "a.test"})).status_code == 200
 

@@ -78,13 +78,13 @@ async def test_names(make, connect) -> None:
     helps = set(re.findall(r"^# HELP (\S+) \S+", text, re.M))
     assert types.keys() == helps
     for name, kind in types.items():
-        assert name.startswith("ktransformers_") and ":" not in name
+        assert (name.startswith("ktransformers_") and ":" not in name) or name.startswith("vllm:"), name
         assert name.endswith("_total") == (kind == "counter"), name
 
 
 @pytest.mark.anyio
-async def test_vllm_names_on_request(make, connect) -> None:
-    async with connect(make(vllm_metrics=True)) as client:
+async def test_what_routers_read_under_vllms_names(make, connect) -> None:
+    async with connect(make()) as client:
         found = series((await client.get("/metrics")).text)
     assert found['vllm:num_requests_running{model_name="tiny"}'] == 3
     assert found['vllm:kv_cache_usage_perc{model_name="tiny"}'] == 0.25

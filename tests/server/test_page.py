@@ -18,7 +18,7 @@ HTML = {"Accept": "text/html,application/xhtml+xml"}
 @pytest.fixture
 def app(make, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
     monkeypatch.setattr(app_module, "page_files", lambda: PAGE)
-    return make(api_keys=("some-key-123",))
+    return make(keys=("some-key-123",))
 
 
 @pytest.mark.anyio

@@ -58,7 +58,10 @@ def port() -> int:
 
 @pytest.fixture
 def process(folder: Path, port: int) -> Iterator[subprocess.Popen[str]]:
-    running = start(folder, port=port, api_keys=[KEY], log_level="debug", drain_timeout=1)
+    keys = folder / "keys"
+    keys.touch(0o600)
+    keys.write_text(KEY)
+    running = start(folder, port=port, api_key_file=str(keys), log_level="debug", drain_timeout=1)
     yield running
     running.kill()
     running.communicate()

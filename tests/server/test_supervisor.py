@@ -364,7 +364,7 @@ def test_port_is_checked_before_anything_starts() -> None:
 def test_folder_is_ours_alone_and_removed(tmp_path: Path) -> None:
     base = tmp_path / "runtime"
     with run_folder([base]) as folder:
-        config = write_configurations(make_config(api_keys=("secret-key",)), folder)
+        config = write_configurations(make_config(), folder)
         assert stat.S_IMODE(base.stat().st_mode) == stat.S_IMODE(folder.stat().st_mode) == 0o700
         kinds = {"engine": EngineConfig, "scheduler": SchedulerConfig, "server": ServerConfig}
         for role, kind in kinds.items():

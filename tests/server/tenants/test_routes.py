@@ -94,7 +94,7 @@ def expected(kind: str, path: str, endpoint) -> int:
 
 @pytest.mark.anyio
 async def test_every_route_of_the_main_listener(office, kinds, connect) -> None:
-    app = office.app(api_keys=("settings-key-1",))
+    app = office.app(keys=("settings-key-1",))
     endpoints = {(method, route.path): route.endpoint for route in app.routes for method in route.methods}
     async with connect(app) as client:
         for kind, key in kinds.items():
@@ -107,7 +107,7 @@ async def test_every_route_of_the_main_listener(office, kinds, connect) -> None:
 
 @pytest.mark.anyio
 async def test_every_route_of_the_admin_listener(office, kinds, connect) -> None:
-    app = office.app(api_keys=("settings-key-1",))
+    app = office.app(keys=("settings-key-1",))
     admin = office.admin_app(app)
     public = {"/livez", "/readyz", "/healthz"}
     async with connect(admin) as client:
