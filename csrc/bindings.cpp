@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -127,6 +128,10 @@ Op op_of(const std::string& kind, Fields& f) {
   if (kind == "MlaAttention")
     return op::MlaAttention{id("q_latent"), id("q"),     id("latent"), id("rope"),
                             id("out"),      id("layer"), id("heads"),  number("scale")};
+  if (kind == "ShortConv") return op::ShortConv{id("x"), id("weight"), id("out"), id("layer")};
+  if (kind == "DeltaRule")
+    return op::DeltaRule{id("qkv"),   id("a"),       id("b"),       id("decay"), id("bias"), id("out"),
+                         id("layer"), id("k_heads"), id("v_heads"), id("k_dim"), id("v_dim")};
   if (kind == "PositionScale") return op::PositionScale{id("x"), id("span"), number("scale")};
   if (kind == "Attention")
     return op::Attention{id("q"),           id("k"),           id("v"),        id("out"),       id("layer"),
@@ -302,8 +307,9 @@ using I64 = Array<int64_t>;
 using F32 = Array<float>;
 
 Batch batch_of(const I32& tokens, const I32& starts, const I32& context, const I32& block_starts, const I32& blocks,
-               const I32& logit_rows) {
-  return {view(tokens), view(starts), view(context), view(block_starts), view(blocks), view(logit_rows)};
+               const I32& logit_rows, const I32& slots, const I32& keep_slots, const I32& keep_at) {
+  return {view(tokens), view(starts), view(context),    view(block_starts), view(blocks), view(logit_rows),
+          view(slots),  view(keep_slots), view(keep_at)};
 }
 
 Sampling sampling_of(const F32& temperature, const I32& top_k, const F32& top_p, const F32& min_p,
@@ -342,21 +348,25 @@ std::unique_ptr<Program> make_program(std::shared_ptr<ThreadPool> pool, const st
                                       const std::vector<py::tuple>& ops, std::vector<int64_t> widths,
                                       const std::vector<std::shared_ptr<Weight>>& weights, int64_t layers,
                                       int64_t kv_heads, int64_t head_dim, int64_t blocks, int64_t max_tokens,
-                                      int64_t max_rows, int64_t expert_bytes, const std::string& kv_format) {
+                                      int64_t max_rows, int64_t expert_bytes, const std::string& kv_format,
+                                      const std::optional<std::array<int64_t, 6>>& state, int64_t state_slots) {
   const CacheShape cache{layers, kv_heads, head_dim, kv_format_of(kv_format)};
-  Model model{ops_of(ops), std::move(widths), {weights.begin(), weights.end()}, cache};
+  StateShape shape;
+  if (state.has_value()) shape = {(*state)[0], (*state)[1], (*state)[2], (*state)[3], (*state)[4], (*state)[5]};
+  Model model{ops_of(ops), std::move(widths), {weights.begin(), weights.end()}, cache, shape};
   const py::gil_scoped_release release;
   return std::make_unique<Program>(std::move(pool), table_of(isa), std::move(model),
-                                   ProgramSizes{blocks, max_tokens, max_rows, expert_bytes});
+                                   ProgramSizes{blocks, max_tokens, max_rows, expert_bytes, state_slots});
 }
 
 void step(Program& program, const I32& tokens, const I32& starts, const I32& context, const I32& block_starts,
-          const I32& blocks, const I32& logit_rows, const F32& temperature, const I32& top_k, const F32& top_p,
+          const I32& blocks, const I32& logit_rows, const I32& slots, const I32& keep_slots, const I32& keep_at,
+          const F32& temperature, const I32& top_k, const F32& top_p,
           const F32& min_p, const F32& repetition, const F32& presence, const F32& frequency, const I64& seed,
           const I64& position, const I32& logprobs, const I32& history_starts, const I32& history,
           const I32& history_output, const I32& bias_starts, const I32& bias_tokens, const F32& bias_values, I32 token,
           F32 logprob, I32 top_tokens, F32 top_logprobs) {
-  const Batch batch = batch_of(tokens, starts, context, block_starts, blocks, logit_rows);
+  const Batch batch = batch_of(tokens, starts, context, block_starts, blocks, logit_rows, slots, keep_slots, keep_at);
   const Sampling sampling =
       sampling_of(temperature, top_k, top_p, min_p, repetition, presence, frequency, seed, position, logprobs,
                   history_starts, history, history_output, bias_starts, bias_tokens, bias_values);
@@ -366,9 +376,9 @@ void step(Program& program, const I32& tokens, const I32& starts, const I32& con
 }
 
 F32 logits(Program& program, const I32& tokens, const I32& starts, const I32& context, const I32& block_starts,
-           const I32& blocks, const I32& logit_rows) {
+           const I32& blocks, const I32& logit_rows, const I32& slots, const I32& keep_slots, const I32& keep_at) {
   F32 out({logit_rows.size(), static_cast<py::ssize_t>(program.vocab())});
-  const Batch batch = batch_of(tokens, starts, context, block_starts, blocks, logit_rows);
+  const Batch batch = batch_of(tokens, starts, context, block_starts, blocks, logit_rows, slots, keep_slots, keep_at);
   const std::span<float> to = writable(out);
   const py::gil_scoped_release release;
   program.logits(batch, to);
@@ -443,16 +453,21 @@ PYBIND11_MODULE(_kernels, m) {
       .def(py::init(&make_program), py::arg("pool"), py::arg("isa"), py::arg("ops"), py::arg("widths"),
            py::arg("weights"), py::arg("layers"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("blocks"),
            py::arg("max_tokens"), py::arg("max_rows"), py::arg("expert_bytes") = 0, py::arg("kv_format") = "f16",
+           py::arg("state") = py::none(), py::arg("state_slots") = 0,
            py::keep_alive<1, 6>())
       .def_property_readonly("block_bytes", &Program::block_bytes)
       .def("read_block", &read_block, py::arg("block"), a("into"))
       .def("write_block", &write_block, py::arg("block"), a("data"))
+      .def("copy_state", &Program::copy_state, py::arg("source"), py::arg("target"),
+           py::call_guard<py::gil_scoped_release>())
       .def("step", &step, a("tokens"), a("starts"), a("context"), a("block_starts"), a("blocks"), a("logit_rows"),
+           a("slots"), a("keep_slots"), a("keep_at"),
            a("temperature"), a("top_k"), a("top_p"), a("min_p"), a("repetition"), a("presence"), a("frequency"),
            a("seed"), a("position"), a("logprobs"), a("history_starts"), a("history"), a("history_output"),
            a("bias_starts"), a("bias_tokens"), a("bias_values"), a("token"), a("logprob"), a("top_tokens"),
            a("top_logprobs"))
-      .def("logits", &logits, a("tokens"), a("starts"), a("context"), a("block_starts"), a("blocks"), a("logit_rows"))
+      .def("logits", &logits, a("tokens"), a("starts"), a("context"), a("block_starts"), a("blocks"), a("logit_rows"),
+           a("slots"), a("keep_slots"), a("keep_at"))
       .def("set_profiling", &Program::set_profiling, py::arg("on"), py::call_guard<py::gil_scoped_release>())
       .def("profile", &Program::profile);
 }

@@ -45,6 +45,7 @@ Program::Program(std::shared_ptr<ThreadPool> pool, const KernelTable& table, Mod
       throw std::invalid_argument("weights[" + std::to_string(i) + "]: packed for " + model_.weights[i]->table().name +
                                   ", not for " + table.name);
   kv_ = KvPool(model_.cache, sizes.blocks);
+  if (model_.state.layers > 0) states_ = StatePool(model_.state, sizes.states);
   size_t bytes = 0;
   std::vector<size_t> offsets;
   for (size_t v = 0; v < model_.widths.size(); ++v) {
@@ -211,6 +212,15 @@ void Program::add(size_t i, const op::Attention& op) {
   add_row_op(i, rows_.of_op[i], 4 * values_.widths[op.k], make_store_kv(table_, values_, kv_, op));
   stages_.push_back(WholeOp{i, make_attention(table_, *pool_, model_, values_, kv_, op, attention_memory_)});
 }
+void Program::add(size_t i, const op::ShortConv& op) {
+  stages_.push_back(WholeOp{i, make_short_conv(table_, *pool_, model_, values_, states_, op)});
+}
+void Program::add(size_t i, const op::DeltaRule& op) {
+  constexpr int64_t kFloatsOfGate = 64;  // three exponentials and a logarithm
+  const int64_t width = 4 * op.k_heads * op.k_dim + kFloatsOfGate * op.v_heads;
+  add_row_op(i, rows_.of_op[i], width, make_delta_inputs(table_, model_, values_, op));
+  stages_.push_back(WholeOp{i, make_delta_rule(table_, *pool_, values_, states_, op)});
+}
 void Program::add(size_t i, const op::Gated& op) {
   add_row_op(i, rows_.of_op[i], 3 * values_.widths[op.out], make_gated(table_, values_, op));
 }
@@ -255,8 +265,13 @@ void Program::logits(const Batch& batch, std::span<float> logits) {
   std::memcpy(logits.data(), values_.data[last.out], logits.size_bytes());
 }
 
+void Program::copy_state(int64_t source, int64_t target) {
+  const ThreadPool::Session session(*pool_);
+  states_.copy(source, target);
+}
+
 void Program::check(const Batch& batch) {
-  check_batch(batch, {sizes_.max_tokens, sizes_.max_rows, sizes_.blocks, rows_.vocab});
+  check_batch(batch, {sizes_.max_tokens, sizes_.max_rows, sizes_.blocks, rows_.vocab, states_.slots()});
   ++check_number_;
   for (int64_t s = 0; s < batch.sequences(); ++s) {
     const int64_t begin = batch.context[s], end = begin + batch.starts[s + 1] - batch.starts[s];

@@ -14,6 +14,7 @@
 #include "ops/experts.h"
 #include "ops/linear.h"
 #include "ops/ops.h"
+#include "ops/recurrence.h"
 #include "ops/sampler.h"
 #include "ops/step.h"
 
@@ -22,6 +23,7 @@ namespace kt {
 struct ProgramSizes {
   int64_t blocks, max_tokens, max_rows;
   int64_t expert_bytes;  // of packed experts, where they stay in the model's file
+  int64_t states;        // places for states, of a model that has them
 };
 
 // The ops are compiled once into stages. Row-wise ops that follow each other, and the presenting of a product's input,
@@ -37,6 +39,9 @@ class Program {
   int64_t block_bytes() const { return kv_.block_bytes(); }
   std::span<uint8_t> block(int64_t block) const { return kv_.block(block); }
   int64_t vocab() const { return rows_.vocab; }
+
+  // The state in slot `source` replaces that in `target`; not beside a step. std::invalid_argument.
+  void copy_state(int64_t source, int64_t target);
 
   // One step: computes all tokens, writes their KV, draws one token for each logit row. std::invalid_argument for an input
   // that does not fit, before anything is touched. Steps exclude each other.
@@ -82,6 +87,8 @@ class Program {
   void add(size_t i, const op::HeadLinear& op);
   void add(size_t i, const op::MlaAttention& op);
   void add(size_t i, const op::Attention& op);
+  void add(size_t i, const op::ShortConv& op);
+  void add(size_t i, const op::DeltaRule& op);
   void add(size_t i, const op::Gated& op);
   void add(size_t i, const op::Route& op);
   void add(size_t i, const op::Experts& op);
@@ -110,6 +117,7 @@ class Program {
   const ModelRows rows_;
   const ProgramSizes sizes_;
   KvPool kv_;
+  StatePool states_;
   Mapping value_memory_, activation_memory_;
   Values values_;
   std::vector<RopeAngles> angles_;

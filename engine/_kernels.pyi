@@ -105,7 +105,8 @@ class Program:
     """A compiled program with its KV pool.
 
     `ops` are tuples (kind, fields in the order of engine.program's dataclasses); linear parts are tuples.
-    `kv_format` is "f16", "int8", or "latent" for a cache of latent rows (float16; kv_heads 1).
+    `kv_format` is "f16", "int8", or "latent" for a cache of latent rows (float16; kv_heads 1). `state` is the
+    fields of engine.program.StateShape, with `state_slots` places for states.
     """
 
     def __init__(
@@ -123,6 +124,8 @@ class Program:
         max_rows: int,
         expert_bytes: int = 0,
         kv_format: str = "f16",
+        state: tuple[int, int, int, int, int, int] | None = None,
+        state_slots: int = 0,
     ) -> None: ...
     @property
     def block_bytes(self) -> int: ...
@@ -130,9 +133,12 @@ class Program:
         """Copy the KV of one block to `into` [block_bytes]; may run beside a step that does not write it."""
     def write_block(self, block: int, data: U8) -> None:
         """Replace the KV of one block by `data` [block_bytes]; may run beside a step that does not use it."""
+    def copy_state(self, source: int, target: int) -> None:
+        """The state in one slot replaces that in another. ValueError when there is no such slot."""
     def step(
         self,
         tokens: I32, starts: I32, context: I32, block_starts: I32, blocks: I32, logit_rows: I32,
+        slots: I32, keep_slots: I32, keep_at: I32,
         temperature: F32, top_k: I32, top_p: F32, min_p: F32, repetition: F32, presence: F32, frequency: F32,
         seed: I64, position: I64, logprobs: I32,
         history_starts: I32, history: I32, history_output: I32,
@@ -143,6 +149,7 @@ class Program:
     def logits(
         self,
         tokens: I32, starts: I32, context: I32, block_starts: I32, blocks: I32, logit_rows: I32,
+        slots: I32, keep_slots: I32, keep_at: I32,
     ) -> F32:
         """One step without drawing: [R, vocab]."""
     def set_profiling(self, on: bool) -> None:

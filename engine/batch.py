@@ -1,6 +1,6 @@
 """One step's input to an executor, as flat arrays, and what comes back."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +12,10 @@ F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
 MAX_LOGPROBS = 20
+
+
+def _none() -> I32:
+    return np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,14 @@ class Batch:
     """Block ids, by position; each table covers context[s] + its tokens of this step"""
     logit_rows: I32
     """[R] ascending indices into tokens: the rows that draw a token"""
+    slots: I32 = field(default_factory=_none)
+    """[S] where the state of each sequence is, read and replaced (with context 0 it begins as zeros); empty,
+    as are the next two, for a program without state. All slots that are written differ."""
+    keep_slots: I32 = field(default_factory=_none)
+    """[S] where a copy of the state goes, or -1"""
+    keep_at: I32 = field(default_factory=_none)
+    """[S] that copy is of the state after so many tokens of the sequence: context < keep_at <= context + its
+    tokens of this step"""
 
 
 @dataclass(frozen=True)
@@ -74,13 +86,16 @@ class Drawn:
 
 
 class Executor(Protocol):
-    """Runs a program. Owns the packed weights and the KV pool."""
+    """Runs a program. Owns the packed weights, the KV pool and the states."""
 
     isa: str
     blocks: int
     block_tokens: int
     weights_digest: tuple[int, ...]
     """64 bits of all bytes of each weight, in whatever layout the executor has them."""
+
+    state_slots: int
+    """Places for the states of sequences; 0: the program has none."""
 
     @property
     def block_bytes(self) -> int:
@@ -107,6 +122,11 @@ class Executor(Protocol):
 
         As read_block; no step that runs beside it uses that block.
         """
+        ...
+
+    def copy_state(self, source: int, target: int) -> None:
+        """The state in slot `target` becomes that in `source`. ValueError when there is no such slot. Not
+        beside a step."""
         ...
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from ktransformers.engine.limits import Dot, Limits
 from ktransformers.engine.program import (
     Add,
     Attention,
+    DeltaRule,
     Embed,
     Experts,
     Gated,
@@ -21,6 +22,7 @@ from ktransformers.engine.program import (
     RmsNorm,
     Rope,
     Route,
+    ShortConv,
     ValueId,
     WeightId,
 )
@@ -95,6 +97,10 @@ def _weights(op: Op) -> list[WeightId]:
             return [w for p in op.parts for w in (p.weight, p.bias) if w is not None]
         case Rope():
             return [op.inv_freq]
+        case ShortConv():
+            return [op.weight]
+        case DeltaRule():
+            return [op.decay, op.bias]
         case Attention():
             return [] if op.sinks is None else [op.sinks]
         case Route():
@@ -131,18 +137,21 @@ def chosen_share(op: Experts, tokens: int) -> float:
 
 def _layer(program: Program, op: Op, previous: int | None) -> int | None:
     """From the name of a weight, blk.N.*; ops without one belong to the layer that they stand in."""
-    if isinstance(op, Attention | MlaAttention):
+    if isinstance(op, Attention | MlaAttention) and program.state is None:
         return op.layer
     if isinstance(op, Embed | Logits):
         return None
-    if isinstance(op, RmsNorm | Linear | HeadLinear | Experts):
+    if isinstance(op, RmsNorm | Linear | HeadLinear | ShortConv | DeltaRule | Experts):
         parts = program.weights[_weights(op)[0]].name.split(".")
         return int(parts[1]) if parts[0] == "blk" else None
     return previous
 
 
 def _kv_bytes(program: Program, op: Op, context: int, tokens: int) -> int:
-    """Float16 keys and values, each read once for the query heads that share them."""
+    """Float16 keys and values, each read once for the query heads that share them; a state is read and
+    written once."""
+    if isinstance(op, DeltaRule):
+        return 2 * 4 * op.v_heads * op.k_dim * op.v_dim
     if isinstance(op, MlaAttention):
         return 2 * (program.widths[op.latent] + program.widths[op.rope]) * (context + tokens)
     if not isinstance(op, Attention):
@@ -169,6 +178,10 @@ def _flops(program: Program, op: Op, seen: int) -> int:
             return 4 * op.heads * op.head_dim * positions
         case MlaAttention():
             return 2 * op.heads * (2 * width(op.latent) + width(op.rope)) * seen
+        case ShortConv():
+            return 2 * program.weights[op.weight].rows * width(op.x) + 5 * width(op.x)
+        case DeltaRule():
+            return 7 * op.v_heads * op.k_dim * op.v_dim
         case HeadLinear():
             return 2 * program.weights[op.weight].rows * program.weights[op.weight].cols
         case Route():
@@ -198,6 +211,8 @@ def _detail(program: Program, op: Op) -> str:
         window = f", window {op.window}" if op.window else ""
         chunk = f", chunks of {op.chunk}" if op.chunk else ""
         return f"{op.heads} heads, {op.kv_heads} kv heads of {op.head_dim}{window}{chunk}"
+    if isinstance(op, DeltaRule):
+        return f"{op.k_heads} heads of keys, {op.v_heads} of values, states {op.k_dim}x{op.v_dim}"
     if isinstance(op, MlaAttention):
         return f"{op.heads} heads, latent {program.widths[op.latent]} + {program.widths[op.rope]}"
     if isinstance(op, Gated):

@@ -194,6 +194,51 @@ class MlaAttention:
 
 
 @dataclass(frozen=True)
+class ShortConv:
+    """A causal convolution over the tokens of a sequence, each column by itself, then silu.
+
+    out[t][c] = silu(sum over j of weight[j][c] * x[t - taps + 1 + j][c]), with 0 for what lies before the
+    sequence. weight is F32 [taps, width]; x and out have that width and are not the same. The last taps - 1
+    rows of x are part of the sequence's state in `layer`.
+    """
+
+    x: ValueId
+    weight: WeightId
+    out: ValueId
+    layer: int
+
+
+@dataclass(frozen=True)
+class DeltaRule:
+    """The gated delta rule (Yang et al. 2024, https://arxiv.org/abs/2412.06464), one token after another.
+
+    A row of qkv is k_heads queries of k_dim, as many keys, then v_heads values v of v_dim; value head h has
+    query and key of head h // (v_heads // k_heads), each divided by sqrt(its sum of squares + 1e-6), and the
+    query also by sqrt(k_dim). The state S [k_dim, v_dim] of a head, part of the sequence's state in `layer`,
+    becomes with each token
+
+        S <- exp(decay * softplus(a + bias)) S
+        S <- S + k outer sigmoid(b) (v - S^T k)
+        out = S^T q
+
+    a and b are values with an element for each value head, decay and bias F32 [1, v_heads]. qkv, a and b are
+    used up: what they hold afterwards is not defined.
+    """
+
+    qkv: ValueId
+    a: ValueId
+    b: ValueId
+    decay: WeightId
+    bias: WeightId
+    out: ValueId
+    layer: int
+    k_heads: int
+    v_heads: int
+    k_dim: int
+    v_dim: int
+
+
+@dataclass(frozen=True)
 class Gated:
     """out = act(gate) * up (out may be gate). "sigmoid" is the gate of a gated output: its gate may be one
     element for the whole row of up (then out is not gate)."""
@@ -301,6 +346,8 @@ Op = (
     | PositionScale
     | Attention
     | MlaAttention
+    | ShortConv
+    | DeltaRule
     | Gated
     | Route
     | Experts
@@ -330,6 +377,24 @@ class CacheShape:
 
 
 @dataclass(frozen=True)
+class StateShape:
+    """What a sequence has beside its KV, whatever its length, in each of `layers` layers: `tail` rows of
+    `conv` elements (ShortConv), and `heads` matrices of k_dim x v_dim (DeltaRule). All of it float32."""
+
+    layers: int
+    tail: int
+    conv: int
+    heads: int
+    k_dim: int
+    v_dim: int
+
+    @property
+    def elements(self) -> int:
+        """Of one sequence, all layers."""
+        return self.layers * (self.tail * self.conv + self.heads * self.k_dim * self.v_dim)
+
+
+@dataclass(frozen=True)
 class Program:
     """The ops of one model, with what they read."""
 
@@ -338,6 +403,8 @@ class Program:
     weights: tuple[Tensor, ...]
     cache: CacheShape
     vocab: int
+    state: StateShape | None = None
+    """None: a sequence is its tokens and their KV."""
 
 
 def expert_weights(program: Program) -> set[WeightId]:

@@ -57,6 +57,9 @@ class NewSeq(msgspec.Struct, frozen=True, array_like=True):
     computed: int
     """Leading tokens whose KV the first blocks hold already (a prefix hit): whole blocks, < len(tokens)."""
     sampling: Sampling
+    state: int = -1
+    """Where the state after `computed` tokens was kept (Go.keep), for a model with states; -1 where there is
+    none, or nothing is computed."""
 
 
 class Go(msgspec.Struct, frozen=True, array_like=True):
@@ -70,6 +73,11 @@ class Go(msgspec.Struct, frozen=True, array_like=True):
     n_tokens: int
     new_blocks: list[int]
     """Block ids appended to the slot's block table first (a prefix hit's blocks come with the first Go)."""
+    keep: int = -1
+    """Keep a copy of the state there (0 .. Ready.kept_states - 1), or -1. It replaces what was there once
+    all states that `new` sequences of this step begin with have been read."""
+    keep_at: int = 0
+    """That copy is of the state after so many tokens of the sequence; they are reached by this Go."""
 
 
 class Step(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -156,6 +164,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Blocks of the host tier."""
     disk_bytes: int = 0
     """What the disk tier may hold; 0: there is none (or it has been given up)."""
+    kept_states: int = -1
+    """Places for copies of states; -1: the model's sequences have no state, their KV is all."""
 
 
 class StoredBlock(msgspec.Struct, frozen=True, array_like=True):

@@ -54,7 +54,12 @@ CONFINED = {
     "pydantic": ("server.",),
     "uvicorn": ("server.",),
     "zmq": ("engine.channel",),
-    "torch": ("engine.executors.torch", "engine.executors.torch_attention", "engine.executors.torch_experts"),
+    "torch": (
+        "engine.executors.torch",
+        "engine.executors.torch_attention",
+        "engine.executors.torch_experts",
+        "engine.executors.torch_recurrence",
+    ),
     "jinja2": ("server.text.",),
     "tokenizers": ("server.text.",),
     "prometheus_client": ("server.metrics",),

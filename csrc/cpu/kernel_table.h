@@ -79,6 +79,20 @@ static inline int64_t first_seen(const AttentionTask& t, int64_t position) {
   return window > chunk ? window : chunk;
 }
 
+// One head of the gated delta rule over consecutive tokens of one sequence, token t at + t * its stride.
+struct DeltaTask {
+  const float *q, *k;  // as the op defines them, divided by their lengths
+  const float* v;
+  const float *decay, *beta;  // factors of the old state and of the correction
+  float* out;
+  int64_t stride, gate_stride, out_stride;  // of q, k and v; of decay and beta; of out
+  int64_t tokens, k_dim, v_dim;
+  float* state;  // [k_dim][v_dim]
+};
+
+// Most taps of a short convolution.
+inline constexpr int64_t kMaxTaps = 16;
+
 struct KernelTable {
   const char* name;
 
@@ -120,6 +134,12 @@ struct KernelTable {
   size_t (*attention_state_floats)(const AttentionTask&);
   void (*attention_span)(const AttentionTask&, int64_t span, float* state, float* scratch);
   void (*attention_merge)(const AttentionTask&, const float* states, float* scratch);
+
+  // ---- recurrences
+  // y[c] = silu(weights[0][c] rows[0][c] + weights[1][c] rows[1][c] + ...), in this order; row j of weights at + j * stride
+  void (*short_conv)(const float* const* rows, const float* weights, int64_t stride, int64_t taps, int64_t n, float* y);
+  // A token's result does not depend on where the tokens are divided into calls.
+  void (*delta_rule)(const DeltaTask&);
 
   // ---- sampling: passes over a row of n logits, in runs of kSampleRun
   bool (*scan_logits)(const float* x, int64_t n, float* maxima);  // of each run; false: NaN or infinity among them

@@ -8,6 +8,7 @@
 #include "kernels/quantize.inl"
 #include "kernels/gemm.inl"
 #include "kernels/attention.inl"
+#include "kernels/recurrence.inl"
 #include "kernels/sampling.inl"
 #include "kernels/limits.inl"
 #include "kernels/table.inl"

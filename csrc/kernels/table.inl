@@ -31,6 +31,8 @@ constexpr KernelTable make_table(const char* name) {
   t.attention_state_floats = attention_state_floats;
   t.attention_span = attention_span;
   t.attention_merge = attention_merge;
+  t.short_conv = short_conv;
+  t.delta_rule = delta_rule;
   t.scan_logits = scan_logits;
   t.exp_logits = exp_logits;
   t.peak = peak;

@@ -4,6 +4,8 @@
 #include <climits>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "cpu/kernel_table.h"
 
@@ -26,6 +28,27 @@ void check_range(const char* name, std::span<const int32_t> values, int64_t limi
     if (values[i] < 0 || values[i] >= limit)
       fail(std::string(name) + "[" + std::to_string(i) + "]: " + std::to_string(values[i]) + " is not in [0, " +
            std::to_string(limit) + ")");
+}
+
+void check_states(const Batch& b, int64_t states) {
+  const size_t sequences = states > 0 ? b.context.size() : 0;
+  for (const auto& [name, values] : {std::pair{"slots", b.slots}, {"keep_slots", b.keep_slots}, {"keep_at", b.keep_at}})
+    if (values.size() != sequences)
+      fail(std::string(name) + ": " + std::to_string(values.size()) + " entries for the states of " +
+           std::to_string(sequences) + " sequences");
+  check_range("slots", b.slots, states);
+  std::vector<int32_t> written(b.slots.begin(), b.slots.end());
+  for (size_t s = 0; s < sequences; ++s) {
+    if (b.keep_slots[s] == -1) continue;
+    check_range("keep_slots", b.keep_slots.subspan(s, 1), states);
+    const int64_t after = int64_t{b.keep_at[s]} - b.context[s];
+    if (after < 1 || after > b.starts[s + 1] - b.starts[s])
+      fail("keep_at[" + std::to_string(s) + "]: " + std::to_string(b.keep_at[s]) + " is not reached by this step");
+    written.push_back(b.keep_slots[s]);
+  }
+  std::sort(written.begin(), written.end());
+  if (const auto twice = std::adjacent_find(written.begin(), written.end()); twice != written.end())
+    fail("slots: the state in slot " + std::to_string(*twice) + " is written twice");
 }
 
 }  // namespace
@@ -51,6 +74,7 @@ void check_batch(const Batch& b, const BatchLimits& limits) {
   check_range("logit_rows", b.logit_rows, tokens);
   if (std::adjacent_find(b.logit_rows.begin(), b.logit_rows.end(), std::greater_equal<>()) != b.logit_rows.end())
     fail("logit_rows: must ascend");
+  check_states(b, limits.states);
 }
 
 }  // namespace kt

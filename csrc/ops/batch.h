@@ -9,6 +9,7 @@ inline constexpr int64_t kMaxLogprobs = 20;
 
 struct Batch {
   std::span<const int32_t> tokens, starts, context, block_starts, blocks, logit_rows;
+  std::span<const int32_t> slots, keep_slots, keep_at;  // empty without states
 
   int64_t sequences() const { return static_cast<int64_t>(context.size()); }
 };
@@ -30,7 +31,7 @@ struct Drawn {
 };
 
 struct BatchLimits {
-  int64_t tokens, rows, blocks, vocab;
+  int64_t tokens, rows, blocks, vocab, states;
 };
 
 // Checks every index of a batch, so that a step cannot leave its memory. std::invalid_argument names the array.

@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t kMaxWidth = int64_t{1} << 31;
 constexpr int64_t kMaxHeadDim = 1024;
 constexpr int64_t kMaxExperts = 65536;
+constexpr int64_t kMaxStateSize = int64_t{1} << 20;
 
 class Checker {
  public:
@@ -25,6 +26,7 @@ class Checker {
     for (int64_t width : model_.widths) require(width > 0 && width < kMaxWidth, "widths", "must be positive");
     for (const auto& weight : model_.weights) require(weight != nullptr, "weights", "must not be None");
     layer_used_.resize(model_.cache.layers, false);
+    check_state();
     in_ops_ = true;
     for (index_ = 0; index_ < model_.ops.size(); ++index_) {
       name_ = nullptr;
@@ -187,6 +189,49 @@ class Checker {
     layer_used_[layer] = true;
   }
 
+  void check_state() {
+    const StateShape& s = model_.state;
+    if (s.layers == 0) return;
+    const auto inside = [](int64_t x, int64_t most) { return x > 0 && x <= most; };
+    require(inside(s.layers, kMaxStateSize) && inside(s.tail, kMaxTaps - 1) && inside(s.conv, kMaxStateSize) &&
+                inside(s.heads, kMaxStateSize) && inside(s.k_dim, kMaxHeadDim) && inside(s.v_dim, kMaxHeadDim),
+            "state", "is out of range");
+    conv_used_.resize(s.layers, false);
+    delta_used_.resize(s.layers, false);
+  }
+
+  void use_state(std::vector<bool>& used, int64_t layer) {
+    require(layer >= 0 && layer < static_cast<int64_t>(used.size()), "layer", "is not in the state");
+    require(!used[layer], "layer", "is used by an op of this kind before");
+    used[layer] = true;
+  }
+
+  void check(const op::ShortConv& op) {
+    start("ShortConv", Rows::kTokens);
+    use_state(conv_used_, op.layer);
+    read("x", op.x, Rows::kTokens, model_.state.conv);
+    check_shape("weight", op.weight, model_.state.tail + 1, model_.state.conv);
+    require(op.out != op.x, "out", "must not be x");
+    write("out", op.out, Rows::kTokens, model_.state.conv);
+  }
+
+  void check(const op::DeltaRule& op) {
+    start("DeltaRule", Rows::kTokens);
+    use_state(delta_used_, op.layer);
+    const StateShape& s = model_.state;
+    require(op.v_heads == s.heads && op.k_dim == s.k_dim && op.v_dim == s.v_dim, "v_heads",
+            "and sizes differ from the state");
+    require(op.k_heads > 0 && op.v_heads % op.k_heads == 0, "k_heads", "must divide v_heads");
+    read("qkv", op.qkv, Rows::kTokens, 2 * op.k_heads * op.k_dim + op.v_heads * op.v_dim);
+    read("a", op.a, Rows::kTokens, op.v_heads);
+    read("b", op.b, Rows::kTokens, op.v_heads);
+    require(op.a != op.b, "b", "must not be a");
+    check_shape("decay", op.decay, 1, op.v_heads);
+    check_shape("bias", op.bias, 1, op.v_heads);
+    require(op.out != op.qkv && op.out != op.a && op.out != op.b, "out", "must not be an input");
+    write("out", op.out, Rows::kTokens, op.v_heads * op.v_dim);
+  }
+
   void check(const op::Attention& op) {
     start("Attention", Rows::kTokens);
     const CacheShape& cache = model_.cache;
@@ -305,7 +350,7 @@ class Checker {
   const Model& model_;
   std::vector<Rows> values_;
   std::vector<Choice> routes_;  // of each value that a Route wrote last: its numbers are indices
-  std::vector<bool> layer_used_;
+  std::vector<bool> layer_used_, conv_used_, delta_used_;
   ModelRows result_;
   size_t index_ = 0;
   const char* name_ = nullptr;

@@ -52,6 +52,12 @@ struct MlaAttention {
   int64_t q_latent, q, latent, rope, out, layer, heads;
   float scale;
 };
+struct ShortConv {
+  int64_t x, weight, out, layer;
+};
+struct DeltaRule {
+  int64_t qkv, a, b, decay, bias, out, layer, k_heads, v_heads, k_dim, v_dim;
+};
 enum class Act { kSilu, kGeluTanh, kSigmoid, kRelu, kSwigluOai };
 struct Gated {
   int64_t gate, up, out;
@@ -88,12 +94,17 @@ struct Logits {
 }  // namespace op
 
 using Op = std::variant<op::Embed, op::RmsNorm, op::Linear, op::Rope, op::PositionScale, op::HeadLinear,
-                        op::MlaAttention, op::Attention, op::Gated, op::Route, op::Experts, op::Add, op::GatherRows,
-                        op::Logits>;
+                        op::MlaAttention, op::Attention, op::ShortConv, op::DeltaRule, op::Gated, op::Route,
+                        op::Experts, op::Add, op::GatherRows, op::Logits>;
 
 struct CacheShape {
   int64_t layers, kv_heads, head_dim;
   KvFormat format = KvFormat::kF16;
+};
+
+// What a sequence has beside its KV; no layers: nothing.
+struct StateShape {
+  int64_t layers = 0, tail = 0, conv = 0, heads = 0, k_dim = 0, v_dim = 0;
 };
 
 // What the executor is given: ops over numbered values and weights.
@@ -102,6 +113,7 @@ struct Model {
   std::vector<int64_t> widths;  // of each value
   std::vector<std::shared_ptr<const Weight>> weights;
   CacheShape cache;
+  StateShape state;
 };
 
 // Which rows a value has: one for each token of the step, or one for each row that needs logits.

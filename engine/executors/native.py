@@ -1,7 +1,7 @@
 """The native executor: packs the weights, then hands the whole program to csrc; a step is one call."""
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import astuple, fields
 
 import numpy as np
 
@@ -16,7 +16,8 @@ class NativeExecutor:
     """Runs a program on the CPU. A request's bits depend neither on its batch nor on chunking.
 
     `isa` is one of `_kernels.isas()`, None the best. With `expert_bytes` routed experts stay in the model's
-    file, and that much memory holds those that were used last; at least what one layer has. `progress` is
+    file, and that much memory holds those that were used last; at least what one layer has. `states`:
+    places for states of sequences, of a program that has them. `progress` is
     told bytes of weights packed so far and in total. ValueError for a program that does not fit together
     (with op and field), MemoryError.
     """
@@ -34,12 +35,14 @@ class NativeExecutor:
         max_rows: int,
         expert_bytes: int | None = None,
         kv_format: KvFormat = "f16",
+        states: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         if program.cache.kind != "kv" and kv_format != "f16":
             raise ValueError(f"kv_format: {kv_format!r} is not supported for latent rows")
         self.isa = isa or _kernels.isas()[0]
         self.blocks = blocks
+        self.state_slots = states if program.state is not None else 0
         pool = _kernels.ThreadPool(threads)
         mapped = set() if expert_bytes is None else expert_weights(program)
         weights = pack_weights(pool, self.isa, program, mapped, progress)
@@ -58,6 +61,8 @@ class NativeExecutor:
             max_rows,
             expert_bytes or 0,
             "latent" if program.cache.kind == "latent" else kv_format,
+            None if program.state is None else astuple(program.state),
+            self.state_slots,
         )
 
     @property
@@ -85,6 +90,7 @@ class NativeExecutor:
         # fmt: off
         self._native().step(
             b.tokens, b.starts, b.context, b.block_starts, b.blocks, b.logit_rows,
+            b.slots, b.keep_slots, b.keep_at,
             s.temperature, s.top_k, s.top_p, s.min_p, s.repetition, s.presence, s.frequency,
             s.seed, s.position, s.logprobs, s.history_starts, s.history, s.history_output,
             s.bias_starts, s.bias_tokens, s.bias_values,
@@ -96,7 +102,16 @@ class NativeExecutor:
     def logits(self, batch: Batch) -> F32:
         """The same step, but gives the logits [R, vocab]."""
         b = batch
-        return self._native().logits(b.tokens, b.starts, b.context, b.block_starts, b.blocks, b.logit_rows)
+        # fmt: off
+        return self._native().logits(
+            b.tokens, b.starts, b.context, b.block_starts, b.blocks, b.logit_rows,
+            b.slots, b.keep_slots, b.keep_at,
+        )
+        # fmt: on
+
+    def copy_state(self, source: int, target: int) -> None:
+        """See engine.batch.Executor."""
+        self._native().copy_state(source, target)
 
     def set_profiling(self, on: bool) -> None:
         """Count from now on what each op takes; ops that are fused otherwise then run each by itself."""

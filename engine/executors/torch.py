@@ -18,9 +18,11 @@ from ktransformers.engine import _kernels
 from ktransformers.engine.batch import F32, MAX_LOGPROBS, U8, Batch, Drawn, SamplingBatch
 from ktransformers.engine.executors.torch_attention import Span, attention, mla_attention, softcap
 from ktransformers.engine.executors.torch_experts import experts, route
+from ktransformers.engine.executors.torch_recurrence import Run, States, delta_rule, short_conv
 from ktransformers.engine.program import (
     Add,
     Attention,
+    DeltaRule,
     Embed,
     Experts,
     Gated,
@@ -35,6 +37,7 @@ from ktransformers.engine.program import (
     RmsNorm,
     Rope,
     Route,
+    ShortConv,
     Tensor,
     WeightId,
 )
@@ -67,6 +70,7 @@ class _Step:
         self.tokens = torch.from_numpy(batch.tokens).long().to(device)
         self.logit_rows = torch.from_numpy(batch.logit_rows).long().to(device)
         self.spans: list[Span] = []
+        self.runs: list[Run] = []
         self.positions = torch.empty(len(batch.tokens), dtype=torch.float64)
         for s, context in enumerate(batch.context.tolist()):
             begin, end = int(batch.starts[s]), int(batch.starts[s + 1])
@@ -74,6 +78,26 @@ class _Step:
             blocks = batch.blocks[batch.block_starts[s] : batch.block_starts[s + 1]].astype(np.int64)
             cells = (blocks[:, None] * block_tokens + np.arange(block_tokens)).reshape(-1)
             self.spans.append(Span(begin, end, torch.from_numpy(cells[: context + end - begin]).to(device)))
+            if len(batch.slots) and end > begin:
+                keep, at = int(batch.keep_slots[s]), int(batch.keep_at[s])
+                self.runs.append(Run(begin, end, context == 0, int(batch.slots[s]), keep, begin + at - context))
+
+
+def _check_states(batch: Batch, slots: int) -> None:
+    """ValueError as the native executor."""
+    sequences = len(batch.context) if slots else 0
+    if any(len(a) != sequences for a in (batch.slots, batch.keep_slots, batch.keep_at)):
+        raise ValueError(f"slots: not one for the state of each of {sequences} sequences")
+    kept = batch.keep_slots != -1
+    written = np.concatenate([batch.slots, batch.keep_slots[kept]])
+    if len(written) and not 0 <= written.min() <= written.max() < slots:
+        raise ValueError("slots: there is no such slot")
+    if len(np.unique(written)) != len(written):
+        raise ValueError("slots: a state is written twice")
+    if sequences:
+        after = (batch.keep_at - batch.context)[kept]
+        if (after < 1).any() or (after > np.diff(batch.starts)[kept]).any():
+            raise ValueError("keep_at: not reached by this step")
 
 
 def _check(batch: Batch, vocab: int, blocks: int, block_tokens: int) -> None:
@@ -105,11 +129,12 @@ class TorchExecutor:
         device: str = "cpu",
         kv_dtype: torch.dtype = torch.float32,
         threads: int | None = None,
+        states: int = 0,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Dequantise all weights to `device`; `progress` is told bytes of the file done and in total.
 
-        Keys and values are rounded to `kv_dtype` in the pool and read from there (float16 is what the native
+        `states`: places for states of sequences, of a program that has them. Keys and values are rounded to `kv_dtype` in the pool and read from there (float16 is what the native
         executor does).
         """
         if threads is not None:
@@ -136,6 +161,10 @@ class TorchExecutor:
         # Zeroed, so that nothing of another process or an earlier model can be read from it.
         kv, latent = (c.layers, 2, cells, c.kv_heads, c.head_dim), (c.layers, cells, c.head_dim)
         shape = kv if c.kind == "kv" else latent
+        self.state_slots = states if program.state is not None else 0
+        if program.state is not None and states < 1:
+            raise ValueError("states: must be positive")
+        self._states = None if program.state is None else States(program.state, states, self._device)
         self._cell_axis = 2 if c.kind == "kv" else 1
         self._kv = torch.zeros(shape, dtype=kv_dtype, device=self._device)
         self.block_bytes = self._kv.nbytes // blocks
@@ -183,6 +212,17 @@ class TorchExecutor:
             raise ValueError(f"data: {data.nbytes} bytes; a block has {self.block_bytes}")
         kv.copy_(torch.from_numpy(data).view(kv.dtype).view(kv.shape))
 
+    def copy_state(self, source: int, target: int) -> None:
+        """See engine.batch.Executor."""
+        if not (0 <= source < self.state_slots and 0 <= target < self.state_slots):
+            raise ValueError("state: there is no such slot")
+        self._live_states().copy(source, target)
+
+    def _live_states(self) -> States:
+        if self._states is None:
+            raise RuntimeError("the executor is closed, or its program has no state")
+        return self._states
+
     def _block(self, block: int) -> torch.Tensor:
         """The part of the pool that is one block: block_tokens cells of every layer."""
         if not 0 <= block < self.blocks:
@@ -191,13 +231,15 @@ class TorchExecutor:
         return self._kv.narrow(self._cell_axis, begin, self.block_tokens)
 
     def close(self) -> None:
-        """Free weights and KV."""
+        """Free weights, KV and states."""
         self._weights = []
         self._kv = torch.zeros(0)
+        self._states = None
 
     @torch.inference_mode()
     def _run(self, batch: Batch) -> torch.Tensor:
         _check(batch, self._program.vocab, self.blocks, self.block_tokens)
+        _check_states(batch, self.state_slots)
         if len(batch.tokens) > self.max_tokens:
             raise ValueError(f"tokens: {len(batch.tokens)} in a step of at most {self.max_tokens}")
         step = _Step(batch, self.block_tokens, self._device)
@@ -239,6 +281,12 @@ class TorchExecutor:
             case MlaAttention():
                 row = (v[op.latent], v[op.rope])
                 v[op.out] = mla_attention(op, step.spans, self._kv[op.layer], v[op.q_latent], v[op.q], *row)
+            case ShortConv():
+                v[op.out] = short_conv(op, step.runs, self._live_states(), v[op.x], w[op.weight])
+            case DeltaRule():
+                gates = w[op.decay] * F.softplus(v[op.a] + w[op.bias])
+                states, beta = self._live_states(), v[op.b].sigmoid()
+                v[op.out] = delta_rule(op, step.runs, states, v[op.qkv], gates, beta)
             case Gated():
                 v[op.out] = _ACTS[op.act](v[op.gate]) * v[op.up]
             case Route():

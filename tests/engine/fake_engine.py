@@ -33,6 +33,7 @@ NOT_FINITE = 667
 class FakeExecutor:
     isa = "fake"
     weights_digest = (1,)
+    state_slots = 0
 
     def __init__(self, blocks: int, block_tokens: int, vocab: int = 1000, seconds: float = 0.0) -> None:
         self.blocks, self.block_tokens, self.vocab = blocks, block_tokens, vocab
@@ -72,6 +73,9 @@ class FakeExecutor:
 
     def write_block(self, block: int, data: U8) -> None:
         self.kv[block] = data.view(np.int64)
+
+    def copy_state(self, source: int, target: int) -> None:
+        raise NotImplementedError
 
     def close(self) -> None:
         pass
