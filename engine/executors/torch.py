@@ -79,8 +79,9 @@ class _Step:
             cells = (blocks[:, None] * block_tokens + np.arange(block_tokens)).reshape(-1)
             self.spans.append(Span(begin, end, torch.from_numpy(cells[: context + end - begin]).to(device)))
             if len(batch.slots) and end > begin:
-                keep, at = int(batch.keep_slots[s]), int(batch.keep_at[s])
-                self.runs.append(Run(begin, end, context == 0, int(batch.slots[s]), keep, begin + at - context))
+                slot, keep = int(batch.slots[s]), int(batch.keep_slots[s])
+                kept = begin + int(batch.keep_at[s]) - context
+                self.runs.append(Run(begin, end, context == 0, slot, keep, kept))
 
 
 def _check_states(batch: Batch, slots: int) -> None:
@@ -134,8 +135,8 @@ class TorchExecutor:
     ) -> None:
         """Dequantise all weights to `device`; `progress` is told bytes of the file done and in total.
 
-        `states`: places for states of sequences, of a program that has them. Keys and values are rounded to `kv_dtype` in the pool and read from there (float16 is what the native
-        executor does).
+        Keys and values are rounded to `kv_dtype` in the pool and read from there (float16 is what the native
+        executor does). `states`: places for states of sequences, of a program that has them.
         """
         if threads is not None:
             torch.set_num_threads(threads)

@@ -45,9 +45,8 @@ def short_conv(
         tail = states.tails[run.slot, op.layer]
         tail = torch.zeros_like(tail) if run.fresh else tail.clone()
         rows = torch.cat((tail, x[run.begin : run.end]))
-        sums = sum(weight[j] * rows[j : j + run.end - run.begin] for j in range(taps))
-        assert isinstance(sums, torch.Tensor)
-        out[run.begin : run.end] = F.silu(sums)
+        terms = [weight[j] * rows[j : j + run.end - run.begin] for j in range(taps)]
+        out[run.begin : run.end] = F.silu(torch.stack(terms).sum(0))
         if run.keep >= 0:
             kept = run.keep_before - run.begin
             states.tails[run.keep, op.layer] = rows[kept : kept + taps - 1]
