@@ -1,7 +1,9 @@
 """The text side of a model's folder in Hugging Face's layout: tokenizer.json and the files beside it.
 
 tokenizer.json runs on the package that it was written for, `tokenizers`, after what must not come from users'
-text has been taken out: the control tokens, which only a template may write (special_tokens.py).
+text has been taken out: the control tokens, which only a template may write (special_tokens.py). What it does
+to a text takes time linear in it, whatever the file says: its expressions are checked (patterns.py), and
+nothing that it puts in place of something else is longer.
 """
 
 import json
@@ -13,6 +15,9 @@ from typing import Final, TypeGuard
 from tokenizers import Tokenizer as RustTokenizer
 
 from ktransformers.engine.weights.files import FolderError, read_json, read_text
+from ktransformers.server.text.patterns import PatternError, check_linear
+from ktransformers.server.text.pretokenizers import PRE_TOKENIZERS
+from ktransformers.server.text.special_tokens import Matching
 from ktransformers.server.text.vocabulary import (
     MAX_TOKENS,
     TokenType,
@@ -28,6 +33,11 @@ _MAX_TOKENIZER: Final = 96 * 2**20
 _MAX_CONFIG: Final = 16 * 2**20
 _MAX_TEMPLATE: Final = 2**20
 _SPACE: Final = "\u2581"
+_MAX_STEPS: Final = 32
+"""Steps of a normalizer or pre-tokenizer; each goes over the whole text."""
+_MAX_PREFIX: Final = 16
+_HIDDEN: Final = (TokenType.CONTROL, TokenType.UNKNOWN)
+_KNOWN_PATTERNS: Final = frozenset(p for pre in PRE_TOKENIZERS.values() for p in pre.patterns)
 
 Json = Mapping[str, object]
 
@@ -55,6 +65,7 @@ def read_folder_text(path: Path) -> FolderText:
     generation = read_json(path, "generation_config.json", _MAX_CONFIG) or {}
     ids = _Ids(document, config, settings, generation)
     vocabulary = ids.vocabulary()
+    _check_steps(document)
     try:
         rust = _build(_for_users(document, vocabulary))
         first = _prefix_scheme(document) == "first"
@@ -105,6 +116,38 @@ def _prefix_scheme(document: Json) -> str:
     return "never"
 
 
+def _check_steps(document: Json) -> None:
+    """Raises VocabularyError for a step that may take more than time linear in the text, or make it grow."""
+    for field in ("normalizer", "pre_tokenizer"):
+        steps = _kinds(document.get(field))
+        if len(steps) > _MAX_STEPS:
+            raise VocabularyError(f"tokenizer.json: {field}: more than {_MAX_STEPS} steps")
+        for step in steps:
+            _check_step(step, f"tokenizer.json: {field}: {step.get('type')!a:.40}")
+
+
+def _check_step(step: Json, where: str) -> None:
+    pattern = step.get("pattern")
+    shortest = 1
+    if isinstance(pattern, dict):
+        expression, plain = pattern.get("Regex"), pattern.get("String")
+        if isinstance(expression, str) and expression not in _KNOWN_PATTERNS:
+            try:
+                check_linear(expression)
+            except PatternError as e:
+                raise VocabularyError(f"{where}: the expression {expression[:80]!a} {e}") from None
+        if isinstance(plain, str):
+            shortest = len(plain)
+            if not plain:
+                raise VocabularyError(f"{where}: an empty pattern")
+    content = step.get("content")
+    if step.get("type") == "Replace" and isinstance(content, str) and len(content) > shortest:
+        raise VocabularyError(f"{where}: {content[:40]!a} is longer than what it replaces: not supported")
+    prefix = step.get("prepend")
+    if isinstance(prefix, str) and len(prefix) > _MAX_PREFIX:
+        raise VocabularyError(f"{where}: more than {_MAX_PREFIX} characters")
+
+
 class _Ids:
     """Tokens by id, and what the files say of them."""
 
@@ -141,7 +184,12 @@ class _Ids:
         for added in self._added():
             number, content = added.get("id"), added.get("content")
             known = by_id.get(number) if _is_id(number) else None
-            if not _is_id(number) or not isinstance(content, str) or (known and known[0] != content):
+            if (
+                not _is_id(number)
+                or not isinstance(content, str)
+                or (known and known[0] != content)
+                or vocabulary.get(content, number) != number
+            ):
                 what = f"{str(content)[:40]!a} has no id of its own"
                 raise VocabularyError(f"tokenizer.json: added_tokens: {what}")
             kind = TokenType.CONTROL if added.get("special") is True else TokenType.USER_DEFINED
@@ -162,6 +210,37 @@ class _Ids:
         if not isinstance(added, list) or len(added) > MAX_TOKENS:
             raise VocabularyError("tokenizer.json: added_tokens: not an array")
         return [_object(token, "added_tokens") for token in added]
+
+    def matching(self) -> dict[str, Matching]:
+        """How the control tokens are looked for."""
+        found = {}
+        for added in self._added():
+            content = added.get("content")
+            number = added.get("id")
+            if not _is_id(number) or not isinstance(content, str):
+                continue
+            where = f"tokenizer.json: added_tokens: {content[:40]!a}"
+            if self.types[number] in _HIDDEN:
+                found[content] = self._matching(added, where)
+            elif added.get("single_word") is not False:
+                # The package looks for it in what lies between control tokens, and would not see those.
+                raise VocabularyError(f"{where}: single_word is supported for special tokens only")
+        return {content: how for content, how in found.items() if how != Matching()}
+
+    def _matching(self, added: Json, where: str) -> Matching:
+        flags = {"lstrip": False, "rstrip": False, "single_word": False}
+        flags["normalized"] = added.get("special") is not True
+        for name, default in flags.items():
+            value = added.get(name, default)
+            if not isinstance(value, bool):
+                raise VocabularyError(f"{where}: {name}: neither true nor false")
+            flags[name] = value
+        late = flags.pop("normalized")
+        if late and self.document.get("normalizer") is not None:
+            # It would be looked for in text of which the normalizer has made something else.
+            what = "is not supported beside a normalizer; false is what chat models mean"
+            raise VocabularyError(f"{where}: normalized: true {what}")
+        return Matching(**flags, late=late)
 
     def _rows(self, least: int) -> int:
         inner = self.config.get("text_config")
@@ -240,6 +319,7 @@ class _Ids:
             add_eos=_flag(self.settings, "add_eos_token", bool(after)),
             add_space_prefix=not self.byte_level and _prefix_scheme(self.document) != "never",
             end_ids=end_ids,
+            matching=self.matching(),
         )
 
 
@@ -258,36 +338,37 @@ def _flag(settings: Json, name: str, default: bool) -> bool:
 
 def _for_users(document: Json, vocabulary: Vocabulary) -> dict[str, object]:
     """The tokenizer without control tokens and without what is done around a text."""
-    control = {
-        text
-        for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
-        if kind == TokenType.CONTROL
+    hidden = {
+        text for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind in _HIDDEN
     }
     model = dict(_object(document.get("model"), "model"))
     unknown = model.get("unk_token")
-    model["vocab"] = {
+    added = _without(document.get("added_tokens"), hidden)
+    vocab = {
         text: number
         for text, number in _object(model.get("vocab"), "model: vocab").items()
-        if text not in control or text == unknown
+        if text not in hidden or text == unknown
     }
+    # The package numbers added tokens anew, but for those that the model knows.
+    model["vocab"] = vocab | {str(token.get("content")): token.get("id") for token in added}
     merges = model.get("merges", [])
     if not isinstance(merges, list):
         raise VocabularyError("tokenizer.json: model: merges: not an array")
-    model["merges"] = [merge for merge in merges if _makes(merge) not in control]
-    added = document.get("added_tokens")
+    model["merges"] = [merge for merge in merges if _makes(merge) not in hidden]
     return {
         **document,
         "model": model,
-        "added_tokens": _without(added, control),
+        "added_tokens": added,
         "post_processor": None,
+        "decoder": None,
         "truncation": None,
         "padding": None,
     }
 
 
-def _without(added: object, control: set[str]) -> list[Json]:
+def _without(added: object, hidden: set[str]) -> list[Json]:
     tokens = added if isinstance(added, list) else []
-    return [token for token in tokens if token.get("content") not in control]
+    return [token for token in tokens if token.get("content") not in hidden]
 
 
 def _makes(merge: object) -> str:

@@ -151,9 +151,8 @@ class TextModel:
         }
         size = sum(map(len, chat.strings(guarded)))
         text = self.template.render(context, _TEMPLATE_GROWTH * size + _TEMPLATE_CHARS)
-        pieces = [
-            piece if isinstance(piece, int) else piece.replace(mark, "") for piece in special.split(text)
-        ]
+        cut = special.split(text, mark)
+        pieces = [piece if isinstance(piece, int) else piece.replace(mark, "") for piece in cut]
         bos = self.tokenizer.bos_id
         if self.tokenizer.add_bos and bos is not None and pieces[:1] != [bos]:
             return [bos, *pieces]

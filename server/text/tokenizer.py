@@ -131,8 +131,15 @@ class Tokenizer:
         return ids
 
     def _encode_plain(self, text: str, rust: RustTokenizer) -> list[int]:
-        # The batch call is the one that releases the GIL.
-        batch = rust.encode_batch_fast([without_surrogates(text)], add_special_tokens=False)
+        try:
+            # The batch call is the one that releases the GIL.
+            batch = rust.encode_batch_fast([without_surrogates(text)], add_special_tokens=False)
+        except BaseException as e:
+            # What a panic of the Rust package becomes; it is no Exception. Its regexes give up a word of more
+            # than ten million characters.
+            if type(e).__name__ != "PanicException":
+                raise
+            raise TooLongError("the text has a word that is too long") from None
         ids: list[int] = batch[0].ids
         return ids
 
@@ -224,7 +231,7 @@ def _special_tokens(vocabulary: Vocabulary) -> SpecialTokens:
         if kind in _HIDDEN and 2 <= len(text) <= MAX_LENGTH
     }
     try:
-        return SpecialTokens(control)
+        return SpecialTokens(control, vocabulary.matching)
     except ValueError as e:
         raise VocabularyError(f"tokenizer.ggml.token_type: {e}") from None
 

@@ -3,12 +3,14 @@ makes one from a tokenizer.json.)"""
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+
+from ktransformers.server.text.special_tokens import Matching
 
 MAX_TOKENS: Final = 2**21
 MAX_TOKEN_CHARS: Final = 1024
@@ -83,6 +85,8 @@ class Vocabulary:
     add_space_prefix: bool | None
     end_ids: frozenset[int]
     """Tokens that end generation."""
+    matching: Mapping[str, Matching] = field(default_factory=dict)
+    """How control tokens are looked for, of those that are not just looked for."""
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, object]) -> "Vocabulary":

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from ktransformers.engine.weights.files import FolderError
 from ktransformers.engine.weights.gguf import read
 from ktransformers.server.text.folder import read_folder_text
 from ktransformers.server.text.model import TextModel
-from ktransformers.server.text.tokenizer import Tokenizer
+from ktransformers.server.text.tokenizer import Tokenizer, TooLongError
 from ktransformers.server.text.vocabulary import VocabularyError
 
 
@@ -116,6 +117,28 @@ def changed(path: Path, folder: Path, name: str, change: Any) -> Path:
     return path
 
 
+def split(expression: str) -> dict[str, Any]:
+    pattern = {"Regex": expression}
+    return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+
+
+def steps(step: dict[str, Any], times: int) -> dict[str, Any]:
+    return {"type": "Sequence", "pretokenizers": [step] * times}
+
+
+def replaced(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def prepended(text: str) -> dict[str, Any]:
+    return {"type": "Prepend", "prepend": text}
+
+
+def normalized(document: dict[str, Any], flag: bool) -> None:
+    document["normalizer"] = {"type": "NFC"}
+    document["added_tokens"][0]["normalized"] = flag
+
+
 @pytest.mark.parametrize(
     ("name", "change", "word"),
     [
@@ -133,6 +156,17 @@ def changed(path: Path, folder: Path, name: str, change: Any) -> Path:
         ("tokenizer.json", lambda d: d.update(added_tokens=[7]), "added_tokens"),
         ("tokenizer.json", lambda d: d.update(pre_tokenizer={"type": "Nothing"}), "not a tokenizer"),
         ("tokenizer.json", lambda d: d.update(post_processor={"type": "BertProcessing"}), "post_processor"),
+        ("tokenizer.json", lambda d: d["added_tokens"].append({"id": 60000, "content": "a"}), "'a'"),
+        ("tokenizer.json", lambda d: d["added_tokens"][5].update(special=False, single_word=True), "special"),
+        ("tokenizer.json", lambda d: d["added_tokens"][0].update(lstrip=1), "lstrip"),
+        ("tokenizer.json", lambda d: normalized(d, True), "normalized: true is not supported"),
+        ("tokenizer.json", lambda d: d.update(pre_tokenizer=split("(a+)+$")), "(a+)+$"),
+        ("tokenizer.json", lambda d: d.update(normalizer=replaced({"Regex": "a*a*b"}, " ")), "a*a*b"),
+        ("tokenizer.json", lambda d: d.update(normalizer=replaced({"String": "a"}, "bb")), "longer than"),
+        ("tokenizer.json", lambda d: d.update(normalizer=replaced({"Regex": "a+"}, "bb")), "longer than"),
+        ("tokenizer.json", lambda d: d.update(normalizer=replaced({"String": ""}, "")), "empty pattern"),
+        ("tokenizer.json", lambda d: d.update(normalizer=prepended("a" * 99)), "more than 16"),
+        ("tokenizer.json", lambda d: d.update(pre_tokenizer=steps(split("a"), 40)), "more than 32 steps"),
         ("tokenizer_config.json", lambda d: d.update(bos_token="<none>"), "bos_token"),
         ("tokenizer_config.json", lambda d: d.update(add_bos_token="yes"), "add_bos_token"),
         ("tokenizer_config.json", lambda d: d.update(chat_template=7), "chat_template"),
@@ -146,6 +180,70 @@ def test_hostile_files_are_named(folder: Path, tmp_path: Path, name: str, change
     with pytest.raises((FolderError, VocabularyError)) as error:
         load(changed(tmp_path, folder, name, change))
     assert word in str(error.value) and "\n" not in str(error.value)
+
+
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
+NAMES = ("<|a|>", "<|b|>", "tool", "ab_", "<|a|><|", "  x", "[t]", "[u]")
+"""The last two are no control tokens."""
+# White space that Python sees otherwise than Unicode, words of marks, joiners and circles, a fraction.
+BETWEEN = (" ", "  ", "\n", "\u3000", "\x1c", "\x85", "\u200b", "x", "a", "_", "5", "\u00b2", "\u00e9")
+BETWEEN += ("e\u0301", "\u200d", "\u24b6", "\u2160", ".", "", "<|", "|>")
+
+
+def write_bytes(path: Path, added: list[dict[str, Any]]) -> RustTokenizer:
+    """A tokenizer of bytes, and of tokens that are looked for."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    rust = RustTokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens = [{"id": len(alphabet) + i, **token} for i, token in enumerate(added)]
+    document = {**json.loads(rust.to_str()), "added_tokens": tokens}
+    (path / "tokenizer.json").write_text(json.dumps(document))
+    return RustTokenizer.from_str(json.dumps(document))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_tokens_are_looked_for_as_their_flags_say(tmp_path: Path, seed: int) -> None:
+    """Each with random flags, on random texts, against the package."""
+    random = Random(seed)
+    flags = [{flag: random.random() < 0.4 for flag in FLAGS} for _ in NAMES]
+    added = [{"content": n, "special": n[0] != "[", **f} for n, f in zip(NAMES, flags, strict=True)]
+    for token in added[-2:]:
+        token["single_word"] = False
+    added[5]["normalized"] = False  # or others' rstrip may take its beginning, which only the package sees
+    rust = write_bytes(tmp_path, added)
+    ours = load(tmp_path)
+    for _ in range(100):
+        text = "".join(random.choice(NAMES if random.random() < 0.4 else BETWEEN) for _ in range(12))
+        assert ours.encode(text, special=True) == rust.encode(text, add_special_tokens=False).ids, text
+        assert not set(ours.encode(text)) & {rust.token_to_id(name) for name in NAMES[:-2]}
+
+
+def test_a_mark_beside_a_token_is_looked_through(tmp_path: Path) -> None:
+    """What `guard` puts into a client's text changes neither what is white space nor what is a word."""
+    flags = {"lstrip": True, "rstrip": True, "single_word": True, "normalized": False, "special": True}
+    write_bytes(tmp_path, [{"content": "tool", **flags}])
+    special = load(tmp_path).special_tokens
+    for text in ("atool", "toola", " tool a", "a tool", "a  tool\n b", "tool."):
+        plain = list(special.split(text))
+        for place in range(len(text) + 1):
+            if not 0 < place - text.index("tool") < 4:
+                marked = text[:place] + "\U000f0000" + text[place:]
+                pieces = special.split(marked, "\U000f0000")
+                found = [p if isinstance(p, int) else p.replace("\U000f0000", "") for p in pieces]
+                assert [p for p in found if p != ""] == plain, marked
+
+
+def test_a_run_that_no_expression_takes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond Oniguruma's limit of retries the package panics."""
+
+    class Panicking:
+        def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> None:
+            raise type("PanicException", (BaseException,), {})("Onig: retry-limit-in-match over")
+
+    ours = load(folder)
+    monkeypatch.setattr(ours, "_rust", Panicking())
+    with pytest.raises(TooLongError, match="a word that is too long"):
+        ours.encode("x")
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
