@@ -1,6 +1,7 @@
 """Compiles a ModelSpec and the tensors of a file into the program that executors run."""
 
 from ktransformers.engine.models.compiler import Compiler
+from ktransformers.engine.models.delta import delta_layer, query_and_gate
 from ktransformers.engine.models.mla import mla_attention
 from ktransformers.engine.models.mlp import early_route, mlp
 from ktransformers.engine.models.spec import ModelSpec
@@ -9,11 +10,15 @@ from ktransformers.engine.program import (
     Attention,
     CacheShape,
     Embed,
+    Gated,
+    Linear,
+    LinearPart,
     Logits,
     PositionScale,
     Program,
     RmsNorm,
     Rope,
+    StateShape,
     ValueId,
 )
 from ktransformers.engine.weights import names
@@ -52,13 +57,22 @@ def compile_program(spec: ModelSpec, file: Checkpoint) -> Program:
         weights=tuple(c.tensors.weights),
         cache=_cache(spec),
         vocab=vocab,
+        state=_state(spec),
     )
 
 
 def _cache(spec: ModelSpec) -> CacheShape:
     if spec.mla is not None:
         return CacheShape(spec.layers, 1, spec.mla.latent + spec.mla.rope, "latent")
-    return CacheShape(spec.layers, spec.kv_heads, spec.head_dim)
+    layers = sum(not spec.has_delta(layer) for layer in range(spec.layers))
+    return CacheShape(layers, spec.kv_heads, spec.head_dim)
+
+
+def _state(spec: ModelSpec) -> StateShape | None:
+    d = spec.delta
+    if d is None or not any(d.layers):
+        return None
+    return StateShape(sum(d.layers), d.taps - 1, 2 * d.keys + d.values, d.v_heads, d.k_dim, d.v_dim)
 
 
 def _attention(c: Compiler, layer: int, h: ValueId) -> ValueId:
@@ -66,12 +80,13 @@ def _attention(c: Compiler, layer: int, h: ValueId) -> ValueId:
     s = c.spec
     if s.mla is not None:
         return mla_attention(c, s.mla, layer, h)
+    if s.delta is not None and s.has_delta(layer):
+        return delta_layer(c, s.delta, layer, h)
     kv_width = s.kv_heads * s.head_dim
     q = c.value("q", s.heads * s.head_dim)
     k, v = c.value("k", kv_width), c.value("v", kv_width)
     out = c.value("attention", s.heads * s.head_dim)
-    qkv = ((names.ATTN_Q, q), (names.ATTN_K, k), (names.ATTN_V, v))
-    c.linear(h, layer, *qkv, needs_bias=s.qkv_bias, precise=True)
+    gate = _qkv(c, layer, h, q, k, v)
     normed = s.qk_norm != "none"
     if s.qk_norm == "head_if_there":
         normed = c.tensors.has(names.weight(layer, names.ATTN_Q_NORM))
@@ -94,7 +109,7 @@ def _attention(c: Compiler, layer: int, h: ValueId) -> ValueId:
             k=k,
             v=v,
             out=out,
-            layer=layer,
+            layer=s.nth_of_kind(layer),
             heads=s.heads,
             kv_heads=s.kv_heads,
             head_dim=s.head_dim,
@@ -105,7 +120,26 @@ def _attention(c: Compiler, layer: int, h: ValueId) -> ValueId:
             chunk=0 if rope is None else s.chunk,
         )
     )
+    if gate is not None:
+        c.ops.append(Gated(gate, out, out, "sigmoid"))
     return out
+
+
+def _qkv(c: Compiler, layer: int, h: ValueId, q: ValueId, k: ValueId, v: ValueId) -> ValueId | None:
+    """Everything of attention that is linear in h. The value that gates its result, if one does."""
+    s = c.spec
+    kv = ((names.ATTN_K, k), (names.ATTN_V, v))
+    if not s.gated_attention:
+        c.linear(h, layer, (names.ATTN_Q, q), *kv, needs_bias=s.qkv_bias, precise=True)
+        return None
+    gate = c.value("attention_gate", c.widths[q])
+    query_weight, gate_weight = query_and_gate(c, layer)
+    parts = [LinearPart(query_weight, None, q), LinearPart(gate_weight, None, gate)]
+    for name, out in kv:
+        matrix = c.tensors.matrix(names.weight(layer, name), c.widths[out], s.width)
+        parts.append(LinearPart(matrix, None, out))
+    c.ops.append(Linear(h, tuple(parts), precise=True))
+    return gate
 
 
 def _after_attention(
@@ -113,7 +147,7 @@ def _after_attention(
 ) -> None:
     """Output projection, residual, MLP or experts, residual."""
     s = c.spec
-    c.linear(attended, layer, (names.ATTN_OUT, h))
+    c.linear(attended, layer, (names.SSM_OUT if s.has_delta(layer) else names.ATTN_OUT, h))
     if s.post_norms:
         c.norm(h, names.weight(layer, names.ATTN_POST_NORM), h, s.width)
     c.ops.append(Add(x, h, x))

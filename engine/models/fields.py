@@ -18,6 +18,8 @@ MAX_HEAD_DIM: Final = 512
 MAX_FFN: Final = 2**20
 MAX_CONTEXT: Final = 2**24
 MAX_EXPERTS: Final = 1024
+MAX_TAPS: Final = 16
+"""Of a short convolution."""
 
 V = TypeVar("V")
 

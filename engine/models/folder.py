@@ -11,6 +11,7 @@ import numpy as np
 from ktransformers.engine.models.gather import gather, split_latent
 from ktransformers.engine.models.huggingface import Family, read_config
 from ktransformers.engine.models.huggingface_base import Read
+from ktransformers.engine.models.huggingface_delta import delta_tensor
 from ktransformers.engine.models.spec import ModelError, ModelSpec
 from ktransformers.engine.program import U8, Pieces
 from ktransformers.engine.weights import names
@@ -31,6 +32,7 @@ _TOP: Final = {
 _CORRECTION: Final = re.compile(r"(\.e_score_correction)_bias$", re.ASCII)
 _SINKS: Final = re.compile(r"(\.sinks)$", re.ASCII)
 _LAYER: Final = re.compile(r"model\.layers\.(\d{1,5})\.(.+)\.(weight|bias)", re.ASCII)
+_GATED_NORM: Final = f".{names.SSM_NORM}.weight"
 _OTHER_SENSES: Final = ("vision_tower.", "multi_modal_projector.", "vision_model.", "audio_tower.")
 _TEXT_PREFIXES: Final = (
     ("language_model.model.", "model."),
@@ -76,6 +78,8 @@ def _plain(stored: Mapping[str, Stored], read: Read) -> dict[str, Stored]:
             stem = name.removesuffix("kv_b_proj.weight")
             keys, values = split_latent(tensor, spec.mla, spec.heads)
             found |= {f"{stem}k_b.weight": keys, f"{stem}v_b.weight": values}
+        elif spec.delta is not None:
+            found.update(filter(None, [delta_tensor(name, tensor)]))
         else:
             found[_SINKS.sub(r"\1.weight", _CORRECTION.sub(r"\1.bias", name))] = tensor
     return found
@@ -87,7 +91,7 @@ def _tensors(stored: Mapping[str, Stored], read: Read, family: Family) -> dict[s
     gathered = gather(plain, inputs_first=family.inputs_first, alternate=family.alternate)
     for name, tensor in gathered.items():
         ours = our_name(name, family.layer)
-        if family.norm_offset and ours.endswith("norm.weight"):
+        if family.norm_offset and ours.endswith("norm.weight") and not ours.endswith(_GATED_NORM):
             tensor = _added(tensor, family.norm_offset)
         if ours in found:
             raise ModelError(f"tensor {name[:80]!a} is the same as another")

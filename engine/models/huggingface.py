@@ -12,6 +12,7 @@ from ktransformers.engine.models import huggingface_experts as experts
 from ktransformers.engine.models.config_json import Config
 from ktransformers.engine.models.fields import MAX_LAYERS, brief
 from ktransformers.engine.models.huggingface_base import Read, act_of, base, qwen_windows, rope_of, windows_of
+from ktransformers.engine.models.huggingface_delta import qwen3_next
 from ktransformers.engine.models.spec import ModelError, ModelSpec, RopeSpec
 from ktransformers.engine.weights import names
 
@@ -135,6 +136,15 @@ _LATENT: Final = {
     "self_attn.k_b": names.ATTN_K_B,
     "self_attn.v_b": names.ATTN_V_B,
 }
+_DELTA: Final = {
+    **_EXPERTS,
+    "linear_attn.in_proj_qkvz": names.SSM_IN,
+    "linear_attn.in_proj_ba": names.SSM_BA,
+    "linear_attn.conv1d": names.SSM_CONV,
+    "linear_attn.dt": names.SSM_DT,
+    "linear_attn.norm": names.SSM_NORM,
+    "linear_attn.out_proj": names.SSM_OUT,
+}
 _GPT_OSS: Final = {
     **_EXPERTS,
     "mlp.router": names.FFN_GATE_INP,
@@ -160,7 +170,7 @@ class Family:
     layer: Mapping[str, str] = field(default_factory=lambda: _PRE_NORMS)
     """Names of a layer's tensors, without "model.layers.N." and ".weight", to ours."""
     norm_offset: float = 0.0
-    """What is added to norm weights."""
+    """What is added to norm weights, but to those of gated results (names.SSM_NORM)."""
     inputs_first: bool = False
     alternate: bool = False
     """How fused experts lie, see models.gather."""
@@ -174,6 +184,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "mixtral": Family(experts.mixtral, _MIXTRAL),
     "qwen2_moe": Family(experts.qwen2_moe, _EXPERTS),
     "qwen3_moe": Family(experts.qwen3_moe, _EXPERTS),
+    "qwen3_next": Family(qwen3_next, _DELTA, norm_offset=1.0),
     "olmoe": Family(experts.olmoe, _EXPERTS),
     "deepseek_v2": Family(experts.deepseek_v2, _LATENT),
     "deepseek_v3": Family(experts.deepseek_v3, _LATENT),

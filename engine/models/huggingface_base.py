@@ -58,9 +58,12 @@ def rope_section_of(c: Config) -> Config:
     return section
 
 
-def rope_of(section: Config, c: Config, head_dim: int, base: float) -> tuple[RopeSpec, Llama3Rope | None]:
+def rope_of(
+    section: Config, c: Config, head_dim: int, base: float, partial: float = 1.0
+) -> tuple[RopeSpec, Llama3Rope | None]:
     """Fields of the section come before those of the file."""
-    part = section.number("partial_rotary_factor", 0.0, 1.0, c.number("partial_rotary_factor", 0.0, 1.0, 1.0))
+    partial = c.number("partial_rotary_factor", 0.0, 1.0, partial)
+    part = section.number("partial_rotary_factor", 0.0, 1.0, partial)
     dims = int(head_dim * part)
     if dims < 2 or dims % 2:
         raise section.error("partial_rotary_factor", f"{dims} of {head_dim} elements cannot be rotated")
@@ -126,6 +129,7 @@ def base(
     head_dim: int | None = None,
     rope_base: float = 10_000.0,
     rope_section: Config | None = None,
+    partial: float = 1.0,
     ffn: int | None = None,
 ) -> Read:
     """What all architectures have in common. The arguments are what a file leaves out because it is the
@@ -141,7 +145,7 @@ def base(
     head_dim = c.integer("head_dim", 2, MAX_HEAD_DIM, head_dim or width // heads)
     if not 2 <= head_dim <= MAX_HEAD_DIM or head_dim % 2:
         raise c.error("head_dim", f"heads of {head_dim} elements are not supported")
-    rope, llama3 = rope_of(rope_section or rope_section_of(c), c, head_dim, rope_base)
+    rope, llama3 = rope_of(rope_section or rope_section_of(c), c, head_dim, rope_base, partial)
     context = c.integer("max_position_embeddings", 1, MAX_CONTEXT)
     if rope.yarn is not None:
         context = min(max(context, int(rope.yarn.factor * rope.yarn.original_context)), MAX_CONTEXT)

@@ -61,18 +61,21 @@ def qwen2_moe(c: Config) -> Read:
     layers = read.spec.layers
     c.get("qkv_bias")  # which biases there are is seen from the tensors
     experts = replace(
-        _moe(c, layers, 1408, 60, 4, normalise=False),
-        layers=_sparse_layers(c, layers),
+        qwen_experts(c, layers, 1408, 60, 4, normalise=False),
         shared_ffn=c.integer("shared_expert_intermediate_size", 1, MAX_FFN, 5632),
         shared_gate=True,
     )
     return _with(read, act=act_of(c), windows=qwen_windows(c, read), moe=experts)
 
 
+def qwen_experts(c: Config, layers: int, ffn: int, experts: int, top: int, normalise: bool) -> MoeSpec:
+    """Qwen's experts in those layers that have them. Arguments but `layers` are defaults."""
+    return replace(_moe(c, layers, ffn, experts, top, normalise), layers=_sparse_layers(c, layers))
+
+
 def qwen3_moe(c: Config) -> Read:
     read = base(c, head_dim=128)
-    experts = _moe(c, read.spec.layers, 768, 128, 8, normalise=False)
-    experts = replace(experts, layers=_sparse_layers(c, read.spec.layers))
+    experts = qwen_experts(c, read.spec.layers, 768, 128, 8, normalise=False)
     return _with(read, act=act_of(c), qk_norm="head", windows=qwen_windows(c, read), moe=experts)
 
 

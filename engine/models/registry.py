@@ -28,6 +28,7 @@ ARCHITECTURES: Final[dict[str, Callable[[Keys], ModelSpec]]] = {
     "qwen2moe": qwen.qwen2moe,
     "qwen3": qwen.qwen3,
     "qwen3moe": qwen.qwen3moe,
+    "qwen3next": qwen.qwen3next,
     "olmoe": olmoe.olmoe,
     "deepseek2": deepseek.deepseek2,
     "glm4moe": glm.glm4moe,

@@ -125,6 +125,31 @@ class MoeSpec:
 
 
 @dataclass(frozen=True)
+class DeltaSpec:
+    """Layers with the gated delta rule in place of attention (program.DeltaRule), behind a short convolution
+    of queries, keys and values; the result is normalised head by head and gated."""
+
+    layers: tuple[bool, ...]
+    """Which layers have it; the others, one at least, have attention."""
+    k_heads: int
+    v_heads: int
+    k_dim: int
+    v_dim: int
+    taps: int
+    """Of the convolution."""
+
+    @property
+    def keys(self) -> int:
+        """Width of all keys, and of all queries."""
+        return self.k_heads * self.k_dim
+
+    @property
+    def values(self) -> int:
+        """Width of all values."""
+        return self.v_heads * self.v_dim
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A decoder-only transformer of the llama family.
 
@@ -177,6 +202,17 @@ class ModelSpec:
     moe: MoeSpec | None = None
     mla: MlaSpec | None = None
     """Then head_dim is that of queries, and kv_heads is 1."""
+    delta: DeltaSpec | None = None
+    gated_attention: bool = False
+    """Each head of attn_q is a query and then a gate, by whose sigmoid the head's result is multiplied."""
+
+    def has_delta(self, layer: int) -> bool:
+        """Whether a layer has the gated delta rule in place of attention."""
+        return self.delta is not None and self.delta.layers[layer]
+
+    def nth_of_kind(self, layer: int) -> int:
+        """How many layers before this one have attention, or the delta rule, as it has."""
+        return sum(self.has_delta(other) == self.has_delta(layer) for other in range(layer))
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has experts in place of the MLP."""

@@ -67,6 +67,18 @@ class Tensors:
         self.ids[name] = -1
         return self.add(Tensor(f"{name}[{begin}:{end}]", whole.format, end - begin, cols, data))
 
+    def picked(self, name: str, total: int, cols: int, rows: npt.NDArray[np.intp], part: str) -> WeightId:
+        """Those rows of a matrix of `total` rows, as tensor `part`: of heads that lie one behind another."""
+        whole = self._stored(name, (total, cols), 1)
+
+        def pick() -> U8:
+            out: U8 = whole.read().reshape(total, -1)[rows].reshape(-1)
+            return out
+
+        self.ids[name] = -1
+        data = Pieces(whole.data.nbytes // total * len(rows), (pick,))
+        return self.add(Tensor(part, whole.format, len(rows), cols, data))
+
     def experts(self, name: str, experts: int, rows: int, cols: int) -> WeightId:
         """Weights of all experts (or heads), a tensor of three dimensions."""
         return self.add(self._stored(name, (experts, rows, cols), experts))
@@ -79,9 +91,13 @@ class Tensors:
         """Norm weights and biases as F32 [1, n]."""
         return self.add(f32_tensor(name, self.floats(name, n)))
 
-    def floats(self, name: str, n: int) -> npt.NDArray[np.float32]:
-        """A vector's values [n]."""
-        return self._floats(name, (n,))
+    def table(self, name: str, values: npt.NDArray[np.float32]) -> WeightId:
+        """F32 values that were made of the tensor of that name."""
+        return self.add(f32_tensor(name, values))
+
+    def floats(self, name: str, *shape: int) -> npt.NDArray[np.float32]:
+        """The values of a vector, or of a small matrix."""
+        return self._floats(name, shape)
 
     def skip_layer(self, layer: int) -> None:
         """Tensors of a layer that is not used."""

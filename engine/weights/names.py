@@ -28,6 +28,20 @@ ATTN_V_B: Final = "attn_v_b"
 ATTN_OUT: Final = "attn_output"
 ATTN_POST_NORM: Final = "post_attention_norm"
 ATTN_SINKS: Final = "attn_sinks"
+ATTN_QKV: Final = "attn_qkv"
+"""[queries | keys | values, width] of the gated delta rule."""
+ATTN_GATE: Final = "attn_gate"
+"""[values, width]: what its result is gated by."""
+SSM_IN: Final = "ssm_in"
+"""Both of them, head by head of keys: query, key, values, gates."""
+SSM_BA: Final = "ssm_ba"
+"""[2 value heads, width], head by head of keys: strengths of corrections (b), then decays (a)."""
+SSM_CONV: Final = "ssm_conv1d"
+"""[queries | keys | values, taps]"""
+SSM_DT: Final = "ssm_dt"
+"""A bias of a."""
+SSM_NORM: Final = "ssm_norm"
+SSM_OUT: Final = "ssm_out"
 FFN_NORM: Final = "ffn_norm"
 FFN_GATE: Final = "ffn_gate"
 FFN_UP: Final = "ffn_up"
@@ -46,6 +60,11 @@ FFN_UP_SHEXP: Final = "ffn_up_shexp"
 FFN_DOWN_SHEXP: Final = "ffn_down_shexp"
 FFN_GATE_INP_SHEXP: Final = "ffn_gate_inp_shexp"
 """F32 [width]: the gate of the shared expert."""
+
+
+def ssm_a(layer: int) -> str:
+    """Decays of the gated delta rule [value heads], negative: the one name without an ending."""
+    return f"blk.{layer}.ssm_a"
 
 
 def weight(layer: int, name: str) -> str:

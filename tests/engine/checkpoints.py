@@ -66,7 +66,9 @@ def randomise(case: Case, model: Any) -> Any:
     model = model.float().eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim == 1:
+            if name.endswith("A_log"):  # so that a state remembers for some tokens
+                p.copy_(torch.randn_like(p) * 0.5 - 2)
+            elif p.ndim == 1:
                 p.copy_(torch.randn_like(p) * 0.2 + (0.0 if "bias" in name or "gemma" in case.arch else 1.0))
             else:
                 p.copy_(torch.randn_like(p) * p.shape[-1] ** -0.5)
@@ -86,7 +88,7 @@ class Driver:
     def __init__(
         self, executor: Any, sequences: list[np.ndarray[Any, Any]], seed: int = 0, room: int = 0
     ) -> None:
-        """`room`: tokens that each sequence may still grow by."""
+        """`room`: tokens that each sequence may still grow by. With states, sequence s has slot s."""
         self.executor = executor
         self.sequences = list(sequences)
         self.done = [0] * len(sequences)
@@ -112,11 +114,19 @@ class Driver:
             block_starts=i32(block_starts),
             blocks=i32(np.concatenate(blocks)),
             logit_rows=i32(range(starts[-1])),
+            **self.states(list(pieces)),
         )
         out = self.executor.logits(batch)
         for i, (s, n) in enumerate(pieces.items()):
             self.logits[s] += list(out[starts[i] : starts[i + 1]])
             self.done[s] += n
+
+    def states(self, sequences: list[int]) -> dict[str, Any]:
+        """Where the states of those sequences are; no copies."""
+        if not self.executor.state_slots:
+            return {}
+        nowhere = i32([-1] * len(sequences))
+        return {"slots": i32(sequences), "keep_slots": nowhere, "keep_at": nowhere}
 
     def finish(self, chunk: Callable[[int], int]) -> list[np.ndarray[Any, Any]]:
         """Steps with `chunk(sequence)` tokens of each until all are computed."""
@@ -135,7 +145,9 @@ def load(path: Path) -> tuple[ModelSpec, Program]:
 
 
 def torch_executor(program: Program, kv_dtype: torch.dtype = torch.float32) -> TorchExecutor:
-    return TorchExecutor(program, blocks=32, block_tokens=BLOCK, max_tokens=256, kv_dtype=kv_dtype, threads=1)
+    return TorchExecutor(
+        program, blocks=32, block_tokens=BLOCK, max_tokens=256, kv_dtype=kv_dtype, threads=1, states=8
+    )
 
 
 CHUNKS: dict[str, Callable[[int], int]] = {

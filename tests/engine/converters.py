@@ -57,6 +57,10 @@ EXPERTS = {
     "feed_forward.shared_expert.gate_proj": "ffn_gate_shexp",
     "feed_forward.shared_expert.up_proj": "ffn_up_shexp",
     "feed_forward.shared_expert.down_proj": "ffn_down_shexp",
+    "linear_attn.in_proj_ba": "ssm_ba",
+    "linear_attn.conv1d": "ssm_conv1d",
+    "linear_attn.norm": "ssm_norm",
+    "linear_attn.out_proj": "ssm_out",
     "self_attn.q_a_proj": "attn_q_a",
     "self_attn.q_a_layernorm": "attn_q_a_norm",
     "self_attn.q_b_proj": "attn_q_b",
@@ -97,10 +101,27 @@ def expert_tensors(case: Case, leaf: str, p: torch.Tensor) -> Named:
     yield from ((f"ffn_gate_exps.{kind}", gate), (f"ffn_up_exps.{kind}", up))
 
 
+def delta_tensors(c: Any, stem: str, leaf: str, p: torch.Tensor) -> Named:
+    """Of Qwen3-Next's layers without attention: what lies head by head of keys is put in order, but for b and
+    a."""
+    if leaf == "A_log":
+        yield "ssm_a", -p.exp()
+    elif leaf == "dt_bias":
+        yield "ssm_dt.bias", p
+    elif stem.endswith("in_proj_qkvz"):
+        values = c.linear_num_value_heads // c.linear_num_key_heads * c.linear_value_head_dim
+        sizes = [c.linear_key_head_dim, c.linear_key_head_dim, values, values]
+        parts = p.reshape(c.linear_num_key_heads, sum(sizes), -1).split(sizes, dim=1)
+        *qkv, z = (part.reshape(-1, p.shape[-1]) for part in parts)
+        yield from (("attn_qkv.weight", torch.cat(qkv)), ("attn_gate.weight", z))
+    else:
+        yield f"{EXPERTS[stem]}.{leaf}", p.squeeze(1) if stem.endswith("conv1d") else p
+
+
 def layer_tensors(case: Case, config: Any, stem: str, leaf: str, p: torch.Tensor) -> Named:
     """One parameter of a layer under its name, or names, in GGUF."""
     names = {**NAMES, **EXPERTS, **(POST_NORMS if case.arch in ("gemma2", "gemma3") else {})}
-    if case.arch in ("glm4moe", "gpt-oss"):
+    if case.arch in ("glm4moe", "gpt-oss", "qwen3next"):
         names["post_attention_layernorm"] = "post_attention_norm"
     if stem.endswith(".experts"):
         yield from expert_tensors(case, leaf, p)
@@ -122,6 +143,12 @@ def layer_tensors(case: Case, config: Any, stem: str, leaf: str, p: torch.Tensor
         p = p + 1
     if stem == "mlp.shared_expert_gate":
         p = p[0]
+    if case.arch == "qwen3next":
+        if stem.startswith("linear_attn"):
+            yield from delta_tensors(config, stem, leaf, p)
+            return
+        if stem.endswith("norm"):
+            p = p + 1
     yield f"{names[stem]}.{leaf}", p
 
 
@@ -133,7 +160,8 @@ def tensors(case: Case, model: Any) -> Named:
             for ours, q in layer_tensors(case, config, ".".join(parts[2:-1]), parts[-1], p):
                 yield f"blk.{parts[1]}.{ours}", q
         elif parts[0] != "lm_head" or not config.tie_word_embeddings:
-            plus = 1 if case.arch.startswith("gemma") and parts[0] == "norm" else 0
+            centred = case.arch.startswith("gemma") or case.arch == "qwen3next"
+            plus = 1 if centred and parts[0] == "norm" else 0
             yield f"{NAMES[parts[0]]}.{parts[1]}", p + plus
 
 
