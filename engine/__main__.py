@@ -103,10 +103,11 @@ def load(config: EngineConfig, report: Callable[[int, int], None]) -> Engine:
         max_sequences=config.max_sequences,
         max_batch_tokens=config.max_batch_tokens,
         vocab=program.vocab,
+        kept_states=-1 if program.state is None else planned.states - config.max_sequences,
     )
     host = HostBlocks(planned.host_blocks, executor.block_bytes) if planned.host_blocks else None
     key = fingerprint(config, program, facts, executor)
-    disk = open_disk(config.cache, key, executor.block_bytes)
+    disk = open_disk(config.cache, key, executor.block_bytes) if program.state is None else None
     _log_tiers(limits, executor.block_bytes, planned, disk)
     return Engine(executor, limits, key, host, disk)
 

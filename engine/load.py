@@ -58,6 +58,9 @@ class Plan:
     block_bytes: int
     host_blocks: int
     """Of the host tier; 0: there is none."""
+    states: int
+    """Places for states: one for each sequence, the others for copies that prefixes are found with; 0: the
+    model has none."""
     max_len: int
     """Longest sequence in tokens."""
     needs: tuple[tuple[str, int], ...]
@@ -177,8 +180,11 @@ def plan(config: EngineConfig, program: Program, facts: Facts, available: int | 
         raise ModelError(f"context: {wanted} is longer than the {trained} tokens this model was trained for")
     size = config.cache.block_tokens
     block = block_bytes(config, program)
-    host_blocks = _host_bytes(config) // block
+    host_blocks = _host_bytes(config) // block if program.state is None else 0
+    states = _states(config, program)
     needs = _fixed_needs(config, program, facts)
+    if program.state is not None:
+        needs = (*needs, (f"states, {states}", states * 4 * program.state.elements))
     if host_blocks and not _has_own_memory(config):
         needs = (*needs, (f"KV cache of the host, {host_blocks} blocks", host_blocks * block))
     fixed = sum(n for _, n in needs)
@@ -202,10 +208,23 @@ def plan(config: EngineConfig, program: Program, facts: Facts, available: int | 
         blocks=blocks,
         block_bytes=block,
         host_blocks=host_blocks,
+        states=states,
         max_len=min(wanted, blocks * size),
         needs=needs,
         available=available,
     )
+
+
+def _states(config: EngineConfig, program: Program) -> int:
+    """Places for states. ModelError for tiers that would keep KV without the states it is worthless
+    without."""
+    if program.state is None:
+        return 0
+    for name in ("host_bytes", "disk_bytes"):
+        if getattr(config.cache, name):
+            what = "this model's sequences have a state, and their prefixes are kept on the device only"
+            raise ModelError(f"cache.{name}: {what}")
+    return config.max_sequences * (2 if config.cache.prefix_reuse else 1)
 
 
 def _fixed_needs(config: EngineConfig, program: Program, facts: Facts) -> tuple[tuple[str, int], ...]:
@@ -295,6 +314,7 @@ def build_executor(config: EngineConfig, program: Program, plan: Plan, progress:
             blocks=plan.blocks,
             block_tokens=config.cache.block_tokens,
             max_tokens=config.max_batch_tokens,
+            states=plan.states,
             progress=progress,
         )
     from ktransformers.engine import _kernels
@@ -312,6 +332,7 @@ def build_executor(config: EngineConfig, program: Program, plan: Plan, progress:
             max_rows=config.max_sequences,
             expert_bytes=config.expert_bytes,
             kv_format=config.cache.kv_format,
+            states=plan.states,
             progress=progress,
         )
     except ValueError as e:

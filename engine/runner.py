@@ -31,6 +31,7 @@ class Limits:
     max_sequences: int
     max_batch_tokens: int
     vocab: int
+    kept_states: int = -1
 
 
 class StepError(ValueError):
@@ -54,6 +55,9 @@ class Runner:
         self._n_prompt: I32 = np.zeros(slots, np.int32)
         self._computed: I32 = np.zeros(slots, np.int32)
         self._n_blocks: I32 = np.zeros(slots, np.int32)
+        self._keep: I32 = np.full(slots, -1, np.int32)
+        """Go.keep of the step in hand, and Go.keep_at."""
+        self._keep_at: I32 = np.zeros(slots, np.int32)
         self._live: npt.NDArray[np.bool_] = np.zeros(slots, np.bool_)
         self._occupied: set[int] = set()
         """Slots from NewSeq to gone: live, or finished and ignoring every Go."""
@@ -102,6 +106,11 @@ class Runner:
             raise StepError("go_on: n_tokens must be at least 1")
         if sum(go.n_tokens for go in step.go_on) > self._limits.max_batch_tokens:
             raise StepError(f"go_on: more than {self._limits.max_batch_tokens} tokens")
+        kept = [go.keep for go in step.go_on if go.keep != -1]
+        if kept and not (min(kept) >= 0 and max(kept) < self._limits.kept_states):
+            raise StepError(f"go_on: there are {max(self._limits.kept_states, 0)} places for states")
+        if len(set(kept)) != len(kept):
+            raise StepError("go_on: a place for a state is named twice")
 
     def _enter(self, entering: list[NewSeq]) -> list[SlotToken]:
         failed = []
@@ -125,6 +134,7 @@ class Runner:
         limit = min(new.n_prompt + new.sampling.max_tokens, self._limits.max_len)
         if length >= limit:
             raise ValueError(f"all {new.sampling.max_tokens} tokens are there already")
+        self._begin_state(new)
         self._tokens[slot, :length] = new.tokens
         self._length[slot] = length
         self._n_prompt[slot] = new.n_prompt
@@ -135,10 +145,20 @@ class Runner:
         self._sampling.put(slot, new.sampling)
         self._live[slot] = True
 
+    def _begin_state(self, new: NewSeq) -> None:
+        kept = self._limits.kept_states
+        if kept >= 0 and new.computed:
+            if not 0 <= new.state < kept:
+                raise ValueError(f"{new.computed} tokens are computed, and their state is not kept")
+            self._executor.copy_state(self._limits.max_sequences + new.state, new.slot)
+        elif new.state != -1:
+            raise ValueError("a state of no tokens, or of a model without states")
+
     def _go_on(self, going: list[Go]) -> tuple[I32, I32, list[SlotToken]]:
         """The slots that are computed now, how many tokens of each, and those that failed."""
         failed = []
         for go in going:
+            self._keep[go.slot], self._keep_at[go.slot] = go.keep, go.keep_at
             if go.new_blocks and self._live[go.slot]:
                 try:
                     self._append_blocks(go.slot, go.new_blocks)
@@ -150,11 +170,15 @@ class Runner:
         slots, n_tokens = slots[live], n_tokens[live]
         until = self._computed[slots] + n_tokens
         good = (until <= self._length[slots]) & (until <= self._n_blocks[slots] * self._limits.block_tokens)
+        keep_at = self._keep_at[slots]
+        good &= (self._keep[slots] < 0) | ((keep_at > self._computed[slots]) & (keep_at <= until))
         if not good.all():
             for row in np.flatnonzero(~good):
                 slot = int(slots[row])
                 have = int(self._n_blocks[slot]) * self._limits.block_tokens
                 reason = f"go on to {until[row]}: has {self._length[slot]} tokens and room for {have}"
+                if self._keep[slot] >= 0:
+                    reason += f", or keeps no state after {self._keep_at[slot]}"
                 failed.append(self._fail(slot, reason))
             slots, n_tokens = slots[good], n_tokens[good]
         return slots, n_tokens, failed
@@ -190,9 +214,10 @@ class Runner:
             drawn = self._executor.step(batch, sampling)
         except Exception as error:
             # One sequence must not fail the others: halve until it stands alone. A step can be repeated,
-            # since it writes the same KV to the same places.
-            if len(slots) == 1:
-                return [self._fail(int(slots[0]), f"{type(error).__name__}: {error}")]
+            # since it writes the same KV to the same places. Not so states, unless nothing was done yet.
+            stateful = self._limits.kept_states >= 0 and not isinstance(error, ValueError)
+            if len(slots) == 1 or stateful:
+                return [self._fail(slot, f"{type(error).__name__}: {error}") for slot in slots.tolist()]
             half = len(slots) // 2
             return self._compute(slots[:half], n_tokens[:half]) + self._compute(slots[half:], n_tokens[half:])
         self._computed[slots] = until
@@ -202,6 +227,8 @@ class Runner:
         starts, tokens = _ragged(self._tokens, slots, until - n_tokens, n_tokens)
         n_blocks = -(-until // self._limits.block_tokens)
         block_starts, blocks = _ragged(self._blocks, slots, np.zeros_like(slots), n_blocks)
+        none = slots[:0]
+        keep, has_states = self._keep[slots], self._limits.kept_states >= 0
         return Batch(
             tokens=tokens,
             starts=starts,
@@ -209,6 +236,9 @@ class Runner:
             block_starts=block_starts,
             blocks=blocks,
             logit_rows=starts[1:][drawing] - np.int32(1),
+            slots=slots if has_states else none,
+            keep_slots=np.where(keep < 0, keep, self._limits.max_sequences + keep) if has_states else none,
+            keep_at=self._keep_at[slots] if has_states else none,
         )
 
     def _take(self, slots: I32, lengths: I32, drawn: Drawn) -> list[SlotToken]:

@@ -200,6 +200,7 @@ def _ready(engine: Engine, steps: int) -> Ready:
         fingerprint=engine.fingerprint,
         host_blocks=engine.host.blocks if engine.host is not None else 0,
         disk_bytes=_disk_bytes(engine.disk),
+        kept_states=limits.kept_states,
     )
 
 

@@ -79,3 +79,7 @@ class BlockTable:
     blocks: list[BlockId] = field(default_factory=list)
     hits: int = 0
     committed: int = 0
+    state: int = -1
+    """Where the state after its hits was kept when it was attached."""
+    kept: int = 0
+    """Blocks before the last state that it kept itself."""

@@ -52,6 +52,8 @@ class Entry:
     copies: list[Copy | None] = field(default_factory=lambda: [None] * TIERS)
     below: list[int] = field(default_factory=lambda: [0] * TIERS)
     """Children with a copy in each tier."""
+    state: int = -1
+    """Where the state after it is kept (states.py)."""
 
     def committed(self, tier: Tier) -> Copy | None:
         """The copy in this tier, if its bytes are valid."""

@@ -44,9 +44,12 @@ class KVCache:
         block_bytes: int = 1,
         host_blocks: int = 0,
         disk_bytes: int = 0,
+        kept_states: int = -1,
         recompute: Callable[[int, int], float | None] = lambda start, n: None,
     ) -> None:
         """`fingerprint` names everything that changes KV bytes; without `reuse` nothing is ever found.
+
+        `kept_states`: places for copies of states; -1: the model's sequences have none.
 
         `recompute(start, n)`: seconds to compute n tokens after `start` others; None while unknown.
         """
@@ -55,8 +58,11 @@ class KVCache:
         """Whether anything was computed in the public scope."""
         self._fingerprint = fingerprint
         self._reuse = reuse
+        self._stateful = kept_states >= 0
+        if self._stateful and (host_blocks or disk_bytes):
+            raise ValueError("states are kept on the device only, and KV is worth nothing without them")
         slower = (host_blocks, disk_bytes) if reuse else (0, 0)
-        self.tiers = Tiers(blocks, *slower, block_bytes)
+        self.tiers = Tiers(blocks, *slower, block_bytes, max(kept_states, 0))
         self._pool, self._index = self.tiers.device, self.tiers.index
         self._idle = self.tiers.shelves[Tier.DEVICE]
         self.moves = Moves(self.tiers)
@@ -130,14 +136,17 @@ class KVCache:
         return BlockTable(chain(scope), owner or self.owner(""), public)
 
     def match(self, table: BlockTable, tokens: list[int]) -> list[BlockId]:
-        """Blocks that hold a beginning of `tokens`. Leaves a token at least to compute, for its logits."""
+        """Blocks that hold a beginning of `tokens`. Leaves a token at least to compute, for its logits. Of a
+        model with states the last one has a state."""
         found = []
+        last = 0
         for entry, _ in self._path(table, tokens):
             copy = entry.committed(Tier.DEVICE)
             if copy is None:
                 break
             found.append(copy.block)
-        return found
+            last = len(found) if entry.state >= 0 else last
+        return found[:last] if self._stateful else found
 
     def _path(self, table: BlockTable, tokens: list[int]) -> Iterable[tuple[Entry, bytes]]:
         """The known beginning of `tokens`, whichever tier it is in: entry and content of each block."""
@@ -175,7 +184,11 @@ class KVCache:
             if copy is not None and not again:
                 self._found(copy)
         table.blocks = list(blocks)
-        table.hits = table.committed = len(blocks)
+        table.hits = table.committed = table.kept = len(blocks)
+        table.state = -1
+        if self._stateful and blocks and (copy := self.tiers.copy_in(blocks[-1])) is not None:
+            self.tiers.states.use(copy.entry)
+            table.state = copy.entry.state
 
     def _found(self, copy: Copy) -> None:
         """A sequence begins with it."""
@@ -227,6 +240,40 @@ class KVCache:
                     self._worth_copies(entry, table.owner)
         table.committed = full
 
+    # ---- states
+
+    def keep_state(self, start: int, until: int, ends: bool) -> tuple[int, int]:
+        """Where the step that computes tokens [start, until) of a prompt, which `ends` there or not, is to
+        keep a state, and after how many tokens: the place is -1 when it is not. To be answered by
+        `state_kept` or `state_lost`."""
+        # A prompt that comes again is computed from its last token on.
+        last = (until - 1 if ends else until) // self.block_tokens * self.block_tokens
+        if not self._stateful or not self._reuse or last <= start:
+            return -1, 0
+        return self.tiers.states.take(), last
+
+    def state_kept(self, table: BlockTable, place: int, tokens: int) -> None:
+        """The step is done, and its blocks are committed: the state after so many tokens can be found."""
+        blocks = tokens // self.block_tokens
+        entry = self._index.match(table.chain, blocks - 1)
+        if entry is None or entry.committed(Tier.DEVICE) is None:
+            self.state_lost(place)
+            return
+        self.tiers.states.keep(place, entry)
+        self._outgrow(table, blocks)
+
+    def _outgrow(self, table: BlockTable, blocks: int) -> None:
+        """One state for a prompt is enough: one that it kept on the way, and nobody found, goes."""
+        if table.hits < table.kept < blocks:
+            entry = self._index.match(table.chain, table.kept - 1)
+            if entry is not None and entry.uses <= 1:
+                self.tiers.states.drop(entry)
+        table.kept = blocks
+
+    def state_lost(self, place: int) -> None:
+        """What was written there is not to be found: the sequence has left."""
+        self.tiers.states.give_back(place)
+
     def release(self, table: BlockTable, prompt: int = 0) -> None:
         """The sequence leaves. What is visible stays until evicted, the end of the sequence first.
 
@@ -263,6 +310,11 @@ class KVCache:
             if copy is not None:
                 self._distrust(copy.entry)
         self.release(table)
+
+    def distrust(self, table: BlockTable, tokens: list[int]) -> None:
+        """As `discard`, for a sequence that has left already."""
+        for entry, _ in list(self._path(table, tokens)):
+            self._distrust(entry)
 
     def _distrust(self, entry: Entry) -> None:
         for copy in list(entry.copies):

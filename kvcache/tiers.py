@@ -8,13 +8,17 @@ from ktransformers.kvcache.blocks import BlockId, Owner, State, Tier
 from ktransformers.kvcache.eviction import Shelf
 from ktransformers.kvcache.index import Copy, Entry, PrefixIndex
 from ktransformers.kvcache.pool import BlockPool
+from ktransformers.kvcache.states import KeptStates
 
 
 class Tiers:
     """Device pool, host pool and disk of one engine."""
 
-    def __init__(self, blocks: int, host_blocks: int, disk_bytes: int, block_bytes: int) -> None:
+    def __init__(
+        self, blocks: int, host_blocks: int, disk_bytes: int, block_bytes: int, states: int = 0
+    ) -> None:
         self.index = PrefixIndex()
+        self.states = KeptStates(states)
         self.block_bytes = block_bytes
         self.pools = (BlockPool(blocks), BlockPool(host_blocks))
         sizes = (blocks * block_bytes, host_blocks * block_bytes, disk_bytes)
@@ -127,6 +131,8 @@ class Tiers:
     def _remove(self, copy: Copy) -> None:
         shelf = self.shelves[copy.tier]
         shelf.remove(copy)
+        if copy.tier is Tier.DEVICE:
+            self.states.drop(copy.entry)
         leaf = self.index.remove(copy)
         if leaf is not None:
             shelf.leaf(leaf)
@@ -154,6 +160,7 @@ class Tiers:
                 problems.append(f"what may be evicted from tier {tier.name}")
             if tier is Tier.DISK and set(shelf) != {c for c in copies if not c.moves}:
                 problems.append("names on disk")
+        problems += self.states.check(self.index.entries())
         if problems:
             raise AssertionError(f"KV blocks are not conserved: {', '.join(problems)}")
 

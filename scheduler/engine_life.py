@@ -42,6 +42,7 @@ class EngineLife:
             block_bytes=ready.block_bytes,
             host_blocks=ready.host_blocks,
             disk_bytes=ready.disk_bytes,
+            kept_states=ready.kept_states,
             recompute=self.step_time.prompt_seconds,
         )
         slots = ready.max_sequences

@@ -41,6 +41,10 @@ class Work:
     until: int
     """`Request.computed` once it is done."""
     draws: bool
+    keep: int
+    """Place of the state that it keeps; -1: none."""
+    keep_at: int
+    """After so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,9 @@ class Plan:
 class _Draft:
     """A step being planned."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, cache: KVCache) -> None:
         self.budget = budget
+        self._cache = cache
         self.recomputed = 0
         self.new: list[NewSeq] = []
         self.go_on: list[Go] = []
@@ -74,7 +79,9 @@ class _Draft:
 
     def add(self, request: Request, n: int, new_blocks: list[int]) -> None:
         start = request.computed
+        keep, keep_at = -1, 0
         if request.remaining > 1 or n > 1:
+            keep, keep_at = self._cache.keep_state(start, start + n, ends=n == request.remaining)
             self.prompt += n
             self.prompt_context += n * (start + n / 2)
         else:
@@ -84,8 +91,8 @@ class _Draft:
         draws = request.plan(n)
         self.budget -= n
         self.planned.add(request)
-        self.go_on.append(Go(request.slot, n, new_blocks))
-        self.work.append(Work(request, request.slot, start, request.computed, draws))
+        self.go_on.append(Go(request.slot, n, new_blocks, keep, keep_at))
+        self.work.append(Work(request, request.slot, start, request.computed, draws, keep, keep_at))
 
 
 class Planner:
@@ -121,7 +128,7 @@ class Planner:
 
     def plan(self, now: float) -> Plan | None:
         """The next step, or None when there is nothing to do."""
-        draft = _Draft(self._max_batch_tokens)
+        draft = _Draft(self._max_batch_tokens, self._cache)
         for victim in self._entrance.victims(self.running):
             self._preempt(victim)
         self._entrance.grown()
@@ -140,12 +147,17 @@ class Planner:
         return Plan(step, draft.work, self._max_batch_tokens - draft.budget, draft.features)
 
     def done(self, work: Work) -> None:
-        """A step with this part is done: its full blocks may be shared."""
+        """A step with this part is done: its full blocks, and the state that it kept, may be shared."""
         request = work.request
         request.in_flight -= 1
-        if request.slot == work.slot:
+        here = request.slot == work.slot
+        if here:
             request.done = work.until
             self._cache.commit(request.table, request.tokens, request.done)
+        if here and work.keep >= 0:
+            self._cache.state_kept(request.table, work.keep, work.keep_at)
+        elif work.keep >= 0:
+            self._cache.state_lost(work.keep)
 
     def end(self, request: Request, *, trusted: bool = True) -> None:
         """A request has ended. What it holds is free in the next step; its KV may be found if `trusted`."""
@@ -153,9 +165,7 @@ class Planner:
             self._vacate(request, trusted, request.n_prompt)
         elif not trusted:
             # Preempted with the bad draw in flight.
-            found = self._cache.match(request.table, request.tokens)
-            self._cache.attach(request.table, found, again=True)
-            self._cache.discard(request.table)
+            self._cache.distrust(request.table, request.tokens)
 
     def gone(self, request: Request) -> None:
         """A waiting request has ended."""
@@ -292,6 +302,7 @@ class Planner:
                     n_prompt=request.n_prompt,
                     computed=request.computed,
                     sampling=request.sampling,
+                    state=request.table.state,
                 )
             )
             n = min(allowed, self._room(request))

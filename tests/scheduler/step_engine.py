@@ -169,6 +169,8 @@ class FakeEngine:
         """Slots whose next draw is not a number."""
         self._kv = [0] * (ready.blocks * ready.block_tokens)
         self._slots: dict[int, _Sequence] = {}
+        self._states = [POISON] * max(ready.kept_states, 0)
+        """Of each place the KV of the last token: as good a state as any."""
         self._next = 1
         self.mover = Mover(self)
 
@@ -182,6 +184,11 @@ class FakeEngine:
             assert 1 <= new.n_prompt <= len(new.tokens) < self.ready.max_len
             assert new.computed % self.ready.block_tokens == 0 and new.computed < len(new.tokens)
             assert len(new.tokens) - new.n_prompt < new.sampling.max_tokens
+            if self.ready.kept_states >= 0 and new.computed:
+                kvs = _Sequence(new).kvs
+                assert self._states[new.state] == kvs[new.computed], "a sequence begins with another's state"
+            else:
+                assert new.state == -1
             self._slots[new.slot] = _Sequence(new)
         assert len({go.slot for go in step.go_on}) == len(step.go_on)
         assert sum(go.n_tokens for go in step.go_on) <= self.ready.max_batch_tokens
@@ -210,6 +217,10 @@ class FakeEngine:
             self._check_kv(sequence)
         for position in range(sequence.computed, until):
             self._kv[self._place(sequence, position)] = sequence.kvs[position + 1]
+        if go.keep != -1:
+            assert 0 <= go.keep < self.ready.kept_states
+            assert sequence.computed < go.keep_at <= until and go.keep_at % self.ready.block_tokens == 0
+            self._states[go.keep] = sequence.kvs[go.keep_at]
         sequence.computed = until
         return self._draw(go.slot, sequence) if draws else None
 

@@ -2,7 +2,7 @@
 
 The fake engine checks each step (KV, writers, slots, budget), the world each answer (token for token) and
 that it has one end, `Scheduler.check` blocks and slots after every move. Moves between tiers end late, in any
-order, or fail; the disk outlives the engine.
+order, or fail; the disk outlives the engine. Some models have states: the engine checks what is begun with.
 """
 
 from hypothesis import settings
@@ -26,8 +26,13 @@ class Machine(RuleBasedStateMachine):
         believed=st.sampled_from([0.0, 1.0]),
         host_blocks=st.sampled_from([0, 3, 100]),
         disk_blocks=st.sampled_from([0, 5, 100]),
+        kept_states=st.sampled_from([-1, -1, 0, 1, 3, 100]),
     )
-    def start(self, blocks, block_tokens, slots, budget, reuse, believed, host_blocks, disk_blocks):
+    def start(
+        self, blocks, block_tokens, slots, budget, reuse, believed, host_blocks, disk_blocks, kept_states
+    ):
+        if kept_states >= 0:
+            host_blocks = disk_blocks = 0
         self.w = World(
             reuse=reuse,
             blocks=blocks,
@@ -37,6 +42,7 @@ class Machine(RuleBasedStateMachine):
             max_batch_tokens=budget,
             host_blocks=host_blocks,
             disk_bytes=disk_blocks * BLOCK_BYTES,
+            kept_states=kept_states,
         )
         # 0: everybody is thought to stop at once, so that too many are let in and blocks run out.
         self.w.scheduler._estimate.prior = believed

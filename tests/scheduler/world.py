@@ -179,3 +179,4 @@ class World:
         assert self.scheduler.open_requests == 0
         status = self.status
         assert (status.waiting, status.running, status.blocks_used) == (0, 0, 0)
+        assert self.scheduler._engine.cache.tiers.states.written == 0
