@@ -162,23 +162,37 @@ void Program::compile() {
     add_row_op(a.first_op, Rows::kTokens, width, make_rope_angles(std::move(inv_freq), a.scale, a.cos_sin.data()));
   }
   for (size_t i = 0; i < model_.ops.size(); ++i) std::visit([this, i](const auto& op) { add(i, op); }, model_.ops[i]);
+  look_ahead();
+}
+
+// Each stage learns which product comes after it.
+void Program::look_ahead() {
+  const ReadAhead* next = nullptr;
+  for (auto stage = stages_.rbegin(); stage != stages_.rend(); ++stage) {
+    stage->next = next;
+    const auto* whole = std::get_if<WholeOp>(&stage->what);
+    if (whole != nullptr && products_[whole->op] != nullptr)
+      next = pool_->keep(products_[whole->op]->read_ahead(pool_->threads()));
+  }
 }
 
 void Program::add_row_op(size_t op, Rows rows, int64_t width, RowFunction run) {
-  RowPass* pass = stages_.empty() ? nullptr : std::get_if<RowPass>(&stages_.back());
+  RowPass* pass = stages_.empty() ? nullptr : std::get_if<RowPass>(&stages_.back().what);
   if (pass == nullptr || pass->rows != rows) {
-    stages_.push_back(RowPass{rows, 0, {}});
-    pass = &std::get<RowPass>(stages_.back());
+    stages_.push_back({RowPass{rows, 0, {}}});
+    pass = &std::get<RowPass>(stages_.back().what);
   }
   pass->width += width;
   pass->ops.push_back({op, std::move(run)});
 }
 
+void Program::add_whole(size_t op, WholeFunction run) { stages_.push_back({WholeOp{op, std::move(run)}}); }
+
 void Program::add_product(size_t op, int64_t width) {
   const Product& product = *products_[op];
   const Rows rows = rows_.of_op[op];
   add_row_op(op, rows, width, product.make_quantize(activation_memory_.data(), max_rows(rows)));
-  stages_.push_back(WholeOp{op, product.make_multiply(*pool_, activation_memory_.data(), max_rows(rows))});
+  add_whole(op, product.make_multiply(*pool_, activation_memory_.data(), max_rows(rows)));
 }
 
 void Program::add(size_t i, const op::Embed& op) {
@@ -202,24 +216,24 @@ void Program::add(size_t i, const op::HeadLinear& op) {
   const HeadProduct& product = *head_products_[i];
   const Rows rows = rows_.of_op[i];
   add_row_op(i, rows, values_.widths[op.x], product.make_quantize(activation_memory_.data(), max_rows(rows)));
-  stages_.push_back(WholeOp{i, product.make_multiply(*pool_, activation_memory_.data(), max_rows(rows))});
+  add_whole(i, product.make_multiply(*pool_, activation_memory_.data(), max_rows(rows)));
 }
 void Program::add(size_t i, const op::MlaAttention& op) {
   add_row_op(i, rows_.of_op[i], values_.widths[op.latent], make_store_latent(table_, values_, kv_, op));
-  stages_.push_back(WholeOp{i, make_attention(table_, *pool_, values_, kv_, op, attention_memory_)});
+  add_whole(i, make_attention(table_, *pool_, values_, kv_, op, attention_memory_));
 }
 void Program::add(size_t i, const op::Attention& op) {
   add_row_op(i, rows_.of_op[i], 4 * values_.widths[op.k], make_store_kv(table_, values_, kv_, op));
-  stages_.push_back(WholeOp{i, make_attention(table_, *pool_, model_, values_, kv_, op, attention_memory_)});
+  add_whole(i, make_attention(table_, *pool_, model_, values_, kv_, op, attention_memory_));
 }
 void Program::add(size_t i, const op::ShortConv& op) {
-  stages_.push_back(WholeOp{i, make_short_conv(table_, *pool_, model_, values_, states_, op)});
+  add_whole(i, make_short_conv(table_, *pool_, model_, values_, states_, op));
 }
 void Program::add(size_t i, const op::DeltaRule& op) {
   constexpr int64_t kFloatsOfGate = 64;  // three exponentials and a logarithm
   const int64_t width = 4 * op.k_heads * op.k_dim + kFloatsOfGate * op.v_heads;
   add_row_op(i, rows_.of_op[i], width, make_delta_inputs(table_, model_, values_, op));
-  stages_.push_back(WholeOp{i, make_delta_rule(table_, *pool_, values_, states_, op)});
+  add_whole(i, make_delta_rule(table_, *pool_, values_, states_, op));
 }
 void Program::add(size_t i, const op::Gated& op) {
   add_row_op(i, rows_.of_op[i], 3 * values_.widths[op.out], make_gated(table_, values_, op));
@@ -232,8 +246,7 @@ void Program::add(size_t i, const op::Experts& op) {
   const Experts& experts = *experts_[i];
   const Rows rows = rows_.of_op[i];
   add_row_op(i, rows, values_.widths[op.x], experts.make_present(activation_memory_.data(), max_rows(rows)));
-  stages_.push_back(
-      WholeOp{i, experts.make_compute(*pool_, activation_memory_.data(), max_rows(rows), experts_memory_)});
+  add_whole(i, experts.make_compute(*pool_, activation_memory_.data(), max_rows(rows), experts_memory_));
 }
 void Program::add(size_t i, const op::Add& op) {
   add_row_op(i, rows_.of_op[i], values_.widths[op.out], make_add(table_, values_, op));
@@ -308,10 +321,11 @@ void Program::prepare(const Batch& batch) {
 
 void Program::compute() {
   for (const Stage& stage : stages_) {
-    if (const auto* pass = std::get_if<RowPass>(&stage)) {
+    pool_->will_read(stage.next);
+    if (const auto* pass = std::get_if<RowPass>(&stage.what)) {
       run_rows(*pass);
     } else {
-      const WholeOp& whole = std::get<WholeOp>(stage);
+      const WholeOp& whole = std::get<WholeOp>(stage.what);
       timed(whole.op, [&] { whole.run(step_); });
     }
   }

@@ -70,7 +70,10 @@ class Program {
     size_t op;
     WholeFunction run;
   };
-  using Stage = std::variant<RowPass, WholeOp>;
+  struct Stage {
+    std::variant<RowPass, WholeOp> what;
+    const ReadAhead* next = nullptr;  // what the next product reads
+  };
 
   void build_products();
   void build_expert_cache();
@@ -79,6 +82,8 @@ class Program {
   void compile();
   void add_row_op(size_t op, Rows rows, int64_t width, RowFunction run);
   void add_product(size_t op, int64_t width);
+  void add_whole(size_t op, WholeFunction run);
+  void look_ahead();
   void add(size_t i, const op::Embed& op);
   void add(size_t i, const op::RmsNorm& op);
   void add(size_t i, const op::Linear& op);

@@ -18,6 +18,8 @@ namespace {
 constexpr auto kSpin = std::chrono::microseconds(50);
 constexpr int kSpinsBetweenClockReads = 32;
 constexpr int kSpinsBeforeYield = 2000;
+constexpr size_t kLine = 64, kFetchedAtOnce = 8 * kLine;
+constexpr uint64_t kFirstUnit = uint64_t{1} << 32;
 
 static_assert(sizeof(std::atomic<uint32_t>) == sizeof(uint32_t), "a futex is a plain 32-bit word");
 
@@ -60,7 +62,8 @@ bool pin_current_thread(int cpu, size_t mask_bytes) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) {
+ThreadPool::ThreadPool(int threads)
+    : ranges_(std::make_unique<Range[]>(threads)), cursors_(std::make_unique<Cursor[]>(threads)) {
   const std::vector<uint8_t> mask = affinity_mask();
   std::vector<int> cpus = cpus_of(mask);
   if (threads > 1 && cpus.size() == static_cast<size_t>(threads)) cpus_ = std::move(cpus);
@@ -81,12 +84,31 @@ ThreadPool::~ThreadPool() {
   for (std::thread& worker : workers_) worker.join();
 }
 
+int64_t ThreadPool::Range::claim_first() {
+  uint64_t range = unclaimed.load(std::memory_order_relaxed);
+  while (range >> 32 < static_cast<uint32_t>(range))
+    if (unclaimed.compare_exchange_weak(range, range + kFirstUnit, std::memory_order_acquire, std::memory_order_relaxed))
+      return static_cast<int64_t>(range >> 32);
+  return -1;
+}
+
+int64_t ThreadPool::Range::claim_last() {
+  uint64_t range = unclaimed.load(std::memory_order_relaxed);
+  while (range >> 32 < static_cast<uint32_t>(range))
+    if (unclaimed.compare_exchange_weak(range, range - 1, std::memory_order_acquire, std::memory_order_relaxed))
+      return static_cast<int64_t>(static_cast<uint32_t>(range)) - 1;
+  return -1;
+}
+
 void ThreadPool::run(int64_t chunks, Function fn, void* context) {
   fn_ = fn;
   context_ = context;
-  chunks_ = chunks;
   unfinished_.store(chunks, std::memory_order_relaxed);
-  unclaimed_.store(chunks, std::memory_order_release);
+  const int64_t count = threads();
+  for (int64_t t = 0; t < count; ++t) {
+    const uint64_t first = chunks * t / count, end = chunks * (t + 1) / count;
+    ranges_[t].unclaimed.store(first << 32 | end, std::memory_order_release);
+  }
   // Sequentially consistent on both sides: either the sleeper sees the new job, or we see the sleeper.
   job_.fetch_add(1, std::memory_order_seq_cst);
   if (sleepers_.load(std::memory_order_seq_cst) > 0)
@@ -94,6 +116,7 @@ void ThreadPool::run(int64_t chunks, Function fn, void* context) {
   work(0);
   for (int spins = 0; unfinished_.load(std::memory_order_acquire) != 0; ++spins) {
     if (spins < kSpinsBeforeYield) {
+      fetch_ahead(0);
       cpu_relax();
     } else {
       sched_yield();  // the worker we wait for may have lost its CPU to us
@@ -102,22 +125,47 @@ void ThreadPool::run(int64_t chunks, Function fn, void* context) {
 }
 
 void ThreadPool::work(int thread) {
-  int64_t done = 0;
-  for (int64_t left = unclaimed_.load(std::memory_order_relaxed); left > 0;) {
-    if (!unclaimed_.compare_exchange_weak(left, left - 1, std::memory_order_acquire, std::memory_order_relaxed)) continue;
-    fn_(context_, chunks_ - left, thread);
-    ++done;
-    left = unclaimed_.load(std::memory_order_relaxed);
+  int64_t done = 0, chunk;
+  for (; (chunk = ranges_[thread].claim_first()) >= 0; ++done) fn_(context_, chunk, thread);
+  const int count = threads();
+  for (int i = 1; i < count; ++i) {
+    Range& other = ranges_[(thread + i) % count];
+    for (; (chunk = other.claim_last()) >= 0; ++done) fn_(context_, chunk, thread);
   }
   if (done > 0) unfinished_.fetch_sub(done, std::memory_order_release);
 }
 
-uint32_t ThreadPool::wait_for_job(uint32_t seen) {
+const ReadAhead* ThreadPool::keep(ReadAhead ahead) {
+  const std::lock_guard lock(session_);
+  return &kept_.emplace_back(std::move(ahead));
+}
+
+// A few lines, so that what is waited for is looked at again soon.
+void ThreadPool::fetch_ahead(int thread) {
+  const ReadAhead* ahead = ahead_.load(std::memory_order_acquire);
+  if (ahead == nullptr) return;
+  Cursor& at = cursors_[thread];
+  if (at.of != ahead) at = {ahead, 0, 0, 0};
+  const auto& pieces = (*ahead)[thread];
+  if (at.piece == pieces.size() || at.fetched >= kAheadBytes) return;
+  const std::span<const uint8_t> piece = pieces[at.piece];
+  const size_t end = std::min(at.offset + kFetchedAtOnce, piece.size());
+  for (size_t i = at.offset; i < end; i += kLine) __builtin_prefetch(piece.data() + i, 0, 2);
+  at.fetched += end - at.offset;
+  at.offset = end;
+  if (end == piece.size()) {
+    ++at.piece;
+    at.offset = 0;
+  }
+}
+
+uint32_t ThreadPool::wait_for_job(uint32_t seen, int thread) {
   const auto deadline = std::chrono::steady_clock::now() + kSpin;
   do {
     for (int i = 0; i < kSpinsBetweenClockReads; ++i) {
       const uint32_t job = job_.load(std::memory_order_acquire);
       if (job != seen) return job;
+      fetch_ahead(thread);
       cpu_relax();
     }
   } while (std::chrono::steady_clock::now() < deadline);
@@ -129,19 +177,20 @@ uint32_t ThreadPool::wait_for_job(uint32_t seen) {
 
 void ThreadPool::worker(int thread) {
   for (uint32_t seen = 0;;) {
-    seen = wait_for_job(seen);
+    seen = wait_for_job(seen, thread);
     if (stop_.load(std::memory_order_relaxed)) return;
     work(thread);
   }
 }
 
-ThreadPool::Session::Session(ThreadPool& pool) : lock_(pool.session_) {
+ThreadPool::Session::Session(ThreadPool& pool) : pool_(pool), lock_(pool.session_) {
   if (pool.cpus_.empty()) return;
   mask_ = affinity_mask();
   pinned_ = !mask_.empty() && pin_current_thread(pool.cpus_[0], mask_.size());
 }
 
 ThreadPool::Session::~Session() {
+  pool_.will_read(nullptr);
   if (pinned_) sched_setaffinity(0, mask_.size(), reinterpret_cast<const cpu_set_t*>(mask_.data()));
 }
 

@@ -2,15 +2,22 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <deque>
+#include <memory>
 #include <mutex>
+#include <span>
 #include <thread>
 #include <type_traits>
 #include <vector>
 
 namespace kt {
 
-// Chunks are claimed one by one from a shared counter, never handed to a thread beforehand: a core that another process
-// takes away for a moment then holds back only the chunk it is in, not a share of the step.
+// Memory that a later job will read: for each thread the pieces that it will read first, in their order.
+using ReadAhead = std::vector<std::vector<std::span<const uint8_t>>>;
+
+// Each thread has a range of neighbouring chunks, claims them one by one from its front, and then takes from the end of
+// others' ranges: a core that another process takes away for a moment holds back only the chunk it is in, not a share of
+// the step, and what neighbouring chunks read lies in one sequence for the processor's prefetching.
 class ThreadPool {
  public:
   // `threads` >= 1, the caller among them. Workers are pinned to one CPU each when the pool is as large as the affinity
@@ -36,6 +43,14 @@ class ThreadPool {
         const_cast<void*>(static_cast<const void*>(&fn)));
   }
 
+  // Has threads that wait, from now on, fetch their part of what a later job will read, at most kAheadBytes of it: between
+  // jobs memory would have nothing to do. Null: nothing.
+  void will_read(const ReadAhead* next) { ahead_.store(next, std::memory_order_release); }
+  static constexpr size_t kAheadBytes = size_t{256} << 10;
+
+  // Kept as long as the pool: a thread may look at it at any time.
+  const ReadAhead* keep(ReadAhead ahead);
+
   // Exclusive use by one calling thread, kept on the CPU that no worker is pinned to. (Only for the duration: threads
   // that the caller starts later must not inherit a mask of one CPU.)
   class Session {
@@ -46,6 +61,7 @@ class ThreadPool {
     Session& operator=(const Session&) = delete;
 
    private:
+    ThreadPool& pool_;
     std::unique_lock<std::mutex> lock_;
     bool pinned_ = false;
     std::vector<uint8_t> mask_;
@@ -54,23 +70,41 @@ class ThreadPool {
  private:
   using Function = void (*)(void* context, int64_t chunk, int thread);
 
+  // Chunks that nobody has claimed: the first in the upper half, the end in the lower. A line of its own for each
+  // thread, which the others touch only when they have nothing of their own left.
+  struct alignas(64) Range {
+    std::atomic<uint64_t> unclaimed{0};
+    int64_t claim_first();  // -1: none left
+    int64_t claim_last();
+  };
+
+  // How far a thread has fetched what will be read.
+  struct alignas(64) Cursor {
+    const ReadAhead* of = nullptr;
+    size_t piece = 0, offset = 0, fetched = 0;
+  };
+
   void run(int64_t chunks, Function fn, void* context);
   void work(int thread);
   void worker(int thread);
-  uint32_t wait_for_job(uint32_t seen);
+  uint32_t wait_for_job(uint32_t seen, int thread);
+  void fetch_ahead(int thread);
 
-  // The job. Written only while no chunk of the one before is unfinished; read only after claiming a chunk, which keeps
-  // the job alive. So a worker that wakes up late, jobs later, finds either a valid chunk or none.
-  Function fn_ = nullptr;
+  // The job, in one line with what workers wait for. Written only while no chunk of the one before is unfinished; read
+  // only after claiming a chunk, which keeps the job alive. So a worker that wakes up late, jobs later, finds either a
+  // valid chunk or none.
+  alignas(64) Function fn_ = nullptr;
   void* context_ = nullptr;
-  int64_t chunks_ = 0;
-
-  alignas(64) std::atomic<int64_t> unclaimed_{0};
-  alignas(64) std::atomic<int64_t> unfinished_{0};
-  alignas(64) std::atomic<uint32_t> job_{0};  // futex: changes with each job
+  std::atomic<uint32_t> job_{0};  // futex: changes with each job
   std::atomic<uint32_t> sleepers_{0};
+  std::atomic<const ReadAhead*> ahead_{nullptr};
   std::atomic<bool> stop_{false};
 
+  alignas(64) std::atomic<int64_t> unfinished_{0};
+  std::unique_ptr<Range[]> ranges_;
+  std::unique_ptr<Cursor[]> cursors_;
+
+  std::deque<ReadAhead> kept_;
   std::vector<std::thread> workers_;
   std::vector<int> cpus_;  // one for each thread when pinned, else empty
   std::mutex session_;

@@ -10,28 +10,37 @@ namespace {
 
 // Rows whose presented input should stay in the second-level cache while the panels of a chunk stream by.
 constexpr int64_t kActivationBytes = int64_t{384} << 10;
-constexpr int64_t kRowStep = 48;  // a multiple of every table's tile of rows
+constexpr int64_t kRowStep = 24;  // a multiple of every table's tile of rows
 // Smaller chunks balance better; below this many weight bytes x rows the claim of a chunk would show.
 constexpr int64_t kChunkWork = int64_t{24} << 10;
 constexpr int64_t kChunksPerThread = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How a product of all panels and rows is cut: chunk c is panels c % panel_chunks of rows c / panel_chunks, so chunks that
-// read the same rows follow each other.
-struct Grid {
-  int64_t row_chunk, panel_chunk, panel_chunks, chunks;
+// Tiles of some formats take two panels.
+constexpr int64_t kPanelStep = 2;
 
-  Grid(int64_t rows, size_t row_bytes, int64_t panels, size_t packed_bytes, int threads) {
+// How a product of all panels and rows is cut: chunk c is piece c % panel_chunks of the panels by piece c / panel_chunks of
+// the rows, so chunks that read the same rows follow each other. As many for each thread, and all about equal.
+struct Grid {
+  int64_t panels, row_chunk, panel_chunks, chunks;
+
+  Grid(int64_t rows, size_t row_bytes, int64_t panels, size_t packed_bytes, int threads) : panels(panels) {
     const int64_t fitting = std::max(kActivationBytes / static_cast<int64_t>(row_bytes) / kRowStep, int64_t{1});
-    row_chunk = std::min(rows, fitting * kRowStep);
-    const int64_t row_chunks = ceil_div(rows, row_chunk);
-    const int64_t panel_work = static_cast<int64_t>(packed_bytes) / panels * row_chunk;
-    const int64_t balanced = ceil_div(panels * row_chunks, threads * kChunksPerThread);
-    panel_chunk = std::min(panels, std::max(balanced, ceil_div(kChunkWork, panel_work)));
-    panel_chunks = ceil_div(panels, panel_chunk);
+    const int64_t row_chunks = ceil_div(rows, fitting * kRowStep);
+    row_chunk = std::min(rows, ceil_div(rows, row_chunks * kRowStep) * kRowStep);
+    const int64_t work = static_cast<int64_t>(packed_bytes) * row_chunk;
+    const int64_t of_thread = std::min(kChunksPerThread, ceil_div(work, threads * kChunkWork));
+    panel_chunks = std::min(ceil_div(threads * of_thread, row_chunks), ceil_div(panels, kPanelStep));
     chunks = row_chunks * panel_chunks;
   }
+
+  int64_t first_row(int64_t chunk) const { return chunk / panel_chunks * row_chunk; }
+  int64_t first_panel(int64_t chunk) const { return panel(chunk % panel_chunks); }
+  int64_t end_panel(int64_t chunk) const { return std::min(panel(chunk % panel_chunks + 1), panels); }
+
+ private:
+  int64_t panel(int64_t piece) const { return ceil_div(panels, kPanelStep) * piece / panel_chunks * kPanelStep; }
 };
 
 Activation activation_of(const KernelTable& table, const Weight& weight, bool precise) {
@@ -55,9 +64,9 @@ void product(ThreadPool& pool, const Weight& weight, const float* x, int64_t row
   });
   const Grid grid(rows, row_bytes, weight.panels(), weight.bytes(), pool.threads());
   pool.parallel_for(grid.chunks, [&](int64_t chunk, int) {
-    const int64_t r = chunk / grid.panel_chunks * grid.row_chunk, begin = chunk % grid.panel_chunks * grid.panel_chunk;
+    const int64_t r = grid.first_row(chunk);
     table.gemm(weight.format(), weight.packed(), weight.rows(), cols, activation, presented.data() + r * row_bytes,
-               std::min(grid.row_chunk, rows - r), begin, std::min(begin + grid.panel_chunk, weight.panels()), nullptr,
+               std::min(grid.row_chunk, rows - r), grid.first_panel(chunk), grid.end_panel(chunk), nullptr,
                y + r * weight.rows(), weight.rows());
   });
 }
@@ -101,6 +110,22 @@ RowFunction Product::make_quantize(uint8_t* activations, int64_t max_rows) const
   };
 }
 
+ReadAhead Product::read_ahead(int threads) const {
+  ReadAhead of_threads(threads);
+  for (int64_t t = 0; t < threads; ++t) {
+    int64_t begin = panels_ * t / threads, end = panels_ * (t + 1) / threads;
+    for (const Part& part : parts_) {
+      const Weight& w = *part.weight;
+      const int64_t first = std::max(begin, int64_t{0}), last = std::min(end, w.panels());
+      if (first < last)
+        of_threads[t].emplace_back(w.packed() + first * w.panel_bytes(), (last - first) * w.panel_bytes());
+      begin -= w.panels();
+      end -= w.panels();
+    }
+  }
+  return of_threads;
+}
+
 WholeFunction Product::make_multiply(ThreadPool& pool, const uint8_t* activations, int64_t max_rows) const {
   return [this, &pool, activations, max_rows](const Step& step) { multiply(step, pool, activations, max_rows); };
 }
@@ -110,10 +135,8 @@ void Product::multiply(const Step& step, ThreadPool& pool, const uint8_t* activa
   if (rows == 0) return;
   const Grid grid(rows, activation_bytes_, panels_, packed_bytes_, pool.threads());
   pool.parallel_for(grid.chunks, [&](int64_t chunk, int) {
-    const int64_t first_row = chunk / grid.panel_chunks * grid.row_chunk;
-    const int64_t n = std::min(grid.row_chunk, rows - first_row);
-    int64_t begin = chunk % grid.panel_chunks * grid.panel_chunk;
-    int64_t end = std::min(begin + grid.panel_chunk, panels_);
+    const int64_t first_row = grid.first_row(chunk), n = std::min(grid.row_chunk, rows - first_row);
+    int64_t begin = grid.first_panel(chunk), end = grid.end_panel(chunk);
     for (const Part& part : parts_) {
       const Weight& w = *part.weight;
       const int64_t first = std::max(begin, int64_t{0}), last = std::min(end, w.panels());

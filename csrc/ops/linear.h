@@ -23,6 +23,9 @@ class Product {
   // Presents rows of the input in `activations`, which has max_rows * activation_bytes(). Read by multiply.
   RowFunction make_quantize(uint8_t* activations, int64_t max_rows) const;
 
+  // The weights, in the order in which each of the pool's threads begins with them.
+  ReadAhead read_ahead(int threads) const;
+
   // One fork-join over chunks of outputs x chunks of rows. Split by output, never along k: law 1.
   WholeFunction make_multiply(ThreadPool& pool, const uint8_t* activations, int64_t max_rows) const;
 
