@@ -412,6 +412,11 @@ PYBIND11_MODULE(_kernels, m) {
     return names;
   });
 
+  m.def("emulated_isas", [] {
+    const KernelTable* table = emulated_table();
+    return table == nullptr ? std::vector<std::string>() : std::vector<std::string>{table->name};
+  });
+
   py::class_<ThreadPool, std::shared_ptr<ThreadPool>>(m, "ThreadPool")
       .def(py::init(&make_pool), py::arg("threads"))
       .def_property_readonly("threads", &ThreadPool::threads);

@@ -14,15 +14,19 @@ TABLES = {
     "avx2": "kt::kAvx2",
     "avx512": "kt::kAvx512",
     "avx512_bf16": "kt::kAvx512Bf16",
+    "amx": "kt::kAmxTiles",
+    "amx_emulated": "kt::kEmulatedTiles",
 }
 # What the compiler itself may call: libc's memory functions, libm's exact ones, libgcc's float16 conversions.
 MAY_NEED = {
     "_GLOBAL_OFFSET_TABLE_", "memcpy", "memmove", "memset", "fmaf", "rintf", "sqrtf",
     "__extendhfsf2", "__truncsfhf2",
 }  # fmt: skip
+# The tables with tiles are built on another one; the emulated tiles are a thread's own.
+AND_THESE = {"amx": {"kt::kAvx512Bf16"}, "amx_emulated": {"kt::kAvx512Bf16", "__tls_get_addr"}}
 
 
-def faults(path: Path, table: str) -> list[str]:
+def faults(path: Path, table: str, may_need: set[str]) -> list[str]:
     """What is wrong with one object, one line each."""
     found = []
     defined = set()
@@ -31,7 +35,7 @@ def faults(path: Path, table: str) -> list[str]:
         if kind in "WwVvu":
             found.append(f"weak or unique symbol {name}")
         elif kind == "U":
-            if name not in MAY_NEED:
+            if name not in may_need:
                 found.append(f"needs {name}")
         elif kind.isupper():
             defined.add(name)
@@ -54,7 +58,7 @@ def main() -> int:
             print(f"{sys.argv[1]}: no object of {name}", file=sys.stderr)
             failed = True
         for path in objects:
-            for fault in faults(path, table):
+            for fault in faults(path, table, MAY_NEED | AND_THESE.get(name, set())):
                 print(f"{path}: {fault}", file=sys.stderr)
                 failed = True
     return int(failed)

@@ -9,13 +9,23 @@
 namespace kt {
 namespace {
 
+KernelTable with_tiles(const char* name, const TileKernels& tiles) {
+  KernelTable table = kAvx512Bf16;
+  table.name = name;
+  table.gemm = tiles.gemm;
+  table.peak = tiles.peak;
+  return table;
+}
+
 struct Candidate {
   const KernelTable* table;
   bool usable;
 };
 
 std::vector<const KernelTable*> list_tables() {
+  static const KernelTable amx = with_tiles("amx", kAmxTiles);
   const Candidate best_first[] = {
+      {&amx, isa().amx},
       {&kAvx512Bf16, isa().avx512_bf16},
       {&kAvx512, isa().avx512},
       {&kAvx2, isa().avx2},
@@ -44,9 +54,15 @@ const std::vector<const KernelTable*>& usable_tables() {
 
 const KernelTable* best_table() { return usable_tables().front(); }
 
+const KernelTable* emulated_table() {
+  static const KernelTable emulated = with_tiles("amx_emulated", kEmulatedTiles);
+  return find_table(kAvx512Bf16.name) == nullptr ? nullptr : &emulated;
+}
+
 const KernelTable* find_table(std::string_view name) {
   for (const KernelTable* t : usable_tables())
     if (name == t->name) return t;
+  if (name == "amx_emulated") return emulated_table();
   return nullptr;
 }
 

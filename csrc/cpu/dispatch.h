@@ -13,7 +13,11 @@ const std::vector<const KernelTable*>& usable_tables();
 
 const KernelTable* best_table();
 
-// The usable table of that name, or null.
+// For tests: "amx_emulated", which is the table "amx" with instructions that every processor with AVX-512 BF16 has. Null
+// where kAvx512Bf16 is not usable. Never the best table.
+const KernelTable* emulated_table();
+
+// The table of that name if it is usable, or the emulated one; else null.
 const KernelTable* find_table(std::string_view name);
 
 }  // namespace kt

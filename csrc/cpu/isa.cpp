@@ -1,5 +1,8 @@
 #include "cpu/isa.h"
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <cstdint>
 
 #if defined(__x86_64__)
@@ -19,6 +22,22 @@ uint64_t saved_state() {
   return (static_cast<uint64_t>(hi) << 32) | lo;
 }
 
+// Tiles are 8 KiB of registers for each thread, so Linux (5.16 and later) keeps room for them only in processes that ask
+// before their first use; it may refuse, for one when a thread has an alternate stack too small for them.
+bool permitted_tiles() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+bool has_tiles(uint64_t saved) {
+  constexpr uint64_t kTiles = 0x60000;                                   // configuration and data
+  constexpr uint32_t kBf16 = 1 << 22, kTile = 1 << 24, kInt8 = 1 << 25;  // of leaf 7
+  uint32_t a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr uint32_t kAll = kBf16 | kTile | kInt8;
+  return (d & kAll) == kAll && (saved & kTiles) == kTiles && permitted_tiles();
+}
+
 Isa detect() {
   constexpr uint64_t kYmm = 0x6;    // SSE and AVX
   constexpr uint64_t kZmm = 0xE6;   // and the mask registers, upper halves and upper 16 of AVX-512
@@ -31,6 +50,7 @@ Isa detect() {
                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
   isa.avx512_bf16 = isa.avx512 && __builtin_cpu_supports("avx512bf16");
+  isa.amx = isa.avx512_bf16 && has_tiles(saved);
   return isa;
 }
 #else

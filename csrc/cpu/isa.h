@@ -7,9 +7,11 @@ struct Isa {
   bool avx2;         // with FMA, F16C and BMI2
   bool avx512;       // F, BW, DQ, VL and VNNI
   bool avx512_bf16;
+  bool amx;          // tiles of int8 and bfloat16, beside all of the above
 };
 
-// Asked once. A feature counts only if the operating system also saves its registers.
+// Asked once. A feature counts only if the operating system also saves its registers; for those of AMX a process has to
+// ask, which this does.
 const Isa& isa();
 
 }  // namespace kt

@@ -21,7 +21,7 @@ enum class Format : int32_t {
 enum class Activation : int32_t { kF32, kBF16, kInt8, kInt8FarOut };
 
 // Rows of a panel: the outputs that share one packed stream. Every table of today uses the same packed layout, so a
-// packed weight may be read by any of them; tables with tiles (AMX) will have their own, which is why pack is in here.
+// packed weight may be read by any of them: its quads and pairs are rows of AMX's tiles, too.
 inline constexpr int64_t kPanelRows = 16;
 
 // Tokens of a KV block. Attention folds tiles of whole blocks that begin at absolute positions.
@@ -111,6 +111,9 @@ struct KernelTable {
   void (*quantize)(Activation, const float* x, int64_t ldx, int64_t rows, int64_t cols, uint8_t* act);
   void (*gemm)(Format, const uint8_t* packed, int64_t out_rows, int64_t cols, Activation, const uint8_t* act,
                int64_t rows, int64_t begin, int64_t end, const float* bias, float* y, int64_t ldy);
+  // What gemm adds last for inputs that are kInt8FarOut; for tables that have a gemm of their own.
+  void (*add_far_out)(Format, const uint8_t* packed, int64_t out_rows, int64_t cols, const uint8_t* act, int64_t rows,
+                      int64_t begin, int64_t end, float* y, int64_t ldy);
 
   // ---- rows; an output may be one of the inputs. cos_sin: `pairs` cosines, then as many sines, the scale in both.
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
@@ -152,5 +155,14 @@ struct KernelTable {
 };
 
 extern const KernelTable kReference, kAvx2, kAvx512, kAvx512Bf16;
+
+// What a table with tile registers has of its own; the rest is kAvx512Bf16's. (kernels/tiled_gemm.inl)
+struct TileKernels {
+  decltype(KernelTable::gemm) gemm;
+  decltype(KernelTable::peak) peak;
+};
+
+// The second computes what the tile instructions do with others, for tests where there are none.
+extern const TileKernels kAmxTiles, kEmulatedTiles;
 
 }  // namespace kt

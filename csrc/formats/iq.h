@@ -7,7 +7,7 @@
 //   kHeader, kBytes     in the panel, for a block what its groups share, and for each group
 //   write_header(block, lane, header), write_group(block, g, lane, packed)
 //   scales(header, g, packed)      d of the two halves of a group
-//   quad(header, g, packed, q)     elements 4q .. 4q + 3, plus 64
+//   quad(header, g, packed, q)     elements 4q .. 4q + 3, plus kCodebookBias
 #pragma once
 #include "formats/iq_grids.h"
 
@@ -15,6 +15,7 @@ namespace kt {
 namespace {
 
 constexpr int kRow = kPanelRows;  // bytes of a row
+constexpr int kCodebookBias = 64;
 
 // Codebook entries with their levels as bytes, four to a word.
 template <int Words>

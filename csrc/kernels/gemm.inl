@@ -459,5 +459,20 @@ void gemm(Format format, const uint8_t* packed, int64_t out_rows, int64_t cols, 
   });
 }
 
+void add_far_out(Format format, const uint8_t* packed, int64_t out_rows, int64_t cols, const uint8_t* act, int64_t rows,
+                 int64_t begin, int64_t end, float* y, int64_t ldy) {
+  const int64_t stride = static_cast<int64_t>(activation_bytes(Activation::kInt8FarOut, cols));
+  if (!any_far_out(act, stride, rows, cols)) return;
+  with_format(format, [&](auto f) {
+    using F = decltype(f);
+    const Product p = {packed, out_rows, cols, panel_bytes<F>(cols), act, stride, nullptr, y, ldy, true};
+    if constexpr (kIsCodebook<F>) {
+      add_far_out<F, CodebookGroup>(p, begin, end, 0, rows);
+    } else if constexpr (!kIsFloat<F> && !kIsScaledFloat<F>) {
+      add_far_out<F, F>(p, begin, end, 0, rows);
+    }
+  });
+}
+
 }  // namespace
 }  // namespace kt

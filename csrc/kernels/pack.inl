@@ -162,7 +162,6 @@ struct LookedUp {
   uint8_t quads[kGroup / 4][kQuadBytes];
   Scales scales;
 };
-constexpr int kCodebookBias = 64;
 
 using LookUp = void (*)(const uint8_t* header, int g, const uint8_t* packed, LookedUp* out);
 

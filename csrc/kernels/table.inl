@@ -15,6 +15,7 @@ constexpr KernelTable make_table(const char* name) {
   t.activation_offset = activation_offset;
   t.quantize = quantize;
   t.gemm = gemm;
+  t.add_far_out = add_far_out;
   t.rms_norm = rms_norm;
   t.rope = rope;
   t.silu_mul = silu_mul;

@@ -177,6 +177,7 @@ inline Bytes field_left(Bytes a) {
           _mm256_and_si256(_mm256_slli_epi32(a.hi, Shift), mask)};
 }
 inline Bytes operator|(Bytes a, Bytes b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+inline Bytes operator-(Bytes a, Bytes b) { return {_mm256_sub_epi8(a.lo, b.lo), _mm256_sub_epi8(a.hi, b.hi)}; }
 inline Bytes lookup16(const uint8_t* table, Bytes a) {
   const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
   return {_mm256_shuffle_epi8(t, a.lo), _mm256_shuffle_epi8(t, a.hi)};

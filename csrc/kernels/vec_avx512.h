@@ -124,6 +124,7 @@ inline Bytes field_left(Bytes a) {
   return {_mm512_and_si512(_mm512_slli_epi32(a.v, Shift), _mm512_set1_epi8(static_cast<char>(Mask)))};
 }
 inline Bytes operator|(Bytes a, Bytes b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline Bytes operator-(Bytes a, Bytes b) { return {_mm512_sub_epi8(a.v, b.v)}; }
 inline Bytes lookup16(const uint8_t* table, Bytes a) {
   const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
   return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(t), a.v)};

@@ -247,6 +247,9 @@ inline Bytes field_left(Bytes a) {
 inline Bytes operator|(Bytes a, Bytes b) {
   return byte_lanes([&](int i) { return a.v[i] | b.v[i]; });
 }
+inline Bytes operator-(Bytes a, Bytes b) {
+  return byte_lanes([&](int i) { return a.v[i] - b.v[i]; });
+}
 // table[a], for bytes below 16.
 inline Bytes lookup16(const uint8_t* table, Bytes a) {
   return byte_lanes([&](int i) { return table[a.v[i] & 15]; });

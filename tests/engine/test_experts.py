@@ -28,7 +28,7 @@ from ktransformers.engine.program import (
 from ktransformers.engine.weights import pages
 
 F32 = npt.NDArray[np.float32]
-ISAS = _kernels.isas()
+ISAS = _kernels.isas() + _kernels.emulated_isas()
 FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q8_0", "Q4_K", "Q6_K")
 X, R, C, Y, XR, YR, L = range(7)
 

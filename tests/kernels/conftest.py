@@ -113,7 +113,12 @@ def fmt(request: pytest.FixtureRequest) -> WeightFormat:
     return value
 
 
-@pytest.fixture(params=_kernels.isas())
+@pytest.fixture(scope="session")
+def formats() -> dict[str, WeightFormat]:
+    return {f.name: f for f in FORMATS}
+
+
+@pytest.fixture(params=_kernels.isas() + _kernels.emulated_isas())
 def isa(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

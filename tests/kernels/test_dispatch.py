@@ -8,11 +8,11 @@ import pytest
 
 from ktransformers.engine import _kernels
 
-ORDER = ["avx512_bf16", "avx512", "avx2", "reference"]
+ORDER = ["amx", "avx512_bf16", "avx512", "avx2", "reference"]
 
 
-def isas(cap: str) -> subprocess.CompletedProcess[str]:
-    code = "from ktransformers.engine import _kernels; print(*_kernels.isas())"
+def isas(cap: str, ask: str = "isas") -> subprocess.CompletedProcess[str]:
+    code = f"from ktransformers.engine import _kernels; print(*_kernels.{ask}())"
     environment = {**os.environ, "KT_MAX_ISA": cap}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
@@ -30,7 +30,15 @@ def test_a_cap_leaves_it_and_what_is_below(cap):
     assert isas(cap).stdout.split() == [isa for isa in usable if isa in allowed]
 
 
-def test_an_unknown_cap_is_refused_by_name():
-    done = isas("avx1024")
+@pytest.mark.parametrize("cap", ["avx1024", "amx_emulated"])
+def test_an_unknown_cap_is_refused_by_name(cap):
+    done = isas(cap)
     assert done.returncode != 0
-    assert "ValueError: KT_MAX_ISA=avx1024: not one of avx512_bf16, avx512, avx2, reference" in done.stderr
+    assert f"ValueError: KT_MAX_ISA={cap}: not one of amx, avx512_bf16, avx512, avx2, reference" in done.stderr
+
+
+def test_emulated_tiles_need_what_they_are_built_on():
+    """They are there for tests, but a cap means what it says."""
+    expected = ["amx_emulated"] if "avx512_bf16" in _kernels.isas() else []
+    assert _kernels.emulated_isas() == expected
+    assert isas("avx512", "emulated_isas").stdout.split() == []

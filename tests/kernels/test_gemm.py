@@ -10,7 +10,7 @@ F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
 OUT_ROWS = [1, 15, 17, 33]
-ROWS = [1, 2, 3, 7, 12, 16, 17, 65]
+ROWS = [1, 2, 3, 7, 8, 12, 16, 17, 64, 65]
 GROUP = 32
 
 
@@ -19,7 +19,7 @@ def columns(fmt) -> list[int]:
 
 
 def uses_bf16_dot(fmt, isa: str) -> bool:
-    return fmt.name in ("BF16", "F8_E4M3") and isa == "avx512_bf16"
+    return fmt.name in ("BF16", "F8_E4M3") and isa in ("avx512_bf16", "amx", "amx_emulated")
 
 
 @pytest.fixture(params=[False, True], ids=["", "precise"])
