@@ -21,6 +21,7 @@ from ktransformers.server.supervisor import check_listening
 from ktransformers.server.tenants.records import StoreError
 
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_CPU_INFO = Path("/proc/cpuinfo")
 _COLOURS = {"ok": "green", "slow": "yellow", "bad": "red"}
 
 
@@ -108,7 +109,17 @@ def _kernels() -> Finding:
     if isas == ["reference"]:
         why = "KT_MAX_ISA says so" if os.environ.get("KT_MAX_ISA") else "this CPU has no AVX2"
         return Finding("kernels", "slow", detail, f"{why}: everything works, slowly")
+    if "amx" not in isas and "KT_MAX_ISA" not in os.environ and _has_tiles():
+        why = "this CPU has AMX, but the system does not give its tiles to a process: Linux 5.16 or later does"
+        return Finding("kernels", "slow", detail, why)
     return Finding("kernels", "ok", detail)
+
+
+def _has_tiles() -> bool:
+    """Whether the CPU has the AMX instructions that the table "amx" uses, whatever the system allows."""
+    lines = _CPU_INFO.read_text().splitlines() if _CPU_INFO.exists() else []
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    return {"amx_tile", "amx_int8", "amx_bf16"} <= set(flags)
 
 
 def _huge_pages() -> Finding:

@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 
 import pytest
 
+from ktransformers.engine import _kernels
 from ktransformers.server import cli
-from ktransformers.server.commands import chat
+from ktransformers.server.commands import chat, doctor
 from ktransformers.server.config import settings
 from ktransformers.server.library import default_model, local_models, resolve
 
@@ -165,6 +166,17 @@ def test_doctor(said: Said, home: Path) -> None:
     code, out, _ = said.run("doctor", "--config", str(home / "c.toml"))
     assert code == 1
     assert "prot" in out
+
+
+def test_doctor_says_that_tiles_are_not_given(said: Said, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "amx" in _kernels.isas():
+        pytest.skip("they are given here")
+    monkeypatch.delenv("KT_MAX_ISA", raising=False)
+    monkeypatch.setattr(doctor, "_CPU_INFO", home / "cpuinfo")
+    for flags, says in (("avx2 amx_bf16 amx_tile amx_int8", True), ("avx2 amx_tile", False)):
+        (home / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+        _, out, _ = said.run("doctor")
+        assert ("Linux 5.16" in out) == says
 
 
 def test_explain(said: Said) -> None:
