@@ -110,7 +110,7 @@ def _kernels() -> Finding:
         why = "KT_MAX_ISA says so" if os.environ.get("KT_MAX_ISA") else "this CPU has no AVX2"
         return Finding("kernels", "slow", detail, f"{why}: everything works, slowly")
     if "amx" not in isas and "KT_MAX_ISA" not in os.environ and _has_tiles():
-        why = "this CPU has AMX, but the system does not give its tiles to a process: Linux 5.16 or later does"
+        why = "this CPU has AMX, but the system does not let a process have its tiles: Linux 5.16 does"
         return Finding("kernels", "slow", detail, why)
     return Finding("kernels", "ok", detail)
 

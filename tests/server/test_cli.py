@@ -168,7 +168,7 @@ def test_doctor(said: Said, home: Path) -> None:
     assert "prot" in out
 
 
-def test_doctor_says_that_tiles_are_not_given(said: Said, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_misses_tiles(said: Said, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "amx" in _kernels.isas():
         pytest.skip("they are given here")
     monkeypatch.delenv("KT_MAX_ISA", raising=False)
