@@ -27,6 +27,7 @@ from ktransformers.engine.program import (
     WeightId,
 )
 from ktransformers.engine.weights.formats import FORMATS
+from ktransformers.kvcache.config import KvFormat
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class Row:
     """Predicted for one token of the step: its share of the longer of reading and computing."""
 
 
-def explain(program: Program, limits: Limits, *, tokens: int = 1, context: int = 0) -> list[Row]:
+def explain(
+    program: Program, limits: Limits, *, tokens: int = 1, context: int = 0, kv_format: KvFormat = "f16"
+) -> list[Row]:
     """One row for each op, for a step of `tokens` tokens of a sequence that has `context` tokens already."""
     rows: list[Row] = []
     layer: int | None = None
@@ -64,7 +67,7 @@ def explain(program: Program, limits: Limits, *, tokens: int = 1, context: int =
         computed = 1 if drawn else tokens
         weights = _weights(op)
         weight_bytes = sum(_read_bytes(program, op, w, computed) for w in weights)
-        kv_bytes = _kv_bytes(program, op, context, tokens)
+        kv_bytes = _kv_bytes(program, op, context, tokens, kv_format)
         # A token in the middle of the step sees half of the step's other tokens.
         flops = _flops(program, op, context + (tokens + 1) // 2)
         dot = _dot(program, op, limits.isa)
@@ -147,8 +150,8 @@ def _layer(program: Program, op: Op, previous: int | None) -> int | None:
     return previous
 
 
-def _kv_bytes(program: Program, op: Op, context: int, tokens: int) -> int:
-    """Float16 keys and values, each read once for the query heads that share them; a state is read and
+def _kv_bytes(program: Program, op: Op, context: int, tokens: int, kv_format: KvFormat) -> int:
+    """Keys and values, each read once for the query heads that share them; a state is read and
     written once."""
     if isinstance(op, DeltaRule):
         return 2 * 4 * op.v_heads * op.k_dim * op.v_dim
@@ -159,7 +162,8 @@ def _kv_bytes(program: Program, op: Op, context: int, tokens: int) -> int:
     before = min(context, op.window - 1) if op.window else context
     if op.chunk:
         before = min(before, context % op.chunk)
-    return 2 * 2 * op.kv_heads * op.head_dim * (tokens + before)
+    row = op.head_dim + 4 if kv_format == "int8" else 2 * op.head_dim  # a scale is a float32
+    return 2 * op.kv_heads * row * (tokens + before)
 
 
 def _flops(program: Program, op: Op, seen: int) -> int:

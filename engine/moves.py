@@ -5,8 +5,10 @@ process.
 """
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Final
 
 from ktransformers.engine.batch import Executor
@@ -20,6 +22,8 @@ log = logging.getLogger(__name__)
 _KEY_BYTES: Final = 32
 _OWNER_BYTES: Final = 16
 _TOKEN_BYTES: Final = 4
+PATIENCE_SECONDS: Final = 60.0
+"""A copy that takes longer, its wait included, is given up: a disk that hangs may hold no blocks for good."""
 
 Place = tuple[Tier, int | bytes]
 """A block of the device or the host, or a key on disk."""
@@ -42,7 +46,8 @@ class BlockMoves:
         self._content_bytes = executor.block_tokens * _TOKEN_BYTES
         self._disk = disk
         self._mover = Mover(executor, host, disk, wake)
-        self._open: dict[int, Move] = {}
+        self._open: dict[int, tuple[Move, float]] = {}
+        """The move and when it was started, the oldest first."""
         self._written: set[Place] = set()
         self._read: Counter[Place] = Counter()
         self._refused: list[Moved] = []
@@ -73,19 +78,41 @@ class BlockMoves:
         if not self._mover.start(move):
             self._refuse(move)
             return
-        self._open[move.id] = move
+        self._open[move.id] = move, time.monotonic()
         self._read[source] += 1
         self._written.add(target)
         if move.target == "device":
             self.arriving.add(move.target_block)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is to be answered."""
+        return not self._open and not self._refused
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `news` would give something that has ended, or was refused."""
+        return bool(self._refused) or self._mover.has_news
+
+    def give_up_overdue(self) -> None:
+        """Refuse, with the next `news`, what has not ended in PATIENCE_SECONDS."""
+        overdue = time.monotonic() - PATIENCE_SECONDS
+        late = [move.id for move, _ in takewhile(lambda item: item[1] < overdue, self._open.values())]
+        if not late:
+            return
+        for number in self._mover.give_up(late):
+            move, _ = self._open.pop(number)
+            self._close(move)
+            self._refuse(move)
+        log.warning("%d copies take too long, and those that have not ended are given up", len(late))
+
     def news(self) -> MovesDone | None:
         """What has ended since the last call."""
-        if not self._refused and not self._mover.has_news:
+        if not self.has_news:
             return None
         moved, self._refused = self._refused, []
         for done in self._mover.take():
-            self._close(self._open.pop(done.id))
+            self._close(self._open.pop(done.id)[0])
             moved.append(Moved(done.id, done.ok, done.bytes, done.seconds))
         # After the moves: a block may be stored and then lost, but not the other way round.
         return MovesDone(moved, self._disk.lost() if self._disk is not None else [])

@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -40,6 +41,11 @@ _STORED_BLOCKS = 4096
 """Blocks of one Stored."""
 _COPY_END_SECONDS = 0.5
 _DISK_CLOSE_SECONDS = 2.0
+_NEWS_SECONDS = 0.002
+"""Between two MovesDone: a thousand blocks may be copied in a second, and nobody waits for one alone."""
+_OVERDUE_POLL_SECONDS = 5.0
+_TICK_SECONDS = 0.001
+"""What a poll can wait at least."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +144,20 @@ class Service:
         if self._waiting:
             # As if it asked again now: its next Hello may be a second away.
             self._hello(self._waiting, engine, runner, moves)
+        told_at = 0.0
         while not self.stopped:
-            received = self._server.poll(None)
+            wait = None if moves.is_idle else _OVERDUE_POLL_SECONDS
+            if self._scheduler and moves.has_news:
+                left = told_at + _NEWS_SECONDS - time.monotonic()
+                wait = max(left, _TICK_SECONDS) if left > 0 else 0.0
+            received = self._server.poll(wait)
             if received is not None and not self._answer(*received, engine, runner, moves):
                 return
-            if self._scheduler and (news := moves.news()) is not None:
+            moves.give_up_overdue()
+            if not self._scheduler or not moves.has_news:
+                continue
+            if time.monotonic() >= told_at + _NEWS_SECONDS and (news := moves.news()) is not None:
+                told_at = time.monotonic()
                 self._send(self._scheduler, news)
 
     def _answer(

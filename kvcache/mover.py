@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
@@ -67,7 +67,7 @@ class Done:
 
 
 class _AbandonedError(Exception):
-    """The copy was started before the fence."""
+    """The copy was started before the fence, or was given up."""
 
 
 class _Worker:
@@ -77,6 +77,8 @@ class _Worker:
         self.gate = threading.Lock()
         """Held while a block in memory is touched: microseconds."""
         self.buffer: U8 = np.empty(block_bytes, np.uint8)
+        self.in_hand: tuple[int, int] | None = None
+        """Epoch and number of the copy that it does."""
 
 
 class Mover:
@@ -97,6 +99,8 @@ class Mover:
         self._flush_at = math.inf
         """When the disk's index is to be written, on the monotonic clock."""
         self._done: list[Done] = []
+        self._given_up: set[int] = set()
+        """Numbers of copies that a thread has in hand and that are not to touch a block any more."""
         self._workers = [_Worker(device.block_bytes) for _ in range(2)]
         self._threads = [
             threading.Thread(target=self._run, args=(worker, targets), name="mover", daemon=True)
@@ -127,6 +131,22 @@ class Mover:
             self._work.notify_all()
             return True
 
+    def give_up(self, moves: Collection[int]) -> set[int]:
+        """Forget these copies: they touch no block of device or host after this, and are not reported. Left
+        out of what is returned are those that have ended."""
+        with self._lock:
+            found: set[int] = set()
+            for target, queue in self._waiting.items():
+                found.update(move.id for _, move in queue if move.id in moves)
+                self._waiting[target] = deque(item for item in queue if item[1].id not in moves)
+            busy = [w for w in self._workers if w.in_hand is not None and w.in_hand[0] == self._epoch]
+            in_hand = {w.in_hand[1] for w in busy if w.in_hand is not None} & set(moves)
+            self._given_up |= in_hand
+        for worker in self._workers:
+            with worker.gate:
+                pass
+        return found | in_hand
+
     def abandon(self) -> None:
         """Forget every copy. None of them touches a block of device or host after this, or is reported."""
         with self._lock:
@@ -134,6 +154,7 @@ class Mover:
             for queue in self._waiting.values():
                 queue.clear()
             self._done.clear()
+            self._given_up.clear()
         for worker in self._workers:
             with worker.gate:
                 pass
@@ -153,12 +174,12 @@ class Mover:
     def _run(self, worker: _Worker, targets: tuple[Tier, ...]) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         while not self._closed:
-            if (work := self._next(targets)) is not None:
+            if (work := self._next(worker, targets)) is not None:
                 self._do(worker, *work)
             elif self._disk is not None and not self._closed:
                 self._disk.flush()
 
-    def _next(self, targets: tuple[Tier, ...]) -> tuple[int, Move] | None:
+    def _next(self, worker: _Worker, targets: tuple[Tier, ...]) -> tuple[int, Move] | None:
         """Wait for work; None: it is time to flush the disk, which the thread does that writes to it, or all
         is over."""
         with self._lock:
@@ -169,7 +190,9 @@ class Mover:
                     return None
                 for target in targets:
                     if self._waiting[target]:
-                        return self._waiting[target].popleft()
+                        epoch, move = self._waiting[target].popleft()
+                        worker.in_hand = epoch, move.id
+                        return epoch, move
                 self._work.wait(None if wait == math.inf else wait)
         return None
 
@@ -179,7 +202,7 @@ class Mover:
         try:
             copied = self._copy(worker, epoch, move)
         except _AbandonedError:
-            return
+            pass  # known below
         except Exception:
             # A miss for whoever waits, never an error; but it should not happen.
             log.exception("copying a block from %s to %s failed", move.source, move.target)
@@ -188,7 +211,11 @@ class Mover:
             if "disk" in (move.source, move.target) and self._flush_at == math.inf:
                 self._flush_at = time.monotonic() + _FLUSH_SECONDS
                 self._work.notify_all()
+            worker.in_hand = None
             if epoch != self._epoch:
+                return
+            if move.id in self._given_up:
+                self._given_up.discard(move.id)
                 return
             first = not self._done
             self._done.append(done)
@@ -203,21 +230,21 @@ class Mover:
             if not disk.get_into(name, buffer.data):
                 return 0
             with worker.gate:
-                self._check(epoch)
+                self._check(epoch, move)
                 self._write(move.target, move.target_block, buffer)
         elif move.target == "disk":
             disk, name = self._on_disk(move)
             with worker.gate:
-                self._check(epoch)
+                self._check(epoch, move)
                 self._read(move.source, move.source_block, buffer)
             return disk.put(name, buffer.data)
         elif move.target == "host":
             with worker.gate:
-                self._check(epoch)
+                self._check(epoch, move)
                 self._device.read_block(move.source_block, self._host_view(move.target_block))
         else:
             with worker.gate:
-                self._check(epoch)
+                self._check(epoch, move)
                 self._device.write_block(move.target_block, self._host_view(move.source_block))
         return len(buffer)
 
@@ -226,8 +253,8 @@ class Mover:
             raise ValueError("there is no disk tier, or no name")
         return self._disk, move.name
 
-    def _check(self, epoch: int) -> None:
-        if epoch != self._epoch:
+    def _check(self, epoch: int, move: Move) -> None:
+        if epoch != self._epoch or move.id in self._given_up:
             raise _AbandonedError
 
     def _read(self, tier: Tier, block: int, into: U8) -> None:

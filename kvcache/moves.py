@@ -35,6 +35,8 @@ class Transfer:
     source: Copy
     target: Copy
     content: bytes
+    sent: float = 0.0
+    """When the engine was told."""
 
     @property
     def entry(self) -> Entry:
@@ -89,6 +91,11 @@ class Moves:
     def under_way(self) -> Iterable[Transfer]:
         """Moves that have not been answered."""
         return self._under_way.values()
+
+    def oldest_sent(self) -> float | None:
+        """When the engine was told of the oldest move that it has not answered."""
+        oldest = next(iter(self._under_way.values()), None)
+        return None if oldest is None or not oldest.sent else oldest.sent
 
     # ---- begin and end
 
@@ -164,6 +171,8 @@ class Moves:
                 self._queued[tier].discard(entry)
                 self._store(entry, tier)
         sent, self._outgoing = self._outgoing, []
+        for transfer in sent:
+            transfer.sent = now
         return sent
 
     def _wake_resting(self, now: float) -> None:

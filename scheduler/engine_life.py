@@ -32,7 +32,6 @@ class EngineLife:
         self.alive = True
         self.ready = ready
         self.limits = Limits(min(ready.max_len, ready.blocks * ready.block_tokens), ready.vocab)
-        self.watchdog = Watchdog(pace)
         self.step_time = StepTime()
         self.cache = KVCache(
             ready.blocks,
@@ -45,6 +44,7 @@ class EngineLife:
             kept_states=ready.kept_states,
             recompute=self.step_time.prompt_seconds,
         )
+        self.watchdog = Watchdog(pace, self.cache.moves.oldest_sent)
         slots = ready.max_sequences
         entrance = Entrance(self.cache, queue, estimate, counters, pace, slots)
         self.planner = Planner(

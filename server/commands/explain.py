@@ -43,7 +43,8 @@ def run(config: EngineConfig, tokens: int, context: int, every_op: bool) -> int:
     threads = config.threads or cpus()
     with console.status("measuring this machine"):
         limits = measure(threads)
-    rows = explain(program, limits, tokens=tokens, context=context)
+    kv_format = config.cache.kv_format
+    rows = explain(program, limits, tokens=tokens, context=context, kv_format=kv_format)
     lines = _merge(rows, every_op)
     peaks = ", ".join(f"{rate / 1e9:.0f} {dot}" for dot, rate in limits.peaks.items() if rate)
     console.print(

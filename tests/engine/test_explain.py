@@ -70,6 +70,9 @@ def test_attention_reads_its_window(model: tuple[Program, Facts]) -> None:
     token = 2 * 2 * op.kv_heads * op.head_dim
     rows = explain(program, MACHINE, context=99)
     assert next(r for r in rows if r.kind == "Attention").kv_bytes == 100 * token
+    rows = explain(program, MACHINE, context=99, kv_format="int8")
+    narrow = 2 * op.kv_heads * (op.head_dim + 4)
+    assert next(r for r in rows if r.kind == "Attention").kv_bytes == 100 * narrow
     ops = tuple(
         Attention(**{**vars(o), "window": 10}) if isinstance(o, Attention) else o for o in program.ops
     )

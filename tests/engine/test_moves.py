@@ -2,11 +2,14 @@
 
 import asyncio
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -20,6 +23,7 @@ import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ktransformers.engine import moves as moves_module
 from ktransformers.engine.channel import Client
 from ktransformers.engine.client import EngineClient
 from ktransformers.engine.moves import BlockMoves
@@ -200,6 +204,26 @@ def test_a_sequence_gets_no_block_that_is_still_arriving(rig: Rig) -> None:
     assert finish(1) == ""
 
 
+def test_what_does_not_end_is_given_up(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answered once, as a miss; what it was to write is another's at once, and it leaves that alone."""
+    monkeypatch.setattr(moves_module, "PATIENCE_SECONDS", 3600.0)
+    before = rig.executor.kv.copy()
+    with rig.held():
+        asked = [move(i, "host", i, "device", i) for i in range(4)]
+        rig.moves.start(Moves(asked, []))
+        rig.moves.give_up_overdue()
+        assert not rig.moves.has_news and rig.moves.arriving == {0, 1, 2, 3}
+        monkeypatch.setattr(moves_module, "PATIENCE_SECONDS", -1.0)
+        given_up = threading.Thread(target=rig.moves.give_up_overdue)
+        given_up.start()
+        given_up.join(0.2)
+    given_up.join(20)
+    assert {i: m.ok for i, m in rig.wait(4).items()} == dict.fromkeys(range(4), False)
+    assert rig.moves.is_idle and not rig.moves.arriving
+    assert rig.do(move(4, "device", 9, "host", 7))[4].ok
+    assert (rig.executor.kv == before).all() and rig.moves.news() is None
+
+
 def test_losses_and_names_to_forget(rig: Rig) -> None:
     assert rig.do(move(1, "device", 0, "disk", -1, 1))[1].bytes > rig.executor.block_bytes
     rig.moves.start(Moves([], [name(1).key, b"short", name(2).key]))
@@ -254,14 +278,15 @@ def folder() -> Iterator[Path]:
 
 @asynccontextmanager
 async def engine(
-    folder: Path, **cache: Any
+    folder: Path, environment: dict[str, str] | None = None, **cache: Any
 ) -> AsyncIterator[tuple[subprocess.Popen[bytes], EngineClient]]:
     """A fake engine that is ready, with a host and a disk tier."""
     script = Path(__file__).parent / "fake_engine.py"
     socket, file = str(folder / "engine"), folder / "engine.json"
     cache = {"host_bytes": HOST_BLOCKS * 128, "disk_bytes": 1 << 24, "cache_dir": str(folder / "kv"), **cache}
     file.write_text(json.dumps({"model": "fake", "socket": socket, "cache": cache}))
-    process = subprocess.Popen([sys.executable, str(script), str(file)], stderr=subprocess.PIPE)
+    command = [sys.executable, str(script), str(file)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ | (environment or {}))
     client = EngineClient(socket)
     try:
         yield process, client
@@ -357,6 +382,83 @@ def test_idle_with_a_disk(folder: Path) -> None:
             before = sum(threads.cpu_times()[:2])
             await asyncio.sleep(2)
             assert sum(threads.cpu_times()[:2]) - before < 0.1
+
+    run(main())
+
+
+def test_copies_that_end_together_are_told_together(folder: Path) -> None:
+    async def main() -> None:
+        async with engine(folder) as (_, client):
+            await until(client, Stored)
+            begin, told, found = time.monotonic(), 0, 0
+            client.send(Moves([move(i, "device", i, "disk", -1, i) for i in range(200)], []))
+            while found < 200:
+                found += len((await until(client, MovesDone)).moves)
+                told += 1
+            assert told <= (time.monotonic() - begin) / 0.002 + 2
+
+    run(main())
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A disk that is slow, hangs or fails, for LD_PRELOAD."""
+    compiler = shutil.which("cc") or pytest.skip("no C compiler")
+    library = tmp_path_factory.mktemp("shim") / "slow_disk.so"
+    source = Path(__file__).parent.parent / "bench" / "slow_disk.c"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", source, "-o", library, "-ldl"], check=True)
+    return library
+
+
+def preloaded(shim: Path, folder: Path) -> dict[str, str]:
+    paths = {f"SLOW_DISK_{what.upper()}": str(folder / what) for what in ("hang", "fail")}
+    return {"LD_PRELOAD": str(shim), "SLOW_DISK_FOLDER": str(folder / "kv"), **paths}
+
+
+def test_steps_go_on_while_the_disk_hangs(folder: Path, fake: ModuleType, shim: Path) -> None:
+    """K11, counted: a load that hangs holds up no step, no copy between device and host, and arrives."""
+
+    async def main() -> None:
+        (want,) = fake.generate(PROMPT, 1)
+        async with engine(folder, preloaded(shim, folder)) as (_, client):
+            await until(client, Stored)
+            assert await draw(client, 0, 0, [0, 1, 2]) == want
+            assert await moved(client, move(0, "device", 0, "disk", -1, 1)) == {0: True}
+            (folder / "hang").touch()
+            client.send(Moves([move(1, "disk", -1, "device", 9, 1), move(2, "device", 1, "disk", -1, 2)], []))
+            for n in range(1, 101):
+                new = NewSeq(0, PROMPT, len(PROMPT), 0, GREEDY)
+                client.send(Step(n, [0], [new], [Go(0, len(PROMPT), [3, 4, 5])]))
+                answer = await client.recv()
+                assert isinstance(answer, StepDone) and answer.n == n and answer.tokens[0].token == want
+            (folder / "hang").unlink()
+            answer = await until(client, MovesDone)
+            found = {m.id: m.ok for m in answer.moves}
+            while len(found) < 2:
+                found |= {m.id: m.ok for m in (await until(client, MovesDone)).moves}
+            assert found == {1: True, 2: True}
+            assert await draw(client, 101, 16, [9, 7, 8]) == want
+
+    run(main())
+
+
+def test_a_disk_that_fails_costs_misses_only(folder: Path, fake: ModuleType, shim: Path) -> None:
+    """K7: EIO of every read, write and sync, of the C library's, not of Python's."""
+
+    async def main() -> None:
+        (want,) = fake.generate(PROMPT, 1)
+        async with engine(folder, preloaded(shim, folder)) as (process, client):
+            await until(client, Stored)
+            assert await draw(client, 0, 0, [0, 1, 2]) == want
+            stores = [move(i, "device", i, "disk", -1, i + 1) for i in range(2)]
+            assert await moved(client, *stores) == {0: True, 1: True}
+            (folder / "fail").touch()
+            for i in range(2, 12):
+                asked = [move(i, "disk", -1, "device", 9, 1), move(100 + i, "device", 1, "disk", -1, i + 9)]
+                assert await moved(client, *asked) == {i: False, 100 + i: False}
+                assert await draw(client, i, 0, [3, 4, 5]) == want
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0
 
     run(main())
 

@@ -260,6 +260,29 @@ def test_a_disk_that_hangs_holds_up_nothing() -> None:
     rig.disk.gate.set()
 
 
+def test_copies_are_given_up(rig: Rig) -> None:
+    """That waits, that is in hand, and that has ended; a number of before the fence is no number of after."""
+    rig.disk.blocks[name(1).key] = bytes([7]) * BLOCK_BYTES
+    before = rig.device.kv.copy()
+    rig.disk.gate.clear()
+    for i in (1, 2, 3):
+        rig.mover.start(Move(i, "disk", "device", target_block=i, name=name(1)))
+    assert all(rig.disk.entered.acquire(timeout=20) for _ in range(2))  # both threads are in the disk
+    assert rig.mover.give_up([3, 1, 4]) == {1, 3}
+    rig.disk.gate.set()
+    assert rig.wait(1).keys() == {2}
+    assert (rig.device.kv[[1, 3]] == before[[1, 3]]).all() and (rig.device.kv[2] == 7).all()
+    assert not rig.mover.give_up([2])
+    rig.disk.gate.clear()
+    rig.mover.start(Move(1, "disk", "device", target_block=1, name=name(1)))
+    rig.disk.entered.acquire(timeout=20)
+    rig.mover.abandon()
+    assert not rig.mover.give_up([1])
+    rig.mover.start(Move(1, "host", "device", 0, 4))
+    assert rig.wait(1)[1].ok and not rig.mover.give_up([1])
+    rig.disk.gate.set()
+
+
 def test_flushes_a_while_after_the_last_use(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ktransformers.kvcache.mover._FLUSH_SECONDS", 0.02)
     rig.mover.start(Move(1, "device", "host", 0, 0))

@@ -8,6 +8,8 @@ from world import PEER, World
 
 from ktransformers.engine.protocol import Fault, Loading, Sampling, StepDone
 from ktransformers.scheduler.protocol import Drain
+from ktransformers.scheduler.stats import Pace
+from ktransformers.scheduler.watchdog import Watchdog
 
 
 def prompt(n, seed=0):
@@ -488,6 +490,22 @@ def test_a_hang_is_aborted_then_killed():
     w.start_engine()
     w.run()
     assert w.ends["a"] == "length"
+
+
+def test_a_move_without_an_answer_is_a_hang():
+    """It holds blocks for as long. That nobody looked meanwhile does not count."""
+    asked = [100.0]
+    dog = Watchdog(Pace(), lambda: asked[0])
+    assert dog.check(700.0, 0) is None
+    dog.slept(500.0)
+    assert dog.check(1200.0, 0) is None
+    assert dog.check(1201.0, 0) is signal.SIGABRT and dog.condemned
+    dog = Watchdog(Pace(), lambda: asked[0])
+    dog.slept(500.0)
+    asked[0] = None
+    assert dog.check(1201.0, 0) is None
+    asked[0] = 1201.0
+    assert dog.check(1802.0, 0) is signal.SIGABRT
 
 
 def test_a_slow_first_step_is_no_hang():

@@ -1,5 +1,7 @@
 """The scheduler with a host pool and a disk, against an engine that sees every byte out of place."""
 
+import signal
+
 from test_scheduler import prompt
 from world import World
 
@@ -79,6 +81,21 @@ def test_a_load_that_never_comes_is_computed_instead():
     assert w.ends["late"] == "length" and w.first["late"].cached_tokens == 0
     w.settle()
     w.check_drained()
+
+
+def test_the_engine_that_answers_no_move_is_replaced():
+    w = World(blocks=64, host_blocks=200)
+    w.submit("first", prompt(100), max_tokens=2)
+    w.run()  # the steps, and no move
+    moves = w.scheduler._engine.cache.moves
+    assert w.engine.mover.under_way and moves.oldest_sent() is not None
+    w.wait(590)
+    assert not w.signals
+    w.wait(20)
+    assert w.signals[0] == (1, signal.SIGABRT)
+    while w.finish_move():
+        pass
+    assert moves.oldest_sent() is None
 
 
 def test_who_had_to_make_room_goes_on_from_the_host():
