@@ -100,11 +100,14 @@ struct F8_E4M3 {
   static constexpr int kHeader = 4 * kPanelRows, kPairBytes = 2 * kPanelRows;
   static constexpr int kBlockBytes = kHeader + kElements / 2 * kPairBytes;
 
-  // The seven bits below the sign, moved to where a float32 has them, are the value but for the bias of its exponent.
+  // The seven bits below the sign, moved to where a float32 has them and with the difference of the biases added, are the
+  // magnitude x; but for exponent 0, where there is no hidden one: 2x - 2^-6, which is less than x just there. A float32
+  // whose exponent is 0, too, would need no minimum, but costs the processor 20 cycles and more in each product.
   static Floats decode(const uint8_t* p) {
-    const Ints b = load_u8(p);
-    const Ints magnitude = shift_left<20>(b & set1_int(127)), sign = shift_left<24>(b & set1_int(128));
-    return as_floats(magnitude | sign) * set1(0x1p120f);
+    const Ints b = load_i8(p);  // the sign in all upper bits
+    const Floats x = as_floats((shift_left<20>(b) & set1_int(0x7F << 20)) + set1_int(120 << 23));
+    const Ints magnitude = as_ints(min(x, fma(x, set1(2.0f), set1(-0x1p-6f))));
+    return as_floats(magnitude | (b & set1_int(INT32_MIN)));
   }
   static void pair(const uint8_t* p, Floats& even, Floats& odd) {
     even = decode(p);
