@@ -41,11 +41,12 @@ class Stack:
         reuse: bool = True,
         host_blocks: int = 0,
         disk: DiskStore | None = None,
+        vocab: int = 49152,
     ) -> None:
         self.woken = threading.Semaphore(0)
         host = HostBlocks(host_blocks, executor.block_bytes) if host_blocks else None
         self.moves = BlockMoves(executor, host, disk, self.woken.release)
-        limits = Limits(blocks, executor.block_tokens, 2048, SLOTS, chunk, 49152)
+        limits = Limits(blocks, executor.block_tokens, 2048, SLOTS, chunk, vocab)
         self.runner = Runner(executor, limits, self.moves.arriving)
         config = SchedulerConfig(engine=EngineConfig(model="", cache=CacheConfig(prefix_reuse=reuse)))
         self.steps: deque[Step] = deque()
