@@ -10,8 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from speaking import write
 
 from ktransformers.engine.batch import Batch, Executor
+from ktransformers.engine.config import EngineConfig
+from ktransformers.engine.executors.native import NativeExecutor
+from ktransformers.engine.executors.torch import TorchExecutor
+from ktransformers.engine.load import open_model
 
 HERE = Path(__file__).resolve().parent
 
@@ -105,3 +110,19 @@ def test_native_against_float32(native_executor, torch_executor, default_tokeniz
     # What is lost is the divergence, but for chance: three standard deviations of it.
     loss = math.log(native.perplexity / oracle.perplexity)
     assert abs(loss - native.kl) <= 3 * math.sqrt(2 * native.kl / native.positions)
+
+
+def test_experts_against_float32(default_tokenizer, tmp_path: Path) -> None:
+    """The default model cut into experts, whose weights a router says. (Of routers that leave experts out:
+    engine/test_expert_fidelity.py)"""
+    program, _ = open_model(EngineConfig(model=str(write(tmp_path / "moe.gguf", "routed"))))
+    tokens = default_tokenizer.encode((HERE.parents[1] / "LICENSE").read_text())[:641]
+    native = NativeExecutor(program, threads=2, blocks=40, max_tokens=256, max_rows=256)
+    exact = TorchExecutor(program, threads=2, blocks=40, block_tokens=16, max_tokens=256)
+    found, oracle = compare(native, exact, tokens)
+    native.close()
+    exact.close()
+    print(f"experts: {found}, float32 {oracle.perplexity:.3f}")
+    assert oracle.perplexity < 20, "it speaks"
+    assert found.kl <= 0.004
+    assert found.top1 >= 0.96

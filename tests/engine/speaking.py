@@ -8,7 +8,11 @@ but for the order of sums. Scaling is by powers of two, which the scales of bloc
 the same function, whose norms have about the size that queries and keys of the default model have. It still
 speaks, of other things.
 
-    python tests/engine/speaking.py mixtral|qwen2moe|qwen3moe|qwen3 FILE
+`routed` is mixtral with a random router, small enough for all experts to have about the same weight: it still
+speaks, and what the router says of activations of a trained model counts. (One that leaves experts out would
+leave nothing of what was learnt.)
+
+    python tests/engine/speaking.py mixtral|routed|qwen2moe|qwen3moe|qwen3 FILE
 """
 
 import sys
@@ -23,8 +27,10 @@ import numpy as np
 from ktransformers.engine.weights.formats import FORMATS
 from ktransformers.engine.weights.gguf import GgufFile, read
 
-ARCHITECTURES = {"mixtral": "llama", "qwen2moe": "qwen2moe", "qwen3moe": "qwen3moe", "qwen3": "qwen3"}
+ARCHITECTURES = {"mixtral": "llama", "routed": "llama", **{k: k for k in ("qwen2moe", "qwen3moe", "qwen3")}}
 EXPERTS = 4
+ROUTER_SIZE = 0.2
+"""Standard deviation of the logits of the router of `routed`, about."""
 QUERY_SIZE, KEY_SIZE = 1.6, 1.8
 """Root mean squares of the elements of queries and keys, about the same in all layers."""
 
@@ -71,11 +77,18 @@ def sliced(gate: U8, up: U8, down: U8, count: int) -> tuple[U8, U8, U8]:
     return gate.reshape(count, -1, gate.shape[1]), up.reshape(count, -1, up.shape[1]), by_column
 
 
+def router(f: GgufFile, kind: str, layer: int, width: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Zeros, or what makes logits of about ROUTER_SIZE from the normed input."""
+    if kind != "routed":
+        return np.zeros((EXPERTS, width), np.float32)
+    norm = rows_of(f, f"blk.{layer}.ffn_norm.weight")[0].view(np.float32)
+    directions = np.random.default_rng(layer).standard_normal((EXPERTS, width))
+    return (directions * (ROUTER_SIZE / np.linalg.norm(norm))).astype(np.float32)
+
+
 def mlp(f: GgufFile, kind: str, layer: int, width: int) -> Iterator[Part]:
     prefix = f"blk.{layer}."
-    (gate, form), (up, _), (down, _) = (
-        rows_of(f, f"{prefix}ffn_{n}.weight") for n in ("gate", "up", "down")
-    )
+    (gate, form), (up, _), (down, _) = (rows_of(f, f"{prefix}ffn_{n}.weight") for n in ("gate", "up", "down"))
     if kind == "qwen3":
         yield from ((f"ffn_{n}.weight", w, form) for n, w in (("gate", gate), ("up", up), ("down", down)))
         return
@@ -92,14 +105,14 @@ def mlp(f: GgufFile, kind: str, layer: int, width: int) -> Iterator[Part]:
     yield "ffn_gate_exps.weight", gates, form
     yield "ffn_up_exps.weight", ups, form
     yield "ffn_down_exps.weight", scaled(np.ascontiguousarray(downs), form, EXPERTS), form
-    yield "ffn_gate_inp.weight", np.zeros((EXPERTS, width), np.float32).view(np.uint8), 0
+    yield "ffn_gate_inp.weight", router(f, kind, layer, width).view(np.uint8), 0
 
 
 def attention(f: GgufFile, kind: str, layer: int) -> Iterator[Part]:
     heads = {"q": f.metadata["llama.attention.head_count"], "k": f.metadata["llama.attention.head_count_kv"]}
     for n in ("q", "k", "v", "output"):
         rows, form = rows_of(f, f"blk.{layer}.attn_{n}.weight")
-        if kind != "mixtral" and n in heads:
+        if ARCHITECTURES[kind] != "llama" and n in heads:
             rows = neighbours_apart(rows, int(heads[n]))  # type: ignore[arg-type]
         yield f"attn_{n}.weight", rows, form
         if kind == "qwen2moe" and n != "output":
@@ -120,7 +133,7 @@ def write_keys(w: gguf.GGUFWriter, f: GgufFile, kind: str) -> None:
     if kind != "qwen3":
         keys |= {f"{arch}.expert_count": EXPERTS, f"{arch}.expert_used_count": EXPERTS}
         width = ffn // (EXPERTS * 2 if kind == "qwen2moe" else EXPERTS)
-        name = "feed_forward_length" if kind == "mixtral" else "expert_feed_forward_length"
+        name = "feed_forward_length" if arch == "llama" else "expert_feed_forward_length"
         keys[f"{arch}.{name}"] = width
     if kind == "qwen2moe":
         keys[f"{arch}.expert_shared_feed_forward_length"] = ffn // 2
