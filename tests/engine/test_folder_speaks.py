@@ -10,8 +10,9 @@ import pytest
 from ktransformers.engine.batch import Batch
 from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.executors.native import NativeExecutor
+from ktransformers.engine.executors.torch import TorchExecutor
 from ktransformers.engine.load import open_model
-from ktransformers.engine.program import Program
+from ktransformers.engine.program import Program, expert_weights
 
 
 def speaking() -> ModuleType:
@@ -28,8 +29,14 @@ def i32(*values: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
     return np.array(values, np.int32)
 
 
-def greedy(program: Program, prompt: list[int], count: int) -> list[int]:
-    executor = NativeExecutor(program, threads=2, blocks=4, max_tokens=32, max_rows=4)
+def native(program: Program, expert_bytes: int | None = None) -> NativeExecutor:
+    return NativeExecutor(program, threads=2, blocks=4, max_tokens=32, max_rows=4, expert_bytes=expert_bytes)
+
+
+def greedy(
+    program: Program, prompt: list[int], count: int, executor: NativeExecutor | TorchExecutor | None = None
+) -> list[int]:
+    executor = executor or native(program)
     tokens, done = list(prompt), 0
     while len(tokens) < len(prompt) + count:
         step = tokens[done:]
@@ -76,5 +83,10 @@ def test_experts_say_what_the_dense_model_says(
     cut = program_of(path)
     assert any(t.experts == write.EXPERTS for t in cut.weights)
     assert greedy(cut, PROMPT, 16) == whole
-    if moe == "mixtral":  # of eight bits nothing is heard
+    third = sum(cut.weights[w].data.nbytes for w in expert_weights(cut)) // 3
+    assert greedy(cut, PROMPT, 16, native(cut, third)) == whole
+    if moe == "mixtral":
+        torch = TorchExecutor(cut, blocks=4, block_tokens=16, max_tokens=32, threads=2)
+        assert greedy(cut, PROMPT, 8, torch) == whole[:8]
+        # Of eight bits nothing is heard.
         assert greedy(program_of(path, "int8"), PROMPT, 8) == whole[:8]

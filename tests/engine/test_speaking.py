@@ -1,4 +1,5 @@
-"""A mixture of experts that speaks says what the dense model of the same function says, on both executors."""
+"""A mixture of experts that speaks says what the dense model of the same function says, on both executors,
+and with experts on disk."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.executors.native import NativeExecutor
 from ktransformers.engine.executors.torch import TorchExecutor
 from ktransformers.engine.load import open_model
-from ktransformers.engine.program import Program
+from ktransformers.engine.program import Program, expert_weights
 
 CAPITAL = [504, 3575, 282, 4649, 314, 7042, 30, 198]
 PROMPT = [*CAPITAL * 4, *CAPITAL[:5]]
@@ -35,8 +36,13 @@ def greedy(executor: Any) -> list[int]:
     return tokens
 
 
-def native(program: Program) -> NativeExecutor:
-    return NativeExecutor(program, threads=2, blocks=8, max_tokens=64, max_rows=64)
+def native(program: Program, expert_bytes: int | None = None) -> NativeExecutor:
+    return NativeExecutor(program, threads=2, blocks=8, max_tokens=64, max_rows=64, expert_bytes=expert_bytes)
+
+
+def a_third(program: Program) -> int:
+    """Of the bytes of all experts, about."""
+    return sum(program.weights[w].data.nbytes for w in expert_weights(program)) // 3
 
 
 def oracle(program: Program, said: list[int]) -> list[int]:
@@ -58,6 +64,7 @@ def test_it_says_what_the_default_model_says(kind: str, dense: list[int], tmp_pa
     program = program_of(speaking.write(tmp_path / "moe.gguf", kind))
     assert dense[:3] == CAPITAL[5:]
     assert greedy(native(program)) == dense
+    assert greedy(native(program, a_third(program))) == dense
     if kind == "mixtral":  # a minute for all of them
         assert oracle(program, dense) == dense
 
@@ -66,3 +73,4 @@ def test_qwen3_says_the_same_with_and_without_experts(tmp_path: Path) -> None:
     dense = greedy(native(program_of(speaking.write(tmp_path / "dense.gguf", "qwen3"))))
     program = program_of(speaking.write(tmp_path / "moe.gguf", "qwen3moe"))
     assert greedy(native(program)) == dense
+    assert greedy(native(program, a_third(program))) == dense
