@@ -19,6 +19,7 @@
 #include "ops/digest.h"
 #include "ops/limits.h"
 #include "ops/linear.h"
+#include "ops/requantise.h"
 #include "program.h"
 #include "weight.h"
 
@@ -201,6 +202,53 @@ std::shared_ptr<Weight> map_experts(const std::string& isa, int32_t format, int6
   }
   const size_t size = data.empty() ? 0 : static_cast<size_t>(data[0].size());
   return std::make_shared<Weight>(table_of(isa), static_cast<Format>(format), rows, cols, std::move(sources), size);
+}
+
+// Calls to Python, from threads that do not hold the GIL; what they return is freed by such, too.
+std::shared_ptr<const uint8_t> made_by(const py::function& read, int64_t expert, size_t size) {
+  const py::gil_scoped_acquire gil;
+  try {
+    auto data = read(expert).cast<Array<uint8_t>>();
+    if (static_cast<size_t>(data.size()) != size)
+      throw std::invalid_argument("data: " + std::to_string(data.size()) + " bytes, expected " + std::to_string(size));
+    const uint8_t* bytes = data.data();
+    const auto free = [](Array<uint8_t>* array) {
+      const py::gil_scoped_acquire held;
+      delete array;
+    };
+    const std::shared_ptr<Array<uint8_t>> owner(new Array<uint8_t>(std::move(data)), free);
+    return {owner, bytes};
+  } catch (const py::error_already_set& error) {
+    throw std::runtime_error(std::string("expert ") + std::to_string(expert) + ": " + error.what());
+  }
+}
+
+std::shared_ptr<Weight> make_experts(const std::string& isa, int32_t format, int64_t rows, int64_t cols, int64_t experts,
+                                     py::function read) {
+  if (experts < 1 || rows % experts != 0) throw std::invalid_argument("experts: do not divide the rows");
+  const size_t size = source_bytes(static_cast<Format>(format), rows / experts, cols);
+  const auto free = [](py::function* function) {
+    const py::gil_scoped_acquire held;
+    delete function;
+  };
+  const std::shared_ptr<py::function> shared(new py::function(std::move(read)), free);
+  return std::make_shared<Weight>(table_of(isa), static_cast<Format>(format), rows, cols, experts,
+                                  [shared, size](int64_t expert) { return made_by(*shared, expert, size); });
+}
+
+py::tuple requantise_rows(ThreadPool& pool, const std::string& isa, int32_t from, int32_t to, int64_t rows, int64_t cols,
+                          const Array<uint8_t>& data) {
+  const KernelTable& table = table_of(isa);
+  const std::span<const uint8_t> bytes = view(data);
+  Array<uint8_t> out(source_bytes(static_cast<Format>(to), rows, cols));
+  uint8_t* blocks = out.mutable_data();
+  Requantised sums;
+  {
+    const py::gil_scoped_release release;
+    sums = requantise(pool, table, static_cast<Format>(from), static_cast<Format>(to), rows, cols, bytes.data(),
+                      bytes.size(), blocks);
+  }
+  return py::make_tuple(std::move(out), sums.error, sums.size);
 }
 
 Array<float> weight_row(const Weight& weight, int64_t i) {
@@ -440,6 +488,10 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("gemm", &gemm, py::arg("pool"), py::arg("weight"), py::arg("x").noconvert(),
         py::arg("precise") = false);
 
+  m.def("make_experts", &make_experts, py::arg("isa"), py::arg("format"), py::arg("rows"), py::arg("cols"),
+        py::arg("experts"), py::arg("read"));
+  m.def("requantise", &requantise_rows, py::arg("pool"), py::arg("isa"), py::arg("source"), py::arg("target"),
+        py::arg("rows"), py::arg("cols"), py::arg("data").noconvert());
   m.def("digest", &digest_of, py::arg("pool"), py::arg("data").noconvert());
 
   m.def("elementwise", &elementwise, py::arg("isa"), py::arg("op"), py::arg("a").noconvert(), py::arg("b").noconvert());

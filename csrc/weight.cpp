@@ -120,6 +120,11 @@ Weight::Weight(const KernelTable& table, Format format, int64_t rows, int64_t co
   check_size(size);
 }
 
+Weight::Weight(const KernelTable& table, Format format, int64_t rows, int64_t cols, int64_t experts, Make make)
+    : table_(&table), format_(format), rows_(rows), cols_(cols), experts_(experts), make_(std::move(make)) {
+  check();
+}
+
 void Weight::check() {
   source_bytes(format_, rows_, cols_);
   if (experts_ <= 0 || rows_ % experts_ != 0)
@@ -136,24 +141,30 @@ void Weight::check_size(size_t size) const {
     throw std::invalid_argument("data: " + std::to_string(size) + " bytes, expected " + std::to_string(expected));
 }
 
+void Weight::pack_panels(int64_t expert, int64_t begin, int64_t end, uint8_t* packed) const {
+  const std::shared_ptr<const uint8_t> made = make_ ? make_(expert) : nullptr;
+  table_->pack(format_, made ? made.get() : sources_[expert], expert_rows(), cols_, begin, end, packed);
+}
+
 std::vector<uint8_t> Weight::samples() const {
-  constexpr int64_t kSamples = 16;
+  const int64_t wanted = make_ ? 2 : 16;  // all of an expert is made for it
   constexpr size_t kSampleBytes = 256;
   const size_t size = source_bytes(format_, expert_rows(), cols_), bytes = std::min(size, kSampleBytes);
   std::vector<uint8_t> all;
-  for (int64_t e = 0; e < experts_; e += std::max(experts_ / kSamples, int64_t{1})) {
-    const uint8_t* middle = sources_[e] + (size - bytes) / 2;
+  for (int64_t e = 0; e < experts_; e += std::max(experts_ / wanted, int64_t{1})) {
+    const std::shared_ptr<const uint8_t> made = make_ ? make_(e) : nullptr;
+    const uint8_t* middle = (made ? made.get() : sources_[e]) + (size - bytes) / 2;
     all.insert(all.end(), middle, middle + bytes);
   }
   return all;
 }
 
 void Weight::will_need(int64_t expert) const {
-  advise(sources_[expert], source_bytes(format_, expert_rows(), cols_), MADV_WILLNEED);
+  if (!make_) advise(sources_[expert], source_bytes(format_, expert_rows(), cols_), MADV_WILLNEED);
 }
 
 void Weight::release(int64_t expert) const {
-  advise(sources_[expert], source_bytes(format_, expert_rows(), cols_), MADV_DONTNEED);
+  if (!make_) advise(sources_[expert], source_bytes(format_, expert_rows(), cols_), MADV_DONTNEED);
 }
 
 void Weight::pack(ThreadPool& pool, int64_t expert, const uint8_t* src, size_t size) {

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -32,14 +33,18 @@ class Weight {
   Weight(const KernelTable& table, Format format, int64_t rows, int64_t cols, std::vector<const uint8_t*> sources,
          size_t size);
 
-  // Whether experts stay in their file: then packed() is nullptr, and pack_panels makes panels where they are wanted.
-  bool mapped() const { return !sources_.empty(); }
-  void pack_panels(int64_t expert, int64_t begin, int64_t end, uint8_t* packed) const {
-    table_->pack(format_, sources_[expert], expert_rows(), cols_, begin, end, packed);
-  }
+  // The same for experts whose bytes are put together from their file each time: `make` gives those of one, as many as
+  // source_bytes says, for as long as its result lives. It may be called by any thread, and may throw.
+  using Make = std::function<std::shared_ptr<const uint8_t>(int64_t expert)>;
+  Weight(const KernelTable& table, Format format, int64_t rows, int64_t cols, int64_t experts, Make make);
+
+  // Whether experts stay in their file: then packed() is nullptr, and pack_panels makes panels where they are wanted. It
+  // throws what `make` throws.
+  bool mapped() const { return !sources_.empty() || make_ != nullptr; }
+  void pack_panels(int64_t expert, int64_t begin, int64_t end, uint8_t* packed) const;
   // A few bytes of some experts, all over the weight: to read all of it would take as long as to load it.
   std::vector<uint8_t> samples() const;
-  // Have the kernel read an expert from the file, without waiting for it; give its pages back.
+  // Have the kernel read an expert from the file, without waiting for it; give its pages back. (`make` does it itself.)
   void will_need(int64_t expert) const;
   void release(int64_t expert) const;
 
@@ -69,6 +74,7 @@ class Weight {
   int64_t rows_, cols_, experts_;
   size_t bytes_ = 0;
   std::vector<const uint8_t*> sources_;
+  Make make_;
   std::shared_ptr<Mapping> memory_;  // often shared with other weights
   uint8_t* packed_ = nullptr;
 };

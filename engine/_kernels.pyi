@@ -66,6 +66,18 @@ def map_experts(isa: str, format: int, rows: int, cols: int, data: list[U8]) -> 
     Only Experts takes such a weight; a Program keeps the packed experts that it used last, `expert_bytes` of
     them, packs the others when they are chosen, and gives their pages back."""
 
+def make_experts(
+    isa: str, format: int, rows: int, cols: int, experts: int, read: Callable[[int], U8]  # noqa: A002
+) -> Weight:
+    """The same for experts whose bytes are put together each time: `read` gives those of one, on any thread.
+    A step raises RuntimeError when it raises."""
+
+def requantise(
+    pool: ThreadPool, isa: str, source: int, target: int, rows: int, cols: int, data: U8
+) -> tuple[U8, float, float]:
+    """`rows` x `cols` elements from a format to Q8_0 or Q4_0: the blocks, and the sums of the squares of what
+    was lost and of the weights. ValueError for weights that are not finite, too."""
+
 def gemm(pool: ThreadPool, weight: Weight, x: F32, precise: bool = False) -> F32:
     """x [n, cols] -> [n, rows]: quantises x as the weight's format asks, then the product. For tests.
 

@@ -109,7 +109,9 @@ def open_model(config: EngineConfig) -> tuple[Program, Facts]:
         else:
             file = files = read(path)
             spec, name = read_spec(file.metadata), _general_name(file)
-        program, requantised = requantise(compile_program(spec, file), config.expert_format)
+        program, requantised = requantise(
+            compile_program(spec, file), config.expert_format, config.threads or machine.cpus()
+        )
     except ModelError as e:
         raise ModelError(f"{config.model}: {e}") from None
     facts = Facts(

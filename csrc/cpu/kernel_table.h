@@ -101,6 +101,10 @@ struct KernelTable {
   size_t (*packed_bytes)(Format, int64_t rows, int64_t cols);  // 0: format or shape not supported
   void (*pack)(Format, const uint8_t* src, int64_t rows, int64_t cols, int64_t begin, int64_t end, uint8_t* packed);
   void (*unpack_row)(Format, const uint8_t* packed, int64_t rows, int64_t cols, int64_t row, float* out);
+  // n elements, whole blocks, to the file's blocks of Q8_0 or Q4_0: the nearest integers for a float16 scale that makes the
+  // largest of a block about 127, or exactly -8. Adds to sums[0] the squares of what is lost, to sums[1] those of x. False,
+  // with only a part written, when a scale is not finite.
+  bool (*requantize)(Format, const float* x, int64_t n, uint8_t* blocks, double* sums);
 
   // ---- products. y[r * ldy + o] = sum_k x[r][k] w[o][k] (+ bias[o]) for panels [begin, end). The order along k is
   // fixed and the same for any number of rows: work is split by output, never by k.

@@ -6,6 +6,7 @@
 #include "kernels/elementwise.inl"
 #include "kernels/pack.inl"
 #include "kernels/quantize.inl"
+#include "kernels/requantize.inl"
 #include "kernels/gemm.inl"
 #include "kernels/attention.inl"
 #include "kernels/recurrence.inl"

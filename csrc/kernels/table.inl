@@ -10,6 +10,7 @@ constexpr KernelTable make_table(const char* name) {
   t.packed_bytes = packed_bytes;
   t.pack = pack;
   t.unpack_row = unpack_row;
+  t.requantize = requantize;
   t.activation = activation;
   t.activation_bytes = activation_bytes;
   t.activation_offset = activation_offset;

@@ -31,4 +31,9 @@ uint8_t* ExpertCache::take(int64_t unit) {
   return find(unit);
 }
 
+void ExpertCache::drop(int64_t unit) {
+  unit_of_[slot_of_[unit]] = -1;
+  slot_of_[unit] = -1;
+}
+
 }  // namespace kt

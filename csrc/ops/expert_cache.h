@@ -24,6 +24,9 @@ class ExpertCache {
   // not be more than slots(), and what is here of it must have been found before.
   uint8_t* take(int64_t unit);
 
+  // Forgets a unit that is here.
+  void drop(int64_t unit);
+
  private:
   uint8_t* at(int64_t slot) const { return memory_.data() + slot * slot_bytes_; }
 

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <iterator>
+#include <mutex>
 #include <numeric>
 
 #include "ops/rows.h"
@@ -137,12 +139,22 @@ void Experts::fetch(ThreadPool& pool, int64_t rows, ExpertsMemory& memory) const
   if (next_ != nullptr && rows <= kRowsReadAhead) announce(rows);
   const Matrix* const matrices[] = {&gate_, &up_, &down_};
   const auto each = static_cast<int64_t>(std::size(matrices));
+  std::mutex mutex;
+  std::exception_ptr failure;
   pool.parallel_for(static_cast<int64_t>(memory.missing.size()) * each, [&](int64_t i, int) {
     const int64_t e = memory.missing[i / each];
     const Matrix& m = *matrices[i % each];
-    m.weight->pack_panels(e, 0, m.weight->panels(), memory.slots[e] + m.offset);
+    try {
+      m.weight->pack_panels(e, 0, m.weight->panels(), memory.slots[e] + m.offset);
+    } catch (...) {
+      const std::lock_guard lock(mutex);
+      failure = std::current_exception();
+    }
     m.weight->release(e);
   });
+  if (failure == nullptr) return;
+  for (const int64_t e : memory.missing) cache_->drop(first_unit_ + e);
+  std::rethrow_exception(failure);
 }
 
 // A guess needs neither bias nor groups. That the next layer's input has another norm matters little: what goes from layer

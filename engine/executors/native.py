@@ -177,10 +177,14 @@ def _pack(pool: _kernels.ThreadPool, isa: str, t: Tensor) -> _kernels.Weight:
 
 
 def _map(isa: str, t: Tensor) -> _kernels.Weight:
-    data = [t.expert(e) for e in range(t.experts)]
-    if not all(pages.mapped(d) for d in data):
-        raise ValueError("its file has not the bytes of an expert in one piece, so they cannot stay there")
-    return _kernels.map_experts(isa, t.format, t.rows, t.cols, data)
+    """Experts that stay in their file: as they are there, or read by `Pieces` when they are wanted."""
+    if pages.mapped(t.expert(0)):
+        data = [t.expert(e) for e in range(t.experts)]
+        if all(pages.mapped(d) for d in data):
+            return _kernels.map_experts(isa, t.format, t.rows, t.cols, data)
+    if isinstance(t.data, Pieces) and len(t.data.read) == t.experts:
+        return _kernels.make_experts(isa, t.format, t.rows, t.cols, t.experts, t.expert)
+    raise ValueError("its file has not the experts one by one, so they cannot stay there")
 
 
 def _op_tuple(op: Op) -> tuple[object, ...]:

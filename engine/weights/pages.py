@@ -5,6 +5,8 @@ that is repacked while it is read would show, and in a tight control group need,
 """
 
 import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,16 @@ def will_need(data: U8) -> None:
 def release(data: U8) -> None:
     """Give back the whole pages under `data`, if they are of a mapped file: touched again, they are read."""
     _advise(data, mmap.MADV_DONTNEED)
+
+
+@contextmanager
+def reading(data: U8) -> Iterator[U8]:
+    """Have the kernel read `data`, all of which will be used now, and give its pages back after that."""
+    will_need(data)
+    try:
+        yield data
+    finally:
+        release(data)
 
 
 def _advise(data: U8, advice: int) -> None:

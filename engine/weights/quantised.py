@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ktransformers.engine.program import U8, Pieces
+from ktransformers.engine.weights import pages
 from ktransformers.engine.weights.files import FolderError
 from ktransformers.engine.weights.formats import (
     BF16,
@@ -184,13 +185,13 @@ class Quantised:
         self._check_scales(scale)
 
         def read() -> U8:
-            values = self._bytes(weight).reshape(rows, cols // 128, 128)
-            if (values & 0x7F == 0x7F).any():
-                fail(weight, "a weight is NaN")
             out = np.empty((rows, cols // 128, 132), np.uint8)
             scales = np.repeat(self._scales(scale), 128, axis=0)[:rows]
             out[:, :, :4] = np.ascontiguousarray(scales)[:, :, None].view(np.uint8)
-            out[:, :, 4:] = values
+            with pages.reading(self._bytes(weight)) as raw:
+                if (raw & 0x7F == 0x7F).any():
+                    fail(weight, "a weight is NaN")
+                out[:, :, 4:] = raw.reshape(rows, cols // 128, 128)
             return out.reshape(-1)
 
         return self._made(weight, F8_E4M3, (rows, cols), read)
@@ -208,8 +209,8 @@ class Quantised:
 
         def reader(expert: int) -> Callable[[], U8]:
             def read() -> U8:
-                pairs = self._bytes(blocks).reshape(shape)[expert]
-                nibbles = np.stack((pairs & 15, pairs >> 4), -1).reshape(rows, groups, 32)
+                with pages.reading(self._bytes(blocks).reshape(shape)[expert]) as pairs:
+                    nibbles = np.stack((pairs & 15, pairs >> 4), -1).reshape(rows, groups, 32)
                 out = np.empty((rows, groups, 17), np.uint8)
                 out[:, :, 0] = self._bytes(scale).reshape(shape[:3])[expert]
                 out[:, :, 1:] = nibbles[:, :, :16] | nibbles[:, :, 16:] << 4
@@ -239,7 +240,8 @@ class Quantised:
             self._scales(scale)
             bits = self._bytes(scale).view("<u2").reshape(rows, -1)
             zeros = None if raw.dtype == "BF16" else np.full(bits.shape, 8, np.uint8)
-            return self._blocks(number, self._bytes(packed).reshape(rows, -1), bits, zeros)
+            with pages.reading(self._bytes(packed)) as pairs:
+                return self._blocks(number, pairs.reshape(rows, -1), bits, zeros)
 
         return self._made(packed, number, (rows, cols), read)
 
@@ -296,8 +298,9 @@ class Quantised:
 
         def read() -> U8:
             # A word holds eight inputs of one output; its bytes are pairs of them already.
-            pairs = self._bytes(weight).reshape(words, outputs, 4).transpose(1, 0, 2)
-            return self._with_groups(stem, number, pairs.reshape(outputs, -1), tuple(range(8)))
+            with pages.reading(self._bytes(weight)) as raw:
+                pairs = raw.reshape(words, outputs, 4).transpose(1, 0, 2).reshape(outputs, -1)
+            return self._with_groups(stem, number, pairs, tuple(range(8)))
 
         return self._made(weight, number, (outputs, inputs), read)
 
@@ -310,11 +313,12 @@ class Quantised:
 
         def read() -> U8:
             # A word holds eight outputs of one input.
-            packed = self._bytes(weight).view("<u4").reshape(inputs, words)
             pairs = np.empty((words, 8, inputs // 2), np.uint8)
-            for output, place in enumerate(_AWQ_ORDER):
-                nibbles = (packed >> np.uint32(4 * place) & 15).astype(np.uint8).T
-                pairs[:, output] = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+            with pages.reading(self._bytes(weight)) as raw:
+                packed = raw.view("<u4").reshape(inputs, words)
+                for output, place in enumerate(_AWQ_ORDER):
+                    nibbles = (packed >> np.uint32(4 * place) & 15).astype(np.uint8).T
+                    pairs[:, output] = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
             return self._with_groups(stem, number, pairs.reshape(outputs, -1), _AWQ_ORDER)
 
         return self._made(weight, number, (outputs, inputs), read)

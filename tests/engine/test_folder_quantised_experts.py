@@ -18,7 +18,7 @@ from ktransformers.engine.batch import Batch
 from ktransformers.engine.executors.native import NativeExecutor
 from ktransformers.engine.executors.torch import TorchExecutor
 from ktransformers.engine.models.spec import ModelError
-from ktransformers.engine.program import Program
+from ktransformers.engine.program import Experts, Program, expert_weights
 from ktransformers.engine.weights.files import FolderError
 from ktransformers.engine.weights.formats import FORMATS
 
@@ -147,11 +147,13 @@ def test_like_the_weights_that_are_meant(name: str, tmp_path: Path) -> None:
     bound = 0.03 if name.startswith("deepseek") else 3e-5
     ours = torch_logits(quantised)
     assert np.abs(ours - expected).max() <= bound * np.abs(expected).max()
-    if quantised.cache.kind == "latent":
-        return  # the native executor has no cache of that kind
     native = logits(NativeExecutor(quantised, threads=2, blocks=3, max_tokens=64, max_rows=64))
     agree = (native.argmax(1) == ours.argmax(1)).mean()
     assert agree > 0.8 and np.abs(native - ours).mean() < 0.05 * np.abs(ours).max()
+    layers = sum(isinstance(op, Experts) for op in quantised.ops)
+    room = 3 * sum(quantised.weights[w].data.nbytes for w in expert_weights(quantised)) // (2 * layers)
+    on_disk = NativeExecutor(quantised, threads=2, blocks=3, max_tokens=64, max_rows=64, expert_bytes=room)
+    np.testing.assert_array_equal(logits(on_disk), native)
 
 
 def test_broken_scales_of_experts_are_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Experts in fewer bits: what is made is the nearest of its format, and the error that is printed is true."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import gguf
 import numpy as np
 import pytest
 
+from ktransformers.engine import _kernels
+from ktransformers.engine.batch import Batch
 from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.executors.native import NativeExecutor
 from ktransformers.engine.executors.torch import dequantise
@@ -21,6 +24,7 @@ from ktransformers.engine.program import (
     Linear,
     LinearPart,
     Logits,
+    Pieces,
     Program,
     Route,
     Tensor,
@@ -94,6 +98,60 @@ def test_experts_are_made_and_measured(wanted: Any, form: str, most: float, sour
     assert same > 0.95, "the package's quantiser differs only in how it rounds"
 
 
+def nearest(groups: Array, form: str) -> Array:
+    """Blocks of groups [n, 32] of float32, by their definition."""
+    if form == "Q8_0":
+        scale = (np.abs(groups).max(axis=1, keepdims=True) / np.float32(127)).astype(np.float16)
+    else:
+        largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=1)[:, None], axis=1)
+        scale = (largest / np.float32(-8)).astype(np.float16)
+    wide = scale.astype(np.float32)
+    scaled = groups * np.divide(np.float32(1), wide, out=np.zeros_like(wide), where=wide != 0)
+    if form == "Q8_0":
+        q = np.clip(np.rint(scaled), -127, 127).astype(np.int8).view(np.uint8)
+    else:
+        nibbles = (np.clip(np.rint(scaled), -8, 7) + 8).astype(np.uint8)
+        q = nibbles[:, :16] | nibbles[:, 16:] << 4
+    return np.concatenate((scale.view(np.uint8), q), axis=1)
+
+
+@pytest.mark.parametrize("isa", _kernels.isas())
+@pytest.mark.parametrize("form", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("source", ["F32", "F16", "BF16", "Q8_0"])
+def test_blocks_are_those_of_the_definition(isa: str, form: str, source: str) -> None:
+    """To the bit, on every instruction set, for any number of threads; the last panel is not full."""
+    rng = np.random.default_rng(4)
+    values = rng.standard_normal((37, 96)).astype(np.float32) * np.exp2(rng.integers(-30, 8, (37, 1)))
+    values[5], values[6, :32], values[7, 3], values[8] = 0, -1.5, 60_000, np.round(values[8] * 4)
+    kind, target = gguf.GGMLQuantizationType[source], gguf.GGMLQuantizationType[form]
+    raw = gguf.quants.quantize(values.astype(np.float32), kind)
+    before = np.asarray(gguf.quants.dequantize(raw, kind), np.float32).reshape(-1, 32)
+    want = nearest(before, form)
+    after = gguf.quants.dequantize(want.reshape(37, -1), target).reshape(before.shape)
+    for threads in (1, 3):
+        data = np.ascontiguousarray(raw).view(np.uint8).reshape(-1)
+        pool = _kernels.ThreadPool(threads)
+        blocks, error, size = _kernels.requantise(pool, isa, int(kind), int(target), 37, 96, data)
+        np.testing.assert_array_equal(blocks, want.reshape(-1))
+        assert error == pytest.approx(np.square(before - after, dtype=np.float64).sum(), rel=1e-5)
+        assert size == pytest.approx(np.square(before, dtype=np.float64).sum(), rel=1e-5)
+
+
+def test_what_is_not_requantised() -> None:
+    pool, isa = _kernels.ThreadPool(1), _kernels.isas()[0]
+    ones = np.ones(64, np.float32)
+    for values, target, rows, named in (
+        (ones, 7, 2, "to: type 7"),
+        (ones, 8, 3, "data: 256 bytes, expected 384"),
+        (ones * np.inf, 8, 2, "not finite"),
+        (ones * 1e30, 2, 2, "too large"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            _kernels.requantise(pool, isa, 0, target, rows, 32, values.view(np.uint8))
+    with pytest.raises(ValueError, match="cols"):
+        _kernels.requantise(pool, isa, 0, 8, 1, 33, np.zeros(132, np.uint8))
+
+
 def test_groups_of_zeros_and_of_one_value() -> None:
     p = program()
     values = np.zeros((EXPERTS * FFN, WIDTH), np.float32)
@@ -106,7 +164,7 @@ def test_groups_of_zeros_and_of_one_value() -> None:
 
 def test_weights_that_are_not_finite_are_named() -> None:
     after, _ = requantise(program(poison=True), "int4")
-    with pytest.raises(ValueError, match="expert 3 has weights that are not finite"):
+    with pytest.raises(ValueError, match="expert 3: weights are not finite"):
         after.weights[1].read()
 
 
@@ -134,3 +192,49 @@ def test_the_native_executor_packs_them() -> None:
     ).close()
     assert "3 tensors of experts are int4 now" in str(errors)
     assert total[0] == sum(t.data.nbytes for t in after.weights)
+
+
+def logits(p: Program, **settings: Any) -> Array:
+    executor = NativeExecutor(p, threads=2, blocks=2, max_tokens=32, max_rows=32, **settings)
+    lists = ([0, VOCAB], [0], [0, 2], [0, 1], range(VOCAB))
+    out: Array = executor.logits(
+        Batch(np.arange(VOCAB, dtype=np.int32), *(np.array(values, np.int32) for values in lists))
+    )
+    executor.close()
+    return out
+
+
+def test_they_are_made_again_when_they_do_not_fit() -> None:
+    """With room for one layer's experts, which this model has, and for all."""
+    after, errors = requantise(program("BF16"), "int4", threads=2)
+    assert errors is not None
+    want = logits(after)
+    np.testing.assert_array_equal(logits(after, expert_bytes=1 << 20), want)
+
+
+def test_an_expert_that_cannot_be_made_ends_its_step_only() -> None:
+    before = program()
+    fails = [False]
+
+    def read(expert: int) -> Array:
+        if fails[0]:
+            raise OSError("the disk is gone")
+        return before.weights[2].expert(expert)
+
+    pieces = Pieces(before.weights[2].data.nbytes, tuple(partial(read, e) for e in range(EXPERTS)))
+    others = [
+        replace(t, data=Pieces(t.data.nbytes, tuple(partial(t.expert, e) for e in range(EXPERTS))))
+        for t in before.weights[1:4]
+    ]
+    weights = (before.weights[0], others[0], replace(others[1], data=pieces), others[2], before.weights[4])
+    p = replace(before, weights=weights)
+    executor = NativeExecutor(p, threads=2, blocks=2, max_tokens=32, max_rows=32, expert_bytes=1 << 20)
+    lists = ([0, 3], [0], [0, 1], [0], range(3))
+    batch = Batch(np.arange(3, dtype=np.int32), *(np.array(values, np.int32) for values in lists))
+    fails[0] = True
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the disk is gone"):
+            executor.logits(batch)
+    fails[0] = False
+    np.testing.assert_array_equal(executor.logits(batch), logits(before)[:3])
+    executor.close()
