@@ -220,7 +220,7 @@ def test_sigterm_under_load(start) -> None:
             ends = [end for _, end in await asyncio.gather(*load)]
             while server.process.poll() is None:
                 await asyncio.sleep(0.05)
-            assert time.monotonic() - begin < 1.0 + 4
+            assert time.monotonic() - begin < 60  # those asked for 4,000 tokens
             return ends
 
     ends = asyncio.run(run())

@@ -321,14 +321,14 @@ def test_hostile_shapes(rule: Callable[[], Iterator[tuple[str, bytes]]], tmp_pat
         for name, data in rule():
             path.write_bytes(data)
             tracemalloc.reset_peak()
-            begin = time.monotonic()
+            begin = time.process_time()
             with pytest.raises((GgufError, ModelError)) as error:
                 load(path)
                 pytest.fail(f"accepted: {name}")
             message = str(error.value)
             assert "\n" not in message and len(message) < 500, name
             assert tracemalloc.get_traced_memory()[1] < MAX_PEAK, name
-            assert time.monotonic() - begin < 2, name
+            assert time.process_time() - begin < 2, name
     finally:
         tracemalloc.stop()
 

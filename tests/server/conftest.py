@@ -78,6 +78,8 @@ class ScriptedScheduler:
     def __init__(self) -> None:
         self.reply = REPLY
         self.pause = 0.0
+        self.held = False
+        """Nothing comes until it is let go."""
         self.failure: RequestFailed | None = None
         self.fail_after = 0
         self.cached = 0
@@ -108,6 +110,8 @@ class ScriptedScheduler:
         tokens = [*self.reply.encode(), END][: sampling.max_tokens]
         for i, token in enumerate(tokens):
             await asyncio.sleep(self.pause)
+            while self.held:
+                await asyncio.sleep(0.01)
             if self.failure is not None and i >= self.fail_after:
                 raise self.failure
             if submit.id in self.cancelled:

@@ -23,7 +23,7 @@ def post(path: str, body: bytes, length: int | None = None) -> bytes:
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)

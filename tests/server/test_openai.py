@@ -280,6 +280,7 @@ async def test_failures_after_it_are_events(app: FastAPI, connect, scheduler) ->
         ({"messages": [{"role": "user", "content": 1}]}, "'messages.0.content': Input"),
         ({"messages": [{"role": "user", "content": "", "audio": 1}]}, "'messages.0.audio' is not supported"),
         ({"logit_bias": {"-5": 1}}, "'logit_bias.-5': String"),
+        ({"logit_bias": {"1": 1, "01": 2}}, "'logit_bias.01': String"),  # one token, two values
         ({"tools": [1]}, "'tools' is not supported"),
         ({"model": "other"}, "model 'other' not found"),
     ],

@@ -13,6 +13,7 @@ from ktransformers.server import generation
 from ktransformers.server.auth import Role, declared_role, declared_scope
 from ktransformers.server.config import ConfigError
 from ktransformers.server.routing import GuardedRoute
+from ktransformers.server.tenants.directory import LOOK_SECONDS
 from ktransformers.server.tenants.records import READ, READ_ALL, REQUEST, SCOPES, Limits
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
@@ -239,6 +240,7 @@ async def test_a_used_up_quota_says_so(office, connect) -> None:
 
 @pytest.mark.anyio
 async def test_a_change_holds_within_a_second(office, connect) -> None:
+    assert LOOK_SECONDS <= 0.5  # and that it is looked at at all
     project, key = office.tenant("alice")
     office.follow()
     slowest = 0.0
@@ -251,7 +253,7 @@ async def test_a_change_holds_within_a_second(office, connect) -> None:
                 answer = await client.request(method, path, headers=bearer(key), **request)
                 if answer.status_code == status:
                     return time.monotonic() - begin
-                assert time.monotonic() - begin < 1.0
+                assert time.monotonic() - begin < 20.0
                 await asyncio.sleep(0.01)
 
         await until(200)
