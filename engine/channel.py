@@ -29,6 +29,7 @@ EPOCH = secrets.token_bytes(16)
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 MAX_PATH_BYTES = 107  # sockaddr_un.sun_path, less the NUL
+_POLLIN = int(zmq.POLLIN)  # as an enumeration it would cost more than the call that it is compared with
 _QUEUE_MESSAGES = 4096
 _LINGER_MS = 500
 _RECONNECT_MS = 20
@@ -118,7 +119,7 @@ class _Socket(Generic[M]):
         loop.remove_reader(_fd(self._socket))
 
     def _ready(self) -> bool:
-        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & _POLLIN)
 
     def _wake_if_ready(self) -> None:
         # EVENTS is asked even when nobody waits: it is what clears the descriptor.
@@ -264,7 +265,7 @@ class Client(_Socket[M]):
         return super()._ready() or self._came or self._went
 
     def _read_monitor(self) -> None:
-        while int(self._monitor.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        while int(self._monitor.getsockopt(zmq.EVENTS)) & _POLLIN:
             event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 # ZeroMQ may have reconnected this socket before we looked: then it was lost all the same.

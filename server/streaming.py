@@ -3,19 +3,20 @@ left."""
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from ktransformers.engine.logs import frames
 from ktransformers.server.errors import RequestError
 
 SEND_SECONDS = 30.0
-"""How long a client may take no bytes at all before it counts as gone."""
+"""How long, or half as long again, a client may take no bytes at all before it counts as gone."""
 HEARTBEAT_SECONDS = 15.0
 """Proxies give up after 60 s without a byte as a rule, some after 30 s."""
 SSE_IDLE = b": in the queue\n\n"
@@ -48,6 +49,17 @@ class ByteStream(Response):
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
     async def _send_all(self, send: Send) -> None:
+        patience = _Patience(SEND_SECONDS)
+        try:
+            await self._send_chunks(patience.watched(send))
+        except asyncio.CancelledError:
+            if not patience.exhausted:
+                raise
+            raise ClientDisconnect from None
+        finally:
+            patience.end()
+
+    async def _send_chunks(self, send: Send) -> None:
         async with aclosing(self._chunks) as chunks:
             # The first chunk is there already unless the request is still in the queue.
             first = asyncio.ensure_future(anext(chunks, None))
@@ -60,17 +72,46 @@ class ByteStream(Response):
                     task.cancel()
                 await asyncio.gather(*filter(None, (first, beat)), return_exceptions=True)
             if chunk is not None:
-                await self._send(send, chunk)
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
             async for chunk in chunks:
-                await self._send(send, chunk)
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send(self, send: Send, chunk: bytes) -> None:
-        try:
-            async with asyncio.timeout(SEND_SECONDS):
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        except TimeoutError:
-            raise ClientDisconnect from None
+
+class _Patience:
+    """Cancels the task that made it when one of its sends takes longer than `seconds`, at most half as long
+    again. One timer for all: to set and cancel one for each token is a tenth of what a token costs."""
+
+    def __init__(self, seconds: float) -> None:
+        self.exhausted = False
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._seconds = seconds
+        self._since = math.inf
+        self._timer = self._loop.call_later(seconds / 2, self._look)
+
+    def watched(self, send: Send) -> Send:
+        """`send`, whose calls must not take too long."""
+
+        async def timed(message: Message) -> None:
+            self._since = self._loop.time()
+            try:
+                await send(message)
+            finally:
+                self._since = math.inf
+
+        return timed
+
+    def end(self) -> None:
+        """Nothing is sent any more."""
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        if self._loop.time() - self._since < self._seconds:
+            self._timer = self._loop.call_later(self._seconds / 2, self._look)
+        elif self._task is not None:
+            self.exhausted = True
+            self._task.cancel()
 
 
 async def with_error_event(
