@@ -90,7 +90,7 @@ async def serve(config: ServerConfig) -> int:
     asyncio.get_running_loop().set_exception_handler(log_loop_error)
     try:
         directory = Directory.open(tenants_dir())
-        used_today = await directory.read(lambda store: store.used_on(int(time.time())))
+        used_today = await directory.read(lambda store: store.usage.on_day(int(time.time())))
     except StoreError as error:
         raise ConfigError(str(error)) from None
     try:
@@ -108,7 +108,7 @@ async def _serve(config: ServerConfig, directory: Directory, limiter: Limiter) -
     card = model_card(path, config.model_name, text)
     scheduler = SchedulerClient.connect(config.scheduler.socket)
     metrics = Metrics(card.name, lambda: scheduler.status)
-    ledger = Ledger(lambda at, rows, used: directory.post(lambda store: store.add_usage(at, rows, used)))
+    ledger = Ledger(lambda at, rows, used: directory.post(lambda store: store.usage.add(at, rows, used)))
     generator = Generator(card.name, text, scheduler, metrics, config.request_timeout, limiter, ledger)
     service = Service(config, keys, metrics, generator, card, directory)
     server = Server(_uvicorn(make_app(service)), generator, config.drain_timeout)

@@ -41,7 +41,7 @@ async def usage_completions(request: Request) -> Response:
     if unknown := sorted(groups - _GROUPS.keys()):
         raise RequestError("unsupported_parameter", f"'group_by': not {unknown[0][:64]!r}", "group_by")
     stop = min(end, start + limit * seconds)
-    rows = await ask(request, lambda store: store.usage(start, stop, by_day=seconds == 86400))
+    rows = await ask(request, lambda store: store.usage.between(start, stop, by_day=seconds == 86400))
     buckets: dict[int, list[UsageRow]] = {}
     for row in rows:
         if _asked_for(row, query):

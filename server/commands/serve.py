@@ -29,7 +29,8 @@ from ktransformers.server.config import (
 from ktransformers.server.library import resolve
 from ktransformers.server.run_folder import run_folder, write_configurations
 from ktransformers.server.supervisor import Supervisor, check_listening, commands
-from ktransformers.server.tenants.store import FILE, Store
+from ktransformers.server.tenants.database import FILE
+from ktransformers.server.tenants.store import Store
 
 _PR_SET_CHILD_SUBREAPER = 36
 

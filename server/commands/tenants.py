@@ -28,7 +28,7 @@ def _store() -> Iterator[tuple[Store, str]]:
     try:
         yield store, f"cli:{_user()}"
     except sqlite3.Error as error:
-        raise StoreError(f"tenant store {store.path}: {error}") from None
+        raise StoreError(f"tenant store {store.database.path}: {error}") from None
     finally:
         store.close()
 
@@ -84,7 +84,7 @@ def change(name: str, given: Mapping[str, Any]) -> None:
 def show_all() -> None:
     """A line for each tenant."""
     with _store() as (store, _):
-        used = store.used_on(int(time.time()))
+        used = store.usage.on_day(int(time.time()))
         rows = [("NAME", "ID", "WEIGHT", "PRIORITY", "KEYS", "TOKENS TODAY", "LIMITS")]
         rows += [
             (
@@ -190,7 +190,7 @@ def _print_key(made: Key, value: str) -> None:
 
 
 def _print_project(store: Store, p: Project) -> None:
-    used = store.used_on(int(time.time()))
+    used = store.usage.on_day(int(time.time()))
     print(f"{p.name}  {p.id}  {'active' if p.archived_at is None else 'archived'}")
     print(f"weight {p.weight:g}, priority {p.priority}: a share of {p.share:g}")
     print(f"limits: {_limits(p.limits)}")

@@ -23,7 +23,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from ktransformers.server.tenants.records import Key, Project, PublicPrefix, StoreError
-from ktransformers.server.tenants.store import DAY, Store
+from ktransformers.server.tenants.store import Store
+from ktransformers.server.tenants.usage import DAY
 
 LOOK_SECONDS = 0.25
 SECRET_FILE = "secret"
@@ -120,7 +121,7 @@ class Directory:
     # ---- the store's thread
 
     def _run(self, store: Store) -> None:
-        seen, next_look, next_day = store.version(), time.monotonic() + LOOK_SECONDS, 0.0
+        seen, next_look, next_day = store.database.version(), time.monotonic() + LOOK_SECONDS, 0.0
         while True:
             if time.monotonic() >= next_look:
                 seen = self._look(store, seen)
@@ -139,7 +140,7 @@ class Directory:
 
     def _look(self, store: Store, seen: int) -> int:
         try:
-            version = store.version()
+            version = store.database.version()
             if version != seen:
                 self.view = _view(store)
             return version
@@ -149,7 +150,7 @@ class Directory:
 
     def _forget(self, store: Store) -> None:
         try:
-            store.forget_minutes(int(time.time()))
+            store.usage.forget_minutes(int(time.time()))
         except sqlite3.Error as error:
             log.error("old usage cannot be removed from the tenant store: %s", error)
 

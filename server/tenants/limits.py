@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from ktransformers.server.errors import RequestError
 from ktransformers.server.tenants.records import NO_LIMITS, Limits, Used
-from ktransformers.server.tenants.store import DAY
+from ktransformers.server.tenants.usage import DAY
 
 MINUTE = 60.0
 

@@ -37,7 +37,7 @@ class Office:
         self.clock = Clock()
         self.limiter = Limiter({}, self.clock)
         self.ledger = Ledger(
-            lambda at, rows, used: self.directory.post(lambda store: store.add_usage(at, rows, used))
+            lambda at, rows, used: self.directory.post(lambda store: store.usage.add(at, rows, used))
         )
         self._make = make
 

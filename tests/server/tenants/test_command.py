@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from ktransformers.server import cli
-from ktransformers.server.tenants.store import FILE, Store
+from ktransformers.server.tenants.database import FILE
+from ktransformers.server.tenants.store import Store
 
 
 @pytest.fixture

@@ -13,10 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ktransformers.server.tenants.database import FILE, Database
 from ktransformers.server.tenants.directory import SECRET_FILE, Directory
 from ktransformers.server.tenants.records import Conflict, Limits, Missing, StoreError, UsageRow, Used
 from ktransformers.server.tenants.schema import STEPS, migrate
-from ktransformers.server.tenants.store import DAY, FILE, Store
+from ktransformers.server.tenants.store import Store
+from ktransformers.server.tenants.usage import DAY
 
 ODD_NAMES = [
     "'; DROP TABLE projects; --", '" OR 1=1 --', "Robert'); DELETE FROM keys;", "東京 チーム", "a" * 64,
@@ -69,7 +71,7 @@ def test_bad_names_are_refused(store: Store, name: str) -> None:
 
 @given(st.text(max_size=80))
 def test_any_text_as_name_or_id(name: str) -> None:
-    store = Store(sqlite3.connect(":memory:", isolation_level=None), Path("memory"))
+    store = Store(Database(sqlite3.connect(":memory:", isolation_level=None), Path("memory")))
     migrate(store._db)
     try:
         store.create_project(name, "test")
@@ -95,7 +97,7 @@ def test_a_key_is_kept_as_its_hash_only(store: Store) -> None:
     key, value = store.create_key(account, "k", "test")
     assert value.startswith("kt-") and len(value) == 3 + 43
     assert key.digest == hashlib.sha256(value.encode()).digest()
-    for file in store.path.parent.iterdir():
+    for file in store.database.path.parent.iterdir():
         assert value.encode() not in file.read_bytes() and value[3:].encode() not in file.read_bytes()
     assert value not in str(store.audit()) and key.digest.hex() not in str(store.audit())
     assert store.create_key(account, "k", "test")[1] != value
@@ -142,13 +144,13 @@ def test_usage_adds_up_and_old_minutes_go(store: Store) -> None:
     now = 1_800_000_000
     row = UsageRow(0, "p", "k", "m", 1, 10, 4, 5)
     for at in (now - 9 * DAY, now - 60, now, now):
-        store.add_usage(at, [row], {})
-    store.forget_minutes(now)
-    minutes = store.usage(0, now + DAY, by_day=False)
+        store.usage.add(at, [row], {})
+    store.usage.forget_minutes(now)
+    minutes = store.usage.between(0, now + DAY, by_day=False)
     assert [(r.start, r.requests) for r in minutes] == [(now - 60, 1), (now, 2)]
-    days = store.usage(0, now + DAY, by_day=True)
+    days = store.usage.between(0, now + DAY, by_day=True)
     assert [r.requests for r in days] == [1, 3] and sum(r.input + r.output for r in days) == 4 * 15
-    assert store.used_on(now) == {"p": Used(3, 45), "k": Used(3, 45)}
+    assert store.usage.on_day(now) == {"p": Used(3, 45), "k": Used(3, 45)}
 
 
 # ---- what may happen to a file
@@ -173,7 +175,7 @@ def test_an_older_file_is_taken_along(tmp_path: Path) -> None:
 def test_damage_is_said_in_a_line(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "t"
     store = Store.open(folder)
-    with store._transaction():
+    with store.database.transaction():
         for i in range(300):
             row = (f"proj_{i}", f"project {i}", 1, 1.0, "normal", "{}", "[]")
             store._db.execute("INSERT INTO projects VALUES (?, ?, ?, NULL, ?, ?, ?, ?)", row)
