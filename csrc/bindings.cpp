@@ -166,9 +166,22 @@ std::vector<Op> ops_of(const std::vector<py::tuple>& tuples) {
   return ops;
 }
 
-std::shared_ptr<ThreadPool> make_pool(int threads) {
+std::shared_ptr<ThreadPool> make_pool(int threads, int pretended_nodes) {
   if (threads < 1 || threads > kMaxThreads) throw std::invalid_argument("threads: must be in 1 .. 1024");
-  return std::make_shared<ThreadPool>(threads);
+  if (pretended_nodes < 0 || pretended_nodes > threads)
+    throw std::invalid_argument("pretended_nodes: must be in 0 .. threads");
+  return std::make_shared<ThreadPool>(threads, pretended_nodes);
+}
+
+std::vector<std::pair<int, std::vector<int>>> thread_places(const std::string& root, const std::vector<int>& cpus,
+                                                            int threads) {
+  const std::vector<NumaNode> nodes = numa_nodes(cpus, root);
+  if (threads < static_cast<int>(nodes.size()) || threads > kMaxThreads)
+    throw std::invalid_argument("threads: must be one for each node at least");
+  std::vector<std::pair<int, std::vector<int>>> places;
+  for (ThreadPlace& place : place_threads(nodes, threads))
+    places.emplace_back(nodes[place.node].number, std::move(place.cpus));
+  return places;
 }
 
 std::shared_ptr<Weight> pack(ThreadPool& pool, const std::string& isa, int32_t format, int64_t rows, int64_t cols,
@@ -182,8 +195,12 @@ std::shared_ptr<Weight> pack(ThreadPool& pool, const std::string& isa, int32_t f
 }
 
 std::shared_ptr<Weight> pack_experts(ThreadPool& pool, const std::string& isa, int32_t format, int64_t rows, int64_t cols,
-                                     int64_t experts, const std::function<Array<uint8_t>(int64_t)>& read) {
-  auto weight = std::make_shared<Weight>(table_of(isa), static_cast<Format>(format), rows, cols, experts);
+                                     int64_t experts, const std::function<Array<uint8_t>(int64_t)>& read,
+                                     const std::optional<std::pair<bool, std::vector<int64_t>>>& cut) {
+  const KernelTable& table = table_of(isa);
+  const auto number = static_cast<Format>(format);
+  auto weight = cut ? std::make_shared<Weight>(table, number, rows, cols, experts, Cut{cut->first, cut->second}, pool.nodes())
+                    : std::make_shared<Weight>(table, number, rows, cols, experts);
   for (int64_t e = 0; e < experts; ++e) {
     const Array<uint8_t> data = read(e);
     const std::span<const uint8_t> bytes = view(data);
@@ -253,6 +270,7 @@ py::tuple requantise_rows(ThreadPool& pool, const std::string& isa, int32_t from
 
 Array<float> weight_row(const Weight& weight, int64_t i) {
   if (weight.mapped()) throw std::invalid_argument("weight: stays in its file");
+  if (weight.is_cut()) throw std::invalid_argument("weight: is cut");
   if (i < 0 || i >= weight.rows()) throw std::invalid_argument("i: no such row");
   Array<float> out(weight.cols());
   weight.row(i, out.mutable_data());
@@ -303,6 +321,13 @@ uint64_t digest_of(ThreadPool& pool, const Array<uint8_t>& data) {
 
 uint64_t weight_digest(const Weight& weight, ThreadPool& pool) {
   const py::gil_scoped_release release;
+  if (weight.is_cut()) {
+    constexpr uint64_t kFactor = 0x9E3779B97F4A7C15;
+    uint64_t all = 0;
+    for (size_t n = 0; n < weight.cut().ends.size(); ++n)
+      all = all * kFactor + digest(pool, weight.part(n).packed(), weight.part(n).bytes());
+    return all;
+  }
   if (!weight.mapped()) return digest(pool, weight.packed(), weight.bytes());
   const std::vector<uint8_t> samples = weight.samples();
   return digest(pool, samples.data(), samples.size());
@@ -466,8 +491,10 @@ PYBIND11_MODULE(_kernels, m) {
   });
 
   py::class_<ThreadPool, std::shared_ptr<ThreadPool>>(m, "ThreadPool")
-      .def(py::init(&make_pool), py::arg("threads"))
-      .def_property_readonly("threads", &ThreadPool::threads);
+      .def(py::init(&make_pool), py::arg("threads"), py::arg("pretended_nodes") = 0)
+      .def_property_readonly("threads", &ThreadPool::threads)
+      .def_property_readonly("nodes", [](const ThreadPool& pool) { return pool.nodes().size(); });
+  m.def("thread_places", &thread_places, py::arg("root"), py::arg("cpus"), py::arg("threads"));
 
   py::class_<Weight, std::shared_ptr<Weight>>(m, "Weight")
       .def_property_readonly("isa", [](const Weight& w) { return w.table().name; })
@@ -482,7 +509,7 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("pack", &pack, py::arg("pool"), py::arg("isa"), py::arg("format"), py::arg("rows"), py::arg("cols"),
         py::arg("data").noconvert());
   m.def("pack_experts", &pack_experts, py::arg("pool"), py::arg("isa"), py::arg("format"), py::arg("rows"),
-        py::arg("cols"), py::arg("experts"), py::arg("read"));
+        py::arg("cols"), py::arg("experts"), py::arg("read"), py::arg("cut") = py::none());
   m.def("map_experts", &map_experts, py::arg("isa"), py::arg("format"), py::arg("rows"), py::arg("cols"),
         py::arg("data").noconvert(), py::keep_alive<0, 5>());
   m.def("gemm", &gemm, py::arg("pool"), py::arg("weight"), py::arg("x").noconvert(),

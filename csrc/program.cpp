@@ -34,7 +34,7 @@ Program::Program(std::shared_ptr<ThreadPool> pool, const KernelTable& table, Mod
     : pool_(std::move(pool)),
       table_(table),
       model_(std::move(model)),
-      rows_(check_model(model_)),
+      rows_(check_model(model_, pool_->nodes().size())),
       sizes_(checked(sizes)),
       attention_memory_(table, model_.ops, model_.widths, pool_->threads()),
       sampler_(table, pool_->threads(), rows_.vocab),

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstring>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -125,6 +126,40 @@ Weight::Weight(const KernelTable& table, Format format, int64_t rows, int64_t co
   check();
 }
 
+Weight::Weight(const KernelTable& table, Format format, int64_t rows, int64_t cols, int64_t experts, int node)
+    : table_(&table), format_(format), rows_(rows), cols_(cols), experts_(experts) {
+  check();
+  memory_ = std::make_shared<Mapping>(bytes_, node);
+  packed_ = memory_->data();
+}
+
+Weight::Weight(const KernelTable& table, Format format, int64_t rows, int64_t cols, int64_t experts, Cut cut,
+               const std::vector<int>& nodes)
+    : table_(&table), format_(format), rows_(rows), cols_(cols), experts_(experts), cut_(std::move(cut)) {
+  check();
+  check_cut(nodes);
+  bytes_ = 0;
+  for (size_t n = 0; n < nodes.size(); ++n) {
+    const int64_t size = cut_.ends[n] - (n == 0 ? 0 : cut_.ends[n - 1]);
+    parts_.push_back(cut_.columns ? Weight(table, format, rows, size, experts, nodes[n])
+                                  : Weight(table, format, experts * size, cols, experts, nodes[n]));
+    bytes_ += parts_.back().bytes();
+  }
+}
+
+void Weight::check_cut(const std::vector<int>& nodes) const {
+  const int64_t whole = cut_.columns ? cols_ : expert_rows(), step = cut_.columns ? block_of(format_).elements : 1;
+  int64_t last = 0;
+  for (const int64_t end : cut_.ends) {
+    if (end <= last || end > whole || end % step != 0)
+      throw std::invalid_argument("cut: " + std::to_string(end) + " after " + std::to_string(last) + " of " +
+                                  std::to_string(whole) + " in blocks of " + std::to_string(step));
+    last = end;
+  }
+  if (last != whole || cut_.ends.size() != nodes.size())
+    throw std::invalid_argument("cut: must have an end for each node, the last of them " + std::to_string(whole));
+}
+
 void Weight::check() {
   source_bytes(format_, rows_, cols_);
   if (experts_ <= 0 || rows_ % experts_ != 0)
@@ -169,12 +204,29 @@ void Weight::release(int64_t expert) const {
 
 void Weight::pack(ThreadPool& pool, int64_t expert, const uint8_t* src, size_t size) {
   check_size(size);
+  for (size_t n = 0; n < parts_.size(); ++n) pack_part(pool, n, expert, src);
+  if (is_cut()) return;
   uint8_t* to = packed_ + expert * expert_bytes();
   const ThreadPool::Session session(pool);
   const int64_t chunks = std::min<int64_t>(panels(), int64_t{pool.threads()} * 8);
   pool.parallel_for(chunks, [&](int64_t chunk, int) {
     table_->pack(format_, src, expert_rows(), cols_, panels() * chunk / chunks, panels() * (chunk + 1) / chunks, to);
   });
+}
+
+void Weight::pack_part(ThreadPool& pool, size_t n, int64_t expert, const uint8_t* src) {
+  Weight& part = parts_[n];
+  const int64_t begin = n == 0 ? 0 : cut_.ends[n - 1];
+  const size_t bytes = source_bytes(format_, part.expert_rows(), part.cols());
+  const size_t row = source_bytes(format_, 1, cols_);
+  if (!cut_.columns) return part.pack(pool, expert, src + begin * row, bytes);
+  const Block block = block_of(format_);
+  const uint8_t* from = src + begin / block.elements * block.bytes;
+  const size_t part_row = source_bytes(format_, 1, part.cols());
+  std::vector<uint8_t> columns(bytes);
+  for (int64_t r = 0; r < part.expert_rows(); ++r)
+    std::memcpy(columns.data() + r * part_row, from + r * row, part_row);
+  part.pack(pool, expert, columns.data(), bytes);
 }
 
 }  // namespace kt

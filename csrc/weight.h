@@ -16,6 +16,13 @@ namespace kt {
 // cols not a multiple of the format's block.
 size_t source_bytes(Format format, int64_t rows, int64_t cols);
 
+// How experts are cut for the nodes of a machine (cpu/numa.h): part n has rows, or columns, ends[n - 1] (0 for the first) to
+// ends[n] of each.
+struct Cut {
+  bool columns;
+  std::vector<int64_t> ends;
+};
+
 // `rows` outputs of `cols` inputs, tied to the table that packed them. The rows may be those of several experts one after
 // another, as many of each; then each expert has panels of its own, and no panel holds rows of two.
 class Weight {
@@ -23,6 +30,11 @@ class Weight {
   // Room for panels of zeros; to be filled by pack, expert by expert. std::invalid_argument for sizes out of range, or a
   // format that the table does not take.
   Weight(const KernelTable& table, Format format, int64_t rows, int64_t cols, int64_t experts);
+
+  // The same cut in parts, each in the memory of a node: as many `nodes`, their numbers, as ends. std::invalid_argument also
+  // for ends that do not ascend to all rows or columns, or in the middle of a block.
+  Weight(const KernelTable& table, Format format, int64_t rows, int64_t cols, int64_t experts, Cut cut,
+         const std::vector<int>& nodes);
 
   // Repacks the `size` bytes of one expert at `src`, in parallel over panels. std::invalid_argument when the size does not
   // fit.
@@ -37,6 +49,11 @@ class Weight {
   // source_bytes says, for as long as its result lives. It may be called by any thread, and may throw.
   using Make = std::function<std::shared_ptr<const uint8_t>(int64_t expert)>;
   Weight(const KernelTable& table, Format format, int64_t rows, int64_t cols, int64_t experts, Make make);
+
+  // The parts, if it is cut: then packed() is nullptr, too.
+  bool is_cut() const { return !parts_.empty(); }
+  const Cut& cut() const { return cut_; }
+  const Weight& part(size_t n) const { return parts_[n]; }
 
   // Whether experts stay in their file: then packed() is nullptr, and pack_panels makes panels where they are wanted. It
   // throws what `make` throws.
@@ -66,7 +83,10 @@ class Weight {
   }
 
  private:
+  Weight(const KernelTable& table, Format format, int64_t rows, int64_t cols, int64_t experts, int node);
   void check();
+  void check_cut(const std::vector<int>& nodes) const;
+  void pack_part(ThreadPool& pool, size_t n, int64_t expert, const uint8_t* src);
   void check_size(size_t size) const;
 
   const KernelTable* table_;
@@ -77,6 +97,8 @@ class Weight {
   Make make_;
   std::shared_ptr<Mapping> memory_;  // often shared with other weights
   uint8_t* packed_ = nullptr;
+  Cut cut_{};
+  std::vector<Weight> parts_;
 };
 
 }  // namespace kt

@@ -28,9 +28,18 @@ def emulated_isas() -> list[str]:
 class ThreadPool:
     """`threads` workers, the calling thread among them; they sleep when there is no work."""
 
-    def __init__(self, threads: int) -> None: ...
+    def __init__(self, threads: int, pretended_nodes: int = 0) -> None:
+        """On a machine with several NUMA nodes each thread stays on one, if there is one for each at least.
+        `pretended_nodes` (0: those of the machine) are for tests: threads are shared out, memory is not."""
     @property
     def threads(self) -> int: ...
+    @property
+    def nodes(self) -> int:
+        """NUMA nodes whose memory its threads have near. At least 1."""
+
+def thread_places(root: str, cpus: list[int], threads: int) -> list[tuple[int, list[int]]]:
+    """For tests, where a pool's threads would be: for each the number of its node (-1: there is but one) and
+    the CPUs that it may run on (none: any). `root` is such a folder as /sys/devices/system/node."""
 
 class Weight:
     """A packed weight, read-only, tied to the table that packed it."""
@@ -56,9 +65,13 @@ def pack(pool: ThreadPool, isa: str, format: int, rows: int, cols: int, data: U8
     """Repack `rows` x `cols` elements in a GGUF format; `data` may be freed afterwards."""
 
 def pack_experts(
-    pool: ThreadPool, isa: str, format: int, rows: int, cols: int, experts: int, read: Callable[[int], U8]  # noqa: A002
+    pool: ThreadPool, isa: str, format: int, rows: int, cols: int, experts: int, read: Callable[[int], U8],  # noqa: A002
+    cut: tuple[bool, list[int]] | None = None,
 ) -> Weight:
-    """The same for the rows of several experts, one after another; `read` gives the bytes of one expert."""
+    """The same for the rows of several experts, one after another; `read` gives the bytes of one expert.
+
+    `cut` gives each node of the pool a part of every expert in its own memory: (whether columns or else rows
+    are cut, where each part ends). Only Experts takes such a weight."""
 
 def map_experts(isa: str, format: int, rows: int, cols: int, data: list[U8]) -> Weight:  # noqa: A002
     """Experts that stay where they are: one array for each, a view of a file's read-only mapping.

@@ -5,6 +5,8 @@
 #include <new>
 #include <utility>
 
+#include "cpu/numa.h"
+
 namespace kt {
 namespace {
 
@@ -12,7 +14,7 @@ constexpr size_t kHugePage = size_t{2} << 20;
 
 }  // namespace
 
-Mapping::Mapping(size_t bytes) : size_(bytes) {
+Mapping::Mapping(size_t bytes, int node) : size_(bytes) {
   if (bytes == 0) return;
   const bool huge = bytes >= kHugePage;
   const size_t slack = huge ? kHugePage : 0;
@@ -23,6 +25,7 @@ Mapping::Mapping(size_t bytes) : size_(bytes) {
   const uintptr_t aligned = huge ? (start + kHugePage - 1) / kHugePage * kHugePage : start;
   data_ = reinterpret_cast<uint8_t*>(aligned);
   if (huge) madvise(data_, bytes, MADV_HUGEPAGE);  // advice: a kernel without it is only slower
+  prefer_node(base_, reserved_, node);
 }
 
 Mapping::~Mapping() {

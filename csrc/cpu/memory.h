@@ -10,7 +10,7 @@ namespace kt {
 class Mapping {
  public:
   Mapping() = default;
-  explicit Mapping(size_t bytes);  // std::bad_alloc
+  explicit Mapping(size_t bytes, int node = -1);  // of a NUMA node's memory if it has a number; std::bad_alloc
   ~Mapping();
   Mapping(Mapping&& other) noexcept;
   Mapping& operator=(Mapping&& other) noexcept;

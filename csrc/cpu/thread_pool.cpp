@@ -54,24 +54,34 @@ std::vector<int> cpus_of(const std::vector<uint8_t>& mask) {
 }
 
 // Best effort: a container may forbid it, and an unpinned thread is only slower.
-bool pin_current_thread(int cpu, size_t mask_bytes) {
+bool pin_current_thread(const std::vector<int>& cpus, size_t mask_bytes) {
   std::vector<uint8_t> mask(mask_bytes);
-  mask[cpu / 8] = static_cast<uint8_t>(1 << (cpu % 8));
+  for (const int cpu : cpus) mask[cpu / 8] = static_cast<uint8_t>(mask[cpu / 8] | 1 << (cpu % 8));
   return sched_setaffinity(0, mask.size(), reinterpret_cast<const cpu_set_t*>(mask.data())) == 0;
 }
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads)
+ThreadPool::ThreadPool(int threads, int pretended)
     : ranges_(std::make_unique<Range[]>(threads)), cursors_(std::make_unique<Cursor[]>(threads)) {
   const std::vector<uint8_t> mask = affinity_mask();
-  std::vector<int> cpus = cpus_of(mask);
-  if (threads > 1 && cpus.size() == static_cast<size_t>(threads)) cpus_ = std::move(cpus);
+  const std::vector<int> cpus = cpus_of(mask);
+  std::vector<NumaNode> nodes = numa_nodes(cpus);
+  if (threads < static_cast<int>(nodes.size())) nodes = {{-1, cpus}};
+  places_ = place_threads(nodes, threads);
+  for (const NumaNode& node : nodes) nodes_.push_back(node.number);
+  if (pretended > 0) {
+    nodes_.assign(pretended, -1);
+    for (int t = 0; t < threads; ++t) places_[t].node = t * pretended / threads;
+  }
+  for (int t = 0; t < threads; ++t)
+    if (t == 0 || places_[t].node != places_[t - 1].node) first_threads_.push_back(t);
+  first_threads_.push_back(threads);
   workers_.reserve(threads - 1);
   for (int t = 1; t < threads; ++t) {
     workers_.emplace_back([this, t, bytes = mask.size()] {
       pthread_setname_np(pthread_self(), "kt-compute");
-      if (!cpus_.empty()) pin_current_thread(cpus_[t], bytes);
+      if (!places_[t].cpus.empty()) pin_current_thread(places_[t].cpus, bytes);
       worker(t);
     });
   }
@@ -100,15 +110,19 @@ int64_t ThreadPool::Range::claim_last() {
   return -1;
 }
 
+void ThreadPool::share_out(int64_t begin, int64_t end, int first, int last) {
+  const int64_t chunks = end - begin, count = last - first;
+  for (int64_t t = 0; t < count; ++t) {
+    const uint64_t from = begin + chunks * t / count, to = begin + chunks * (t + 1) / count;
+    ranges_[first + t].next = from << 32 | to;
+  }
+}
+
 void ThreadPool::run(int64_t chunks, Function fn, void* context) {
   fn_ = fn;
   context_ = context;
   unfinished_.store(chunks, std::memory_order_relaxed);
-  const int64_t count = threads();
-  for (int64_t t = 0; t < count; ++t) {
-    const uint64_t first = chunks * t / count, end = chunks * (t + 1) / count;
-    ranges_[t].unclaimed.store(first << 32 | end, std::memory_order_release);
-  }
+  for (int t = 0; t < threads(); ++t) ranges_[t].unclaimed.store(ranges_[t].next, std::memory_order_release);
   // Sequentially consistent on both sides: either the sleeper sees the new job, or we see the sleeper.
   job_.fetch_add(1, std::memory_order_seq_cst);
   if (sleepers_.load(std::memory_order_seq_cst) > 0)
@@ -127,11 +141,14 @@ void ThreadPool::run(int64_t chunks, Function fn, void* context) {
 void ThreadPool::work(int thread) {
   int64_t done = 0, chunk;
   for (; (chunk = ranges_[thread].claim_first()) >= 0; ++done) fn_(context_, chunk, thread);
-  const int count = threads();
-  for (int i = 1; i < count; ++i) {
-    Range& other = ranges_[(thread + i) % count];
-    for (; (chunk = other.claim_last()) >= 0; ++done) fn_(context_, chunk, thread);
-  }
+  const auto help = [&](int other) {
+    for (; (chunk = ranges_[other].claim_last()) >= 0; ++done) fn_(context_, chunk, thread);
+  };
+  // Those of the same node first: what they read is near.
+  const int count = threads(), first = first_threads_[places_[thread].node];
+  const int near = first_threads_[places_[thread].node + 1] - first;
+  for (int i = 1; i < near; ++i) help(first + (thread - first + i) % near);
+  for (int i = near; i < count; ++i) help((first + i) % count);
   if (done > 0) unfinished_.fetch_sub(done, std::memory_order_release);
 }
 
@@ -184,9 +201,10 @@ void ThreadPool::worker(int thread) {
 }
 
 ThreadPool::Session::Session(ThreadPool& pool) : pool_(pool), lock_(pool.session_) {
-  if (pool.cpus_.empty()) return;
+  const std::vector<int>& cpus = pool.places_[0].cpus;
+  if (cpus.empty()) return;
   mask_ = affinity_mask();
-  pinned_ = !mask_.empty() && pin_current_thread(pool.cpus_[0], mask_.size());
+  pinned_ = !mask_.empty() && pin_current_thread(cpus, mask_.size());
 }
 
 ThreadPool::Session::~Session() {

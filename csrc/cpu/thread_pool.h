@@ -10,6 +10,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/numa.h"
+
 namespace kt {
 
 // Memory that a later job will read: for each thread the pieces that it will read first, in their order.
@@ -21,13 +23,18 @@ using ReadAhead = std::vector<std::vector<std::span<const uint8_t>>>;
 class ThreadPool {
  public:
   // `threads` >= 1, the caller among them. Workers are pinned to one CPU each when the pool is as large as the affinity
-  // mask; a smaller pool is left to the kernel, else all small pools of a machine would sit on the same CPUs.
-  explicit ThreadPool(int threads);
+  // mask; a smaller pool is left to the kernel, else all small pools of a machine would sit on the same CPUs. On a machine
+  // with several NUMA nodes each thread stays on one. `pretended` nodes, at most as many as threads, are for tests: the
+  // threads are shared out, and memory is wherever it comes from.
+  explicit ThreadPool(int threads, int pretended = 0);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // The number of each node that has threads, for Mapping; one where there is nothing to tell apart.
+  const std::vector<int>& nodes() const { return nodes_; }
 
   // Calls fn(chunk, thread) for each chunk in [0, chunks), 0 <= thread < threads(); returns when all are done. What fn
   // wrote is then visible. fn must not throw, and must not call parallel_for. One caller at a time.
@@ -38,9 +45,19 @@ class ThreadPool {
       for (int64_t i = 0; i < chunks; ++i) fn(i, 0);
       return;
     }
-    using Fn = std::remove_reference_t<F>;
-    run(chunks, [](void* f, int64_t chunk, int thread) { (*static_cast<Fn*>(f))(chunk, thread); },
-        const_cast<void*>(static_cast<const void*>(&fn)));
+    share_out(0, chunks, 0, threads());
+    run(chunks, &call<std::remove_reference_t<F>>, const_cast<void*>(static_cast<const void*>(&fn)));
+  }
+
+  // The same where chunks are some node's: those from ends[n - 1] (0 for the first) to ends[n] that of node n, whose
+  // threads have ranges of them; others take what they leave. As many ends as nodes(), or one for chunks of no node.
+  template <class F>
+  void parallel_for(const std::vector<int64_t>& ends, F&& fn) {
+    if (ends.back() <= 0) return;
+    if (workers_.empty() || ends.size() == 1) return parallel_for(ends.back(), fn);
+    for (size_t n = 0; n < ends.size(); ++n)
+      share_out(n == 0 ? 0 : ends[n - 1], ends[n], first_threads_[n], first_threads_[n + 1]);
+    run(ends.back(), &call<std::remove_reference_t<F>>, const_cast<void*>(static_cast<const void*>(&fn)));
   }
 
   // Has threads that wait, from now on, fetch their part of what a later job will read, at most kAheadBytes of it: between
@@ -73,6 +90,7 @@ class ThreadPool {
   // Chunks that nobody has claimed: the first in the upper half, the end in the lower. A line of its own for each
   // thread, which the others touch only when they have nothing of their own left.
   struct alignas(64) Range {
+    uint64_t next = 0;  // what the next job begins with
     std::atomic<uint64_t> unclaimed{0};
     int64_t claim_first();  // -1: none left
     int64_t claim_last();
@@ -84,6 +102,13 @@ class ThreadPool {
     size_t piece = 0, offset = 0, fetched = 0;
   };
 
+  template <class Fn>
+  static void call(void* context, int64_t chunk, int thread) {
+    (*static_cast<Fn*>(context))(chunk, thread);
+  }
+
+  // Ranges of chunks [begin, end) for threads [first, last), from the next run on.
+  void share_out(int64_t begin, int64_t end, int first, int last);
   void run(int64_t chunks, Function fn, void* context);
   void work(int thread);
   void worker(int thread);
@@ -106,7 +131,8 @@ class ThreadPool {
 
   std::deque<ReadAhead> kept_;
   std::vector<std::thread> workers_;
-  std::vector<int> cpus_;  // one for each thread when pinned, else empty
+  std::vector<int> nodes_, first_threads_;  // of each node, and all threads at the end
+  std::vector<ThreadPlace> places_;         // of each thread
   std::mutex session_;
 };
 

@@ -14,7 +14,8 @@ constexpr int64_t kMaxStateSize = int64_t{1} << 20;
 
 class Checker {
  public:
-  explicit Checker(const Model& model) : model_(model), values_(model.widths.size(), Rows::kUnset), routes_(model.widths.size()) {
+  Checker(const Model& model, size_t nodes)
+      : model_(model), nodes_(nodes), values_(model.widths.size(), Rows::kUnset), routes_(model.widths.size()) {
     result_.token_rows.resize(model.widths.size(), false);
   }
 
@@ -82,9 +83,11 @@ class Checker {
       fail(field, "weight " + std::to_string(id) + " of " + std::to_string(model_.weights.size()));
     return *model_.weights[id];
   }
-  void check_shape(const std::string& field, int64_t id, int64_t rows, int64_t cols, int64_t experts = 1) const {
+  void check_shape(const std::string& field, int64_t id, int64_t rows, int64_t cols, int64_t experts = 1,
+                   bool may_be_cut = false) const {
     const Weight& w = weight(field, id);
     require(experts > 1 || !w.mapped(), field, "must not stay in its file");
+    require(may_be_cut || !w.is_cut(), field, "must not be cut");
     if (w.experts() != experts)
       fail(field, "weight " + std::to_string(id) + " has " + std::to_string(w.experts()) + " experts, expected " +
                       std::to_string(experts));
@@ -107,6 +110,7 @@ class Checker {
     start("Embed", Rows::kTokens);
     const Weight& table = weight("table", op.table);
     require(!table.mapped(), "table", "must not stay in its file");
+    require(!table.is_cut(), "table", "must not be cut");
     require(result_.vocab == 0 || result_.vocab == table.rows(), "table", "differs in rows from another Embed");
     result_.vocab = table.rows();
     check_number("scale", op.scale, false);
@@ -289,9 +293,10 @@ class Checker {
             "is not a choice of as many of these experts");
     const int64_t in = width("x", op.x), out = width("out", op.out);
     const int64_t hidden = weight("gate", op.gate).expert_rows();
-    check_shape("gate", op.gate, op.experts * hidden, in, op.experts);
-    check_shape("up", op.up, op.experts * hidden, in, op.experts);
-    check_shape("down", op.down, op.experts * out, hidden, op.experts);
+    check_shape("gate", op.gate, op.experts * hidden, in, op.experts, true);
+    check_shape("up", op.up, op.experts * hidden, in, op.experts, true);
+    check_shape("down", op.down, op.experts * out, hidden, op.experts, true);
+    check_cut(op);
     const bool mapped = weight("gate", op.gate).mapped();
     require(weight("up", op.up).mapped() == mapped && weight("down", op.down).mapped() == mapped, "down",
             "must stay in its file as gate and up do, or not");
@@ -303,6 +308,18 @@ class Checker {
     check_number("limit", op.limit, false);
     require(op.out != op.x && op.out != op.route, "out", "must be neither x nor route");
     write("out", op.out, rows, out);
+  }
+
+  // All three by the same hidden columns, at whole groups of 32, for the nodes of the pool that computes them.
+  void check_cut(const op::Experts& op) const {
+    const Weight &gate = weight("gate", op.gate), &up = weight("up", op.up), &down = weight("down", op.down);
+    require(gate.cut().ends == up.cut().ends && gate.cut().ends == down.cut().ends, "down", "is cut elsewhere than gate or up");
+    if (!gate.is_cut()) return;
+    require(!gate.cut().columns && !up.cut().columns && down.cut().columns, "down",
+            "must be cut in columns, gate and up in rows");
+    require(gate.cut().ends.size() == nodes_, "gate", "is not cut for as many nodes as the threads have");
+    for (size_t n = 0; n + 1 < nodes_; ++n)
+      require(gate.cut().ends[n] % 32 == 0, "gate", "must be cut at multiples of 32");
   }
 
   void check(const op::Add& op) {
@@ -348,6 +365,7 @@ class Checker {
   };
 
   const Model& model_;
+  const size_t nodes_;
   std::vector<Rows> values_;
   std::vector<Choice> routes_;  // of each value that a Route wrote last: its numbers are indices
   std::vector<bool> layer_used_, conv_used_, delta_used_;
@@ -359,6 +377,6 @@ class Checker {
 
 }  // namespace
 
-ModelRows check_model(const Model& model) { return Checker(model).run(); }
+ModelRows check_model(const Model& model, size_t nodes) { return Checker(model, nodes).run(); }
 
 }  // namespace kt

@@ -50,23 +50,33 @@ Experts::Experts(const KernelTable& table, const Model& model, const Values& val
       act_(op.act),
       alpha_(op.alpha),
       limit_(op.limit),
-      gate_(matrix(model, op.gate, op.gate_bias)),
-      up_(matrix(model, op.up, op.up_bias)),
-      down_(matrix(model, op.down, op.down_bias)),
-      hidden_(table.activation(down_.weight->format())),
-      hidden_bytes_(table.activation_bytes(hidden_, down_.weight->cols())) {
-  present_for(gate_);
-  present_for(up_);
-  up_.offset = align(gate_.weight->expert_bytes());
-  down_.offset = up_.offset + align(up_.weight->expert_bytes());
+      hidden_(table.activation(model.weights[op.down]->format())) {
+  const Weight& whole = *model.weights[op.gate];
+  for (size_t n = 0; n < (whole.is_cut() ? whole.cut().ends.size() : 1); ++n) {
+    Share share{matrix(model, op.gate, op.gate_bias, n), matrix(model, op.up, op.up_bias, n),
+                matrix(model, op.down, n == 0 ? op.down_bias : op::kNone, n), 0, hidden_bytes_};
+    present_for(share.gate);
+    present_for(share.up);
+    share.up.offset = align(share.gate.weight->expert_bytes());
+    share.down.offset = share.up.offset + align(share.up.weight->expert_bytes());
+    share.hidden_bytes = table.activation_bytes(hidden_, share.down.weight->cols());
+    hidden_bytes_ += share.hidden_bytes;
+    shares_.push_back(std::move(share));
+  }
 }
 
-Experts::Matrix Experts::matrix(const Model& model, int64_t weight, int64_t bias) const {
-  Matrix m{model.weights[weight].get(), {}};
-  if (bias != op::kNone) {
-    const Weight& b = *model.weights[bias];
-    m.bias.resize(b.rows() * b.cols());
-    for (int64_t e = 0; e < b.rows(); ++e) b.row(e, m.bias.data() + e * b.cols());
+// A share of a weight, and of its bias that for its own rows.
+Experts::Matrix Experts::matrix(const Model& model, int64_t weight, int64_t bias, size_t share) {
+  const Weight& whole = *model.weights[weight];
+  Matrix m{whole.is_cut() ? &whole.part(share) : &whole, {}};
+  if (bias == op::kNone) return m;
+  const Weight& b = *model.weights[bias];
+  const int64_t rows = m.weight->expert_rows();
+  const int64_t first = whole.is_cut() && !whole.cut().columns && share > 0 ? whole.cut().ends[share - 1] : 0;
+  std::vector<float> all(b.cols());
+  for (int64_t e = 0; e < b.rows(); ++e) {
+    b.row(e, all.data());
+    m.bias.insert(m.bias.end(), all.begin() + first, all.begin() + first + rows);
   }
   return m;
 }
@@ -101,6 +111,7 @@ size_t Experts::scratch_bytes(int64_t max_rows) const {
 void Experts::reserve(ExpertsMemory& memory, int64_t max_rows, int threads) const {
   const int64_t choices = max_rows * top_;
   grow(memory.hidden, hidden_bytes_ * choices);
+  if (shares_.size() > 1) grow(memory.partial, shares_.size() * max_rows * outputs() * sizeof(float));
   memory.scratch.resize(threads);
   for (Mapping& scratch : memory.scratch) grow(scratch, scratch_bytes(max_rows));
   memory.slots.resize(std::max(memory.slots.size(), static_cast<size_t>(experts_)));
@@ -111,7 +122,10 @@ void Experts::reserve(ExpertsMemory& memory, int64_t max_rows, int threads) cons
 
 // ---- experts that stay in the model's file
 
-size_t Experts::unit_bytes() const { return down_.offset + align(down_.weight->expert_bytes()); }
+size_t Experts::unit_bytes() const {
+  const Matrix& down = shares_[0].down;
+  return down.offset + align(down.weight->expert_bytes());
+}
 
 void Experts::use(ExpertCache& cache, int64_t first_unit) {
   cache_ = &cache;
@@ -126,6 +140,7 @@ void Experts::read_ahead(const Weight& router, const Experts& next) {
 // Finds the chosen experts, or makes room for them and packs them. All reads are announced before the first is waited
 // for, those of the next layer behind them.
 void Experts::fetch(ThreadPool& pool, int64_t rows, ExpertsMemory& memory) const {
+  const Share& whole = shares_[0];  // what stays in its file is not cut
   memory.missing.clear();
   for (int64_t e = 0; e < experts_; ++e) {
     if (memory.starts[e] == memory.starts[e + 1]) continue;
@@ -134,10 +149,10 @@ void Experts::fetch(ThreadPool& pool, int64_t rows, ExpertsMemory& memory) const
   }
   for (const int64_t e : memory.missing) {
     memory.slots[e] = cache_->take(first_unit_ + e);
-    for (const Matrix* m : {&gate_, &up_, &down_}) m->weight->will_need(e);
+    for (const Matrix* m : {&whole.gate, &whole.up, &whole.down}) m->weight->will_need(e);
   }
   if (next_ != nullptr && rows <= kRowsReadAhead) announce(rows);
-  const Matrix* const matrices[] = {&gate_, &up_, &down_};
+  const Matrix* const matrices[] = {&whole.gate, &whole.up, &whole.down};
   const auto each = static_cast<int64_t>(std::size(matrices));
   std::mutex mutex;
   std::exception_ptr failure;
@@ -176,7 +191,8 @@ void Experts::announce(int64_t rows) const {
                       [row](int64_t a, int64_t b) { return row[a] > row[b] || (row[a] == row[b] && a < b); });
     for (int64_t i = 0; i < next_->top_; ++i) {
       if (cache_->has(next_->first_unit_ + order[i])) continue;
-      for (const Matrix* m : {&next_->gate_, &next_->up_, &next_->down_}) m->weight->will_need(order[i]);
+      const Share& whole = next_->shares_[0];
+      for (const Matrix* m : {&whole.gate, &whole.up, &whole.down}) m->weight->will_need(order[i]);
     }
   }
 }
@@ -200,16 +216,22 @@ WholeFunction Experts::make_compute(ThreadPool& pool, const uint8_t* activations
     group(rows, memory);
     if (cache_ != nullptr) fetch(pool, rows, memory);
     plan(pool.threads(), memory);
-    pool.parallel_for(static_cast<int64_t>(memory.tasks.size()), [&](int64_t i, int thread) {
+    pool.parallel_for(memory.task_ends, [&](int64_t i, int thread) {
       uint8_t* scratch = memory.scratch[thread].data();
       const ExpertTask& task = memory.tasks[i];
       gate_and_up(task, gather(task, activations, max_rows, memory, scratch),
                   reinterpret_cast<float*>(scratch + gathered_bytes()), memory);
     });
-    const int64_t panels = down_.weight->panels(), chunk = down_panels(rows, pool.threads());
-    pool.parallel_for(ceil_div(panels, chunk), [&](int64_t i, int thread) {
-      down_and_sum(i * chunk, std::min((i + 1) * chunk, panels), rows, memory, memory.scratch[thread].as<float>());
+    const int64_t panels = shares_[0].down.weight->panels(), chunk = down_panels(rows, pool.threads());
+    const int64_t pieces = ceil_div(panels, chunk);
+    std::vector<int64_t> ends(memory.task_ends.size(), pieces);  // of each share
+    std::partial_sum(ends.begin(), ends.end(), ends.begin());
+    pool.parallel_for(ends, [&](int64_t i, int thread) {
+      const int64_t begin = i % pieces * chunk;
+      down_and_sum(static_cast<size_t>(i / pieces), begin, std::min(begin + chunk, panels), rows, memory,
+                   memory.scratch[thread].as<float>());
     });
+    if (shares_.size() > 1) add_shares(pool, rows, memory);
   };
 }
 
@@ -233,30 +255,40 @@ void Experts::group(int64_t rows, ExpertsMemory& memory) const {
     }
 }
 
-// The pieces of gate and up: of equal work, the experts with the most rows first.
 void Experts::plan(int threads, ExpertsMemory& memory) const {
-  const int64_t panels = gate_.weight->panels(), most_rows = rows_of_task();
   memory.tasks.clear();
+  memory.task_ends.clear();
+  for (size_t share = 0; share < shares_.size(); ++share) {
+    plan_share(share, std::max(threads / static_cast<int>(shares_.size()), 1), memory.planned, memory);
+    memory.tasks.insert(memory.tasks.end(), memory.planned.begin(), memory.planned.end());
+    memory.task_ends.push_back(static_cast<int64_t>(memory.tasks.size()));
+  }
+}
+
+// The pieces of gate and up: of equal work, the experts with the most rows first.
+void Experts::plan_share(size_t share, int threads, std::vector<ExpertTask>& tasks, const ExpertsMemory& memory) const {
+  const int64_t panels = shares_[share].gate.weight->panels(), most_rows = rows_of_task();
+  tasks.clear();
   int64_t work = 0;
   for (int64_t e = 0; e < experts_; ++e) {
     const int64_t end = memory.starts[e + 1];
     for (int64_t first = memory.starts[e]; first < end; first += most_rows) {
       const int64_t rows = std::min(most_rows, end - first);
-      memory.tasks.push_back({e, first, rows, 0, panels});
+      tasks.push_back({e, first, rows, 0, panels, share});
       work += panels * (rows + kRowsWorthReading);
     }
   }
-  const int64_t share = work / (threads * kChunksPerThread);
-  const size_t whole = memory.tasks.size();
+  const int64_t equal = work / (threads * kChunksPerThread);
+  const size_t whole = tasks.size();
   for (size_t i = 0; i < whole; ++i) {
-    const ExpertTask task = memory.tasks[i];
-    const int64_t fair = share / (task.rows + kRowsWorthReading) / kPanelStep * kPanelStep;
+    const ExpertTask task = tasks[i];
+    const int64_t fair = equal / (task.rows + kRowsWorthReading) / kPanelStep * kPanelStep;
     const int64_t chunk = std::clamp(fair, kPanelStep, std::max(panels, kPanelStep));
-    memory.tasks[i].end = std::min(chunk, panels);
+    tasks[i].end = std::min(chunk, panels);
     for (int64_t begin = chunk; begin < panels; begin += chunk)
-      memory.tasks.push_back({task.expert, task.first, task.rows, begin, std::min(begin + chunk, panels)});
+      tasks.push_back({task.expert, task.first, task.rows, begin, std::min(begin + chunk, panels), share});
   }
-  std::stable_sort(memory.tasks.begin(), memory.tasks.end(), [](const ExpertTask& a, const ExpertTask& b) {
+  std::stable_sort(tasks.begin(), tasks.end(), [](const ExpertTask& a, const ExpertTask& b) {
     return a.rows * (a.end - a.begin) > b.rows * (b.end - b.begin);
   });
 }
@@ -290,21 +322,28 @@ Experts::Inputs Experts::gather(const ExpertTask& task, const uint8_t* activatio
 }
 
 void Experts::gate_and_up(const ExpertTask& task, const Inputs& inputs, float* scratch, ExpertsMemory& memory) const {
-  const int64_t outputs = gate_.weight->expert_rows();
+  const Share& share = shares_[task.share];
+  const int64_t outputs = share.gate.weight->expert_rows();
   const int64_t fitting = kGatedFloats / (task.rows * kPanelRows) / kPanelStep * kPanelStep;
   const int64_t step = std::max(fitting, kPanelStep), width = step * kPanelRows;
   float *gate = scratch, *up = scratch + task.rows * width;
   for (int64_t panel = task.begin; panel < task.end; panel += step) {
     const int64_t end = std::min(panel + step, task.end);
-    multiply(gate_, task.expert, memory, inputs.of[gate_.input], task.rows, panel, end, gate, width);
-    multiply(up_, task.expert, memory, inputs.of[up_.input], task.rows, panel, end, up, width);
+    multiply(share.gate, task.expert, memory, inputs.of[share.gate.input], task.rows, panel, end, gate, width);
+    multiply(share.up, task.expert, memory, inputs.of[share.up.input], task.rows, panel, end, up, width);
     const int64_t first = panel * kPanelRows, n = std::min(end * kPanelRows, outputs) - first;
-    uint8_t* hidden = memory.hidden.data() + task.first * hidden_bytes_ + table_.activation_offset(hidden_, first);
+    uint8_t* to = hidden(task.share, task.first, memory) + table_.activation_offset(hidden_, first);
     for (int64_t r = 0; r < task.rows; ++r) {
       activate(gate + r * width, up + r * width, n, gate + r * width);
-      table_.quantize(hidden_, gate + r * width, width, 1, n, hidden + r * hidden_bytes_);
+      table_.quantize(hidden_, gate + r * width, width, 1, n, to + r * share.hidden_bytes);
     }
   }
+}
+
+// Row `choice` of a share's input of down.
+uint8_t* Experts::hidden(size_t share, int64_t choice, const ExpertsMemory& memory) const {
+  const Share& s = shares_[share];
+  return memory.hidden.data() + s.hidden_before * memory.starts[experts_] + choice * s.hidden_bytes;
 }
 
 void Experts::activate(const float* gate, const float* up, int64_t n, float* y) const {
@@ -318,16 +357,19 @@ void Experts::activate(const float* gate, const float* up, int64_t n, float* y) 
 
 int64_t Experts::down_panels(int64_t rows, int threads) const {
   const int64_t fitting = kSumBytes / (rows * top_ * kPanelRows * int64_t{sizeof(float)});
-  const int64_t balanced = ceil_div(down_.weight->panels(), threads * kChunksPerThread);
+  const int64_t balanced = ceil_div(shares_[0].down.weight->panels(), threads * kChunksPerThread);
   return std::max(std::min(fitting, balanced), kPanelStep);
 }
 
-void Experts::down_and_sum(int64_t begin, int64_t end, int64_t rows, const ExpertsMemory& memory, float* scratch) const {
-  const int64_t width = (end - begin) * kPanelRows, outputs = down_.weight->expert_rows();
+void Experts::down_and_sum(size_t share, int64_t begin, int64_t end, int64_t rows, const ExpertsMemory& memory,
+                           float* scratch) const {
+  const int64_t width = (end - begin) * kPanelRows, outputs = this->outputs();
+  float* out = shares_.size() == 1 ? out_ : memory.partial.as<float>() + static_cast<int64_t>(share) * rows * outputs;
   for (int64_t e = 0; e < experts_; ++e) {
     const int64_t first = memory.starts[e], chosen = memory.starts[e + 1] - first;
     if (chosen > 0)
-      multiply(down_, e, memory, memory.hidden.data() + first * hidden_bytes_, chosen, begin, end, scratch + first * width, width);
+      multiply(shares_[share].down, e, memory, hidden(share, first, memory), chosen, begin, end, scratch + first * width,
+               width);
   }
   const int64_t column = begin * kPanelRows, n = std::min(end * kPanelRows, outputs) - column;
   std::vector<const float*> given(top_);
@@ -335,8 +377,19 @@ void Experts::down_and_sum(int64_t begin, int64_t end, int64_t rows, const Exper
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t k = 0; k < top_; ++k) given[k] = scratch + memory.place[r * top_ + k] * width;
     const float* weights = weigh_input_ ? ones.data() : route_ + r * 2 * top_ + top_;
-    table_.weighted_sum(given.data(), weights, top_, n, out_ + r * outputs + column);
+    table_.weighted_sum(given.data(), weights, top_, n, out + r * outputs + column);
   }
+}
+
+void Experts::add_shares(ThreadPool& pool, int64_t rows, const ExpertsMemory& memory) const {
+  const int64_t floats = rows * outputs();
+  const float* partial = memory.partial.as<float>();
+  pool.parallel_for(ceil_div(floats, kGatedFloats), [&](int64_t i, int) {
+    const int64_t first = i * kGatedFloats, n = std::min(kGatedFloats, floats - first);
+    table_.add(partial + first, partial + floats + first, n, out_ + first);
+    for (size_t share = 2; share < shares_.size(); ++share)
+      table_.add(out_ + first, partial + static_cast<int64_t>(share) * floats + first, n, out_ + first);
+  });
 }
 
 // y[r][o - 16 begin] for panels [begin, end) of one expert.

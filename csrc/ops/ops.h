@@ -126,6 +126,6 @@ struct ModelRows {
 };
 
 // Checks every index and shape, so that what runs the model need not. std::invalid_argument names the op and field.
-ModelRows check_model(const Model& model);
+ModelRows check_model(const Model& model, size_t nodes);
 
 }  // namespace kt

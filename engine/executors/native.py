@@ -7,6 +7,7 @@ import numpy as np
 
 from ktransformers.engine import _kernels
 from ktransformers.engine.batch import F32, MAX_LOGPROBS, U8, Batch, Drawn, SamplingBatch
+from ktransformers.engine.executors.node_ranges import Cut, cuts
 from ktransformers.engine.program import LinearPart, Op, Pieces, Program, Tensor, WeightId, expert_weights
 from ktransformers.engine.weights import pages
 from ktransformers.kvcache.config import KvFormat
@@ -17,8 +18,10 @@ class NativeExecutor:
 
     `isa` is one of `_kernels.isas()`, None the best. With `expert_bytes` routed experts stay in the model's
     file, and that much memory holds those that were used last; at least what one layer has. `states`:
-    places for states of sequences, of a program that has them. `progress` is
-    told bytes of weights packed so far and in total. ValueError for a program that does not fit together
+    places for states of sequences, of a program that has them. On a machine with several NUMA nodes routed
+    experts are cut, a range of their hidden columns for each node; bits depend on how many ranges there are.
+    `pretended_nodes`, at most as many as threads, are for tests. `progress` is told bytes of weights packed
+    so far and in total. ValueError for a program that does not fit together
     (with op and field), MemoryError.
     """
 
@@ -36,6 +39,7 @@ class NativeExecutor:
         expert_bytes: int | None = None,
         kv_format: KvFormat = "f16",
         states: int = 0,
+        pretended_nodes: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         if program.cache.kind != "kv" and kv_format != "f16":
@@ -43,7 +47,7 @@ class NativeExecutor:
         self.isa = isa or _kernels.isas()[0]
         self.blocks = blocks
         self.state_slots = states if program.state is not None else 0
-        pool = _kernels.ThreadPool(threads)
+        pool = _kernels.ThreadPool(threads, pretended_nodes)
         mapped = set() if expert_bytes is None else expert_weights(program)
         weights = pack_weights(pool, self.isa, program, mapped, progress)
         self.weights_digest = tuple(weight.digest(pool) for weight in weights)
@@ -143,11 +147,12 @@ def pack_weights(
     total = sum(t.data.nbytes for i, t in enumerate(program.weights) if i not in mapped)
     done = 0
     packed = []
+    cut = cuts(program, pool.nodes)
     for i, t in enumerate(program.weights):
         if progress is not None:
             progress(done, total)
         try:
-            packed.append(_map(isa, t) if i in mapped else _pack(pool, isa, t))
+            packed.append(_map(isa, t) if i in mapped else _pack(pool, isa, t, cut.get(i)))
         except ValueError as error:
             raise ValueError(f"tensor '{t.name}': {error}") from error
         done += 0 if i in mapped else t.data.nbytes
@@ -156,7 +161,7 @@ def pack_weights(
     return packed
 
 
-def _pack(pool: _kernels.ThreadPool, isa: str, t: Tensor) -> _kernels.Weight:
+def _pack(pool: _kernels.ThreadPool, isa: str, t: Tensor, cut: Cut | None) -> _kernels.Weight:
     last: list[U8] = []
 
     def expert(e: int) -> U8:
@@ -171,7 +176,7 @@ def _pack(pool: _kernels.ThreadPool, isa: str, t: Tensor) -> _kernels.Weight:
         last.append(t.read())
         weight = _kernels.pack(pool, isa, t.format, t.rows, t.cols, last[0])
     else:
-        weight = _kernels.pack_experts(pool, isa, t.format, t.rows, t.cols, t.experts, expert)
+        weight = _kernels.pack_experts(pool, isa, t.format, t.rows, t.cols, t.experts, expert, cut)
     pages.release(last.pop())
     return weight
 
