@@ -146,6 +146,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--steps", type=int, default=0, help="0: as many as a format needs")
     parser.add_argument("--isa")
+    parser.add_argument("--pretended-nodes", type=int, default=0, help="cut experts for as many NUMA nodes")
     parser.add_argument("--kt-python", help="a python with kt-kernel")
     given = parser.parse_args()
     limits = machine_limits.measure(given.threads, isa=given.isa)
@@ -158,7 +159,13 @@ def main() -> int:
         for kind in given.formats.split(","):
             program = layer(shape, kind)
             ex = NativeExecutor(
-                program, isa=given.isa, threads=given.threads, blocks=64, max_tokens=max(counts), max_rows=1
+                program,
+                isa=given.isa,
+                threads=given.threads,
+                blocks=64,
+                max_tokens=max(counts),
+                max_rows=1,
+                pretended_nodes=given.pretended_nodes,
             )
             others = peer(given.kt_python, shape, kind, counts) if given.kt_python else {}
             dot = _kernels.activation(limits.isa, NUMBERS[kind])
