@@ -270,6 +270,9 @@ class Runner:
 
 def _ragged(table: I32, rows: I32, begins: I32, counts: I32) -> tuple[I32, I32]:
     """Pieces [begins[i], begins[i] + counts[i]) of table[rows[i]], end to end: starts [n + 1], and all."""
+    if len(rows) == 1:  # one stream waits for every microsecond of this
+        begin, count = int(begins[0]), int(counts[0])
+        return np.array([0, count], np.int32), table[rows[0], begin : begin + count].copy()
     starts = np.zeros(len(rows) + 1, np.int32)
     np.cumsum(counts, out=starts[1:])
     columns = np.arange(starts[-1], dtype=np.int32) + np.repeat(begins - starts[:-1], counts)
