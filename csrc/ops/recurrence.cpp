@@ -35,7 +35,8 @@ StatePool::StatePool(const StateShape& shape, int64_t slots)
   int64_t bytes = 0;
   if (slots <= 0) throw std::invalid_argument("state_slots: must be positive");
   if (__builtin_mul_overflow(shape.layers, layer_floats_, &floats_) ||
-      __builtin_mul_overflow(floats_, slots * static_cast<int64_t>(sizeof(float)), &bytes))
+      __builtin_mul_overflow(floats_, static_cast<int64_t>(sizeof(float)), &bytes) ||
+      __builtin_mul_overflow(bytes, slots, &bytes))
     throw std::invalid_argument("state_slots: the states do not fit the address space");
   memory_ = Mapping(static_cast<size_t>(bytes));
 }

@@ -46,7 +46,9 @@ class Stack:
         self.woken = threading.Semaphore(0)
         host = HostBlocks(host_blocks, executor.block_bytes) if host_blocks else None
         self.moves = BlockMoves(executor, host, disk, self.woken.release)
-        limits = Limits(blocks, executor.block_tokens, 2048, SLOTS, chunk, vocab)
+        # An executor with states has one for each slot; the others are for copies.
+        kept = executor.state_slots - SLOTS if executor.state_slots else -1
+        limits = Limits(blocks, executor.block_tokens, 2048, SLOTS, chunk, vocab, kept)
         self.runner = Runner(executor, limits, self.moves.arriving)
         config = SchedulerConfig(engine=EngineConfig(model="", cache=CacheConfig(prefix_reuse=reuse)))
         self.steps: deque[Step] = deque()
@@ -67,6 +69,7 @@ class Stack:
             fingerprint=b"f",
             host_blocks=host_blocks,
             disk_bytes=disk.stats().cap if disk is not None else 0,
+            kept_states=kept,
         )
         self.scheduler.engine(ready, self.now)
         for piece in stored(disk) if disk is not None else ():

@@ -51,6 +51,40 @@ def rope(theta: float, **scaling: object) -> dict[str, Any]:
     return {"rope_parameters": {"rope_theta": theta, "rope_type": "default", **scaling}}
 
 
+QWEN3_NEXT = Case(
+    "qwen3next",
+    "Qwen3Next",
+    {
+        "num_hidden_layers": 5,
+        "head_dim": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 24,
+        "linear_value_head_dim": 20,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+    },
+    {
+        "expert_count": 8,
+        "expert_used_count": 3,
+        "expert_feed_forward_length": 32,
+        "expert_shared_feed_forward_length": 48,
+        "rope.dimension_count": 8,
+        "rope.freq_base": 1e6,
+        "ssm.conv_kernel": 4,
+        "ssm.state_size": 24,
+        "ssm.group_count": 2,
+        "ssm.time_step_rank": 6,
+        "ssm.inner_size": 120,
+        "full_attention_interval": 4,
+    },
+)
+"""Of five layers the fourth has attention; heads of states are of odd sizes."""
+
+
 def build(case: Case) -> Any:
     """A random model, all of whose parameters (norms and biases too) are away from their neutral values."""
     if case.model == "SmallThinker":

@@ -152,10 +152,13 @@ def layer_tensors(case: Case, config: Any, stem: str, leaf: str, p: torch.Tensor
     yield f"{names[stem]}.{leaf}", p
 
 
-def tensors(case: Case, model: Any) -> Named:
+def tensors(case: Case, model: Any, fused: bool) -> Named:
     config = model.config
     for name, p in model.state_dict().items():
         parts = name.removeprefix("model.").split(".")
+        if fused and parts[-2] == "in_proj_qkvz":
+            yield f"blk.{parts[1]}.ssm_in.weight", p
+            continue
         if parts[0] == "layers":
             for ours, q in layer_tensors(case, config, ".".join(parts[2:-1]), parts[-1], p):
                 yield f"blk.{parts[1]}.{ours}", q
@@ -165,8 +168,9 @@ def tensors(case: Case, model: Any) -> Named:
             yield f"{NAMES[parts[0]]}.{parts[1]}", p + plus
 
 
-def convert(case: Case, model: Any, path: Path) -> Path:
-    """Write the checkpoint in F32."""
+def convert(case: Case, model: Any, path: Path, fused: bool = False) -> Path:
+    """Write the checkpoint in F32. `fused`: with the delta rule's projections in one, as the first files of
+    Qwen3-Next."""
     c = model.config
     w = gguf.GGUFWriter(path, case.arch)
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
@@ -187,7 +191,7 @@ def convert(case: Case, model: Any, path: Path) -> Path:
         {**add, bool: w.add_bool}[type(value)](f"{case.arch}.{key}", value)
     if case.config.get("rope_parameters", {}).get("rope_type") == "llama3":
         w.add_tensor("rope_freqs.weight", llama3_divisors(head_dim, 500_000.0))
-    for name, p in tensors(case, model):
+    for name, p in tensors(case, model, fused):
         w.add_tensor(name, p.contiguous().numpy())
     w.write_header_to_file()
     w.write_kv_data_to_file()
