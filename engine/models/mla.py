@@ -55,7 +55,7 @@ def _down(
     total = mla.latent + mla.rope
     for out, begin, end in ((latent, 0, mla.latent), (k_rope, mla.latent, total)):
         parts.append(LinearPart(c.tensors.rows(kv_a, total, c.spec.width, begin, end), None, out))
-    c.ops.append(Linear(h, tuple(parts)))
+    c.ops.append(Linear(h, tuple(parts), precise=True))
     if mla.q_rank:
         c.norm(first, names.weight(layer, names.ATTN_Q_A_NORM), first, mla.q_rank)
         c.linear(first, layer, (names.ATTN_Q_B, q))
