@@ -23,7 +23,7 @@ from ktransformers.scheduler.client import SchedulerClient
 from ktransformers.server.app import make_admin_app, make_app
 from ktransformers.server.auth import AdminKeys, Keys
 from ktransformers.server.config import ADMIN_HOST, ConfigError, ServerConfig, tenants_dir
-from ktransformers.server.gate import BoundedProtocol
+from ktransformers.server.connections import BoundedProtocol
 from ktransformers.server.generation import Generator
 from ktransformers.server.metrics import Metrics
 from ktransformers.server.model import model_card

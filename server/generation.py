@@ -7,17 +7,25 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
 from ktransformers.scheduler.client import RequestFailed
-from ktransformers.scheduler.protocol import Sampling, Status, Submit, TokenEvent
+from ktransformers.scheduler.protocol import Status, Submit, TokenEvent
 from ktransformers.server.accounting import Account, Counted, Usage
 from ktransformers.server.auth import Caller
+from ktransformers.server.deltas import (
+    Delta,
+    Generation,
+    Parameters,
+    TokenLogprob,
+    abandon,
+    accounted,
+    merged,
+)
 from ktransformers.server.errors import RequestError
 from ktransformers.server.metrics import Metrics
 from ktransformers.server.tenants.directory import narrowed
@@ -31,8 +39,6 @@ from ktransformers.server.text.tokenizer import TooLongError
 
 DEFAULT_MODEL = "default"
 """Stands for the served model, whatever it is."""
-MERGED_DELTAS = 64
-"""Deltas of several choices that may lie unread before their producers wait."""
 SEEDS = 1 << 63
 QUEUE_PATIENCE = 15.0
 """Seconds that a stream's status waits for its first token: after that the client is told that it is in the
@@ -95,81 +101,6 @@ class Text(Protocol):
     async def prompt_ids_async(self, text: str, limit: int | None) -> list[int]:
         """Tokens of plain text. Errors: TooLongError."""
         ...
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """How to continue a prompt. Of `sampling`, seed, stop tokens of the model and the limit are filled in
-    here."""
-
-    sampling: Sampling
-    max_tokens: int | None = None
-    """None: as many as the context has room for."""
-    seed: int | None = None
-    """None: a random one. Choice i of a prompt draws with seed + i."""
-    n: int = 1
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    context: int | None = None
-    """A shorter context than the model's."""
-    cache_salt: str = ""
-    """Its KV is shared only with requests of the same tenant that have the same one."""
-    limit_name: str = "max_tokens"
-    """What the client's protocol calls max_tokens."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """One drawn token, its log-probability, and the likeliest ones."""
-
-    token: int
-    logprob: float
-    top: list[tuple[int, float]]
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What one choice has to add. `finish`: "" goes on; "stop" or "length" end it."""
-
-    index: int
-    text: str
-    finish: str = ""
-    logprobs: Sequence[TokenLogprob] = ()
-
-
-class Generation:
-    """The deltas of all choices of one call, of which the first is there already or is waited for no longer.
-    Close it when leaving early."""
-
-    def __init__(
-        self,
-        first: asyncio.Future[Delta],
-        rest: AsyncGenerator[Delta, None],
-        usage: Usage,
-        headers: Mapping[str, str],
-    ) -> None:
-        self.usage = usage
-        self.headers = headers
-        """How much the client's limits leave, for the answer."""
-        self._first: asyncio.Future[Delta] | None = first
-        self._rest = rest
-
-    def __aiter__(self) -> AsyncIterator[Delta]:
-        return self
-
-    async def __anext__(self) -> Delta:
-        if (first := self._first) is not None:
-            delta = await first
-            self._first = None
-            return delta
-        return await self._rest.__anext__()
-
-    async def aclose(self) -> None:
-        """Cancel what has not ended."""
-        if self._first is not None:
-            await _abandon(self._first)
-            self._first = None
-        await self._rest.aclose()
 
 
 class Generator:
@@ -296,14 +227,14 @@ class Generator:
             self._choice(index, submit, parameters.stop, continues, account, index // parameters.n)
             for index, submit in enumerate(submits)
         ]
-        deltas = _accounted(choices[0] if len(choices) == 1 else _merged(choices), account)
+        deltas = accounted(choices[0] if len(choices) == 1 else merged(choices), account)
         first = asyncio.ensure_future(anext(deltas))
         try:
             await asyncio.wait({first}, timeout=patience)
             if first.done():
                 first.result()
         except BaseException:
-            await _abandon(first)
+            await abandon(first)
             await deltas.aclose()
             raise
         return Generation(first, deltas, usage, reservation.headers)
@@ -453,12 +384,6 @@ class Generator:
         return cut_off == 0
 
 
-async def _abandon(task: "asyncio.Future[Delta]") -> None:
-    """End it, whatever it was about to say."""
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-
-
 def _invalid(name: str, why: str) -> RequestError:
     return RequestError("invalid_value", f"'{name}': {why}", name)
 
@@ -466,44 +391,3 @@ def _invalid(name: str, why: str) -> RequestError:
 def _too_long(context: int, param: str | None) -> RequestError:
     message = f"the prompt does not fit: the context has {context} tokens"
     return RequestError("context_length_exceeded", message, param)
-
-
-async def _accounted(deltas: AsyncGenerator[Delta, None], account: Account) -> AsyncGenerator[Delta, None]:
-    """`deltas`, and the account closed behind them, whatever becomes of them."""
-    try:
-        async with aclosing(deltas):
-            async for delta in deltas:
-                yield delta
-    finally:
-        account.close()
-
-
-async def _merged(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
-    """The deltas of several choices as they come. The first that fails ends all; leaving early closes all."""
-    queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(MERGED_DELTAS)
-
-    async def forward(stream: AsyncGenerator[Delta, None]) -> None:
-        end: Exception | None = None
-        try:
-            async with aclosing(stream):
-                async for delta in stream:
-                    await queue.put(delta)
-        except Exception as error:  # handed on to the reader, which raises it
-            end = error
-        await queue.put(end)
-
-    tasks = [asyncio.create_task(forward(stream)) for stream in streams]
-    try:
-        left = len(tasks)
-        while left:
-            item = await queue.get()
-            if isinstance(item, Delta):
-                yield item
-            elif item is not None:
-                raise item
-            else:
-                left -= 1
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -11,9 +11,10 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from ktransformers.server.auth import Caller, Role, declared_role, declared_scope
+from ktransformers.server.body import BoundedRequest
 from ktransformers.server.config import ServerConfig
 from ktransformers.server.errors import RequestError
-from ktransformers.server.gate import EXTRA_HEADERS, BoundedRequest
+from ktransformers.server.gate import EXTRA_HEADERS
 from ktransformers.server.generation import Generator
 from ktransformers.server.metrics import Metrics
 from ktransformers.server.model import ModelCard

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ktransformers.server.generation import TokenLogprob
+from ktransformers.server.deltas import TokenLogprob
 from ktransformers.server.text.detokenizer import Pieces
 
 LEAST = -9999.0

@@ -19,8 +19,9 @@ from ktransformers.server.api.ollama_requests import (
     ShowRequest,
 )
 from ktransformers.server.auth import Role, requires
+from ktransformers.server.deltas import Generation, TokenLogprob
 from ktransformers.server.errors import RESPONSES, RequestError
-from ktransformers.server.generation import QUEUE_PATIENCE, Generation, Generator, TokenLogprob
+from ktransformers.server.generation import QUEUE_PATIENCE, Generator
 from ktransformers.server.routing import Context, GuardedRoute, context_of
 from ktransformers.server.streaming import ByteStream, while_connected, with_error_event
 from ktransformers.server.tenants.records import REQUEST

@@ -17,7 +17,7 @@ from ktransformers.server.api.parameters import (
     Temperature,
     to_seed,
 )
-from ktransformers.server.generation import Parameters
+from ktransformers.server.deltas import Parameters
 
 Name = Annotated[str, Field(max_length=256)]
 

@@ -15,8 +15,9 @@ from ktransformers.server.api import logprobs
 from ktransformers.server.api.encoding import encode
 from ktransformers.server.api.openai_requests import ChatRequest, CompletionRequest
 from ktransformers.server.auth import Role, requires
+from ktransformers.server.deltas import Generation, TokenLogprob
 from ktransformers.server.errors import RESPONSES, RequestError
-from ktransformers.server.generation import QUEUE_PATIENCE, Generation, TokenLogprob
+from ktransformers.server.generation import QUEUE_PATIENCE
 from ktransformers.server.routing import Context, GuardedRoute, context_of
 from ktransformers.server.streaming import SSE_IDLE, ByteStream, while_connected, with_error_event
 from ktransformers.server.tenants.records import REQUEST

@@ -33,7 +33,7 @@ from ktransformers.server.api.parameters import (
     at_most,
     to_seed,
 )
-from ktransformers.server.generation import Parameters
+from ktransformers.server.deltas import Parameters
 
 Biases = Annotated[dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")], Bias], at_most(300)]
 Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Label], at_most(16)]

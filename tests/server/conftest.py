@@ -23,7 +23,7 @@ from ktransformers.scheduler.protocol import Logprobs, Status, Submit, TokenEven
 from ktransformers.server.app import make_app
 from ktransformers.server.auth import Keys
 from ktransformers.server.config import ServerConfig
-from ktransformers.server.gate import BoundedProtocol
+from ktransformers.server.connections import BoundedProtocol
 from ktransformers.server.generation import Generator
 from ktransformers.server.metrics import Metrics
 from ktransformers.server.model import ModelCard

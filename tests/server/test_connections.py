@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ktransformers.server import gate
+from ktransformers.server import connections
 
 LIVE = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -88,7 +88,7 @@ def test_nothing_is_written_into_a_running_answer(make, served, scheduler) -> No
 
 
 def test_a_body_that_nobody_waits_for(make, served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "HEADER_SECONDS", 0.2)
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.2)
     with served(make()) as port:
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(post("/nothing", b"{", length=1000))
@@ -120,7 +120,7 @@ def test_an_offer_of_another_protocol_is_passed_over(make, served, at_once: bool
 
 
 def test_idle_connections_make_room(make, served, scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 3)
     scheduler.pause = 0.05
 
     def connect() -> socket.socket:
@@ -141,7 +141,7 @@ def test_idle_connections_make_room(make, served, scheduler, monkeypatch: pytest
 
 
 def test_a_connection_too_many(make, served, scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 2)
     scheduler.pause = 0.05
     with served(make()) as port:
         running = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]

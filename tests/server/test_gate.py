@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 import pytest
 from fastapi import FastAPI
 
-from ktransformers.server import gate
+from ktransformers.server import body as body_module
+from ktransformers.server.body import strict_json
 from ktransformers.server.errors import RequestError
-from ktransformers.server.gate import strict_json
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 JSON = {"Content-Type": "application/json"}
@@ -136,7 +136,7 @@ async def test_a_body_is_counted_while_it_arrives(app: FastAPI, connect, chunked
         assert answer.status_code == 413 and answer.json()["error"]["code"] == "request_too_large"
         answer = await client.post("/v1/chat/completions", json=CHAT)
         assert answer.status_code == 200
-    assert gate.BoundedRequest.held == 0
+    assert body_module.BoundedRequest.held == 0
 
 
 @pytest.mark.anyio
@@ -174,7 +174,7 @@ async def test_a_body_is_not_kept_while_the_answer_is_made(app: FastAPI, connect
 
 @pytest.mark.anyio
 async def test_a_body_that_does_not_come(app: FastAPI, connect, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "BODY_SECONDS", 0.05)
+    monkeypatch.setattr(body_module, "BODY_SECONDS", 0.05)
 
     async def forever() -> AsyncIterator[bytes]:
         yield b"{"

@@ -12,7 +12,7 @@ import pytest
 from fastapi import FastAPI
 
 from ktransformers.scheduler.client import RequestFailed
-from ktransformers.server import gate, streaming
+from ktransformers.server import connections, streaming
 from ktransformers.server.api import ollama, openai
 from ktransformers.server.api.encoding import encode
 
@@ -122,7 +122,7 @@ def test_a_head_that_cannot_be_is_400(make, served, head: bytes) -> None:
 
 
 def test_a_head_that_does_not_come(make, served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "HEADER_SECONDS", 0.1)
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.1)
     with served(make()) as port:
         for sent in (b"", b"GET /livez HTTP/1.1\r\nHost: loc"):
             with socket.create_connection(("127.0.0.1", port)) as connection:
