@@ -316,3 +316,84 @@ def test_overhead_of_a_step(fake: ModuleType) -> None:
             seconds.append(time.perf_counter() - begin)
         print(f"{n_seq} sequences: {sorted(seconds)[100] * 1e6:.0f} us")
         assert min(seconds) < 1e-3
+
+
+# ---- models with states
+
+
+class StatefulExecutor:
+    """The fake's, with a state in each slot: the tokens so far."""
+
+    def __init__(self, fake: ModuleType) -> None:
+        self.inner = fake.FakeExecutor(64, BT)
+        self.block_tokens, self.state_slots = BT, 12
+        self.states: dict[int, list[int]] = {}
+        self.fails = False
+
+    def copy_state(self, source: int, target: int) -> None:
+        self.states[target] = list(self.states[source])
+
+    def step(self, batch: Any, sampling: Any) -> Any:
+        if self.fails:
+            raise RuntimeError("in the middle")
+        for s, slot in enumerate(batch.slots.tolist()):
+            tokens = batch.tokens[batch.starts[s] : batch.starts[s + 1]].tolist()
+            before = self.states[slot] if batch.context[s] else []
+            assert len(before) == batch.context[s]
+            self.states[slot] = before + tokens
+            if batch.keep_slots[s] >= 0:
+                self.states[int(batch.keep_slots[s])] = self.states[slot][: batch.keep_at[s]]
+        return self.inner.step(batch, sampling)
+
+
+def stateful(fake: ModuleType) -> tuple[Runner, StatefulExecutor]:
+    executor = StatefulExecutor(fake)
+    sizes = {"blocks": 64, "max_len": 80, "max_sequences": 8, "max_batch_tokens": 64}
+    limits = Limits(**sizes, block_tokens=BT, vocab=1000, kept_states=4)
+    return Runner(executor, limits), executor  # type: ignore[arg-type]
+
+
+def test_a_sequence_begins_with_the_state_that_another_kept(fake: ModuleType) -> None:
+    runner, executor = stateful(fake)
+    prompt = list(range(10, 20))
+    first = done(runner.step(Step(0, [], [seq(0, prompt)], [Go(0, 10, [0, 1, 2], keep=3, keep_at=8)])))
+    assert executor.states[8 + 3] == prompt[:8] and executor.states[0] == prompt
+    new = msgspec.structs.replace(seq(5, prompt, computed=8), state=3)
+    # The copy that it begins with is replaced in the same step, after it was read.
+    again = done(runner.step(Step(1, [0], [new], [Go(5, 1, [0, 1, 9], keep=3, keep_at=9)])))
+    assert not again and executor.states[5] == executor.states[8 + 3] == prompt[:9]
+    again = done(runner.step(Step(2, [], [], [Go(5, 1, [])])))
+    assert again[0].token == first[0].token
+
+
+@pytest.mark.parametrize("state", [-1, 4, -2])
+def test_a_hit_without_its_state_ends_that_sequence(fake: ModuleType, state: int) -> None:
+    runner, _ = stateful(fake)
+    new = msgspec.structs.replace(seq(5, list(range(10)), computed=8), state=state)
+    answer = done(runner.step(Step(0, [], [new, seq(1, [1, 2])], [Go(1, 2, [3])])))
+    assert [(token.slot, token.finish) for token in answer] == [(5, "error"), (1, "")]
+
+
+@pytest.mark.parametrize(("keep", "keep_at"), [(0, 0), (0, 7), (0, -1)])
+def test_a_state_that_is_not_reached_ends_that_sequence(fake: ModuleType, keep: int, keep_at: int) -> None:
+    runner, _ = stateful(fake)
+    going = [Go(0, 6, [0, 1], keep=keep, keep_at=keep_at), Go(1, 2, [3])]
+    answer = done(runner.step(Step(0, [], [seq(0, list(range(10))), seq(1, [1, 2])], going)))
+    assert [(token.slot, token.finish) for token in answer] == [(0, "error"), (1, "")]
+
+
+def test_places_that_do_not_exist_or_are_named_twice_are_faults(fake: ModuleType, runner: Runner) -> None:
+    new = [seq(0, [1, 2, 3, 4]), seq(1, [1, 2, 3, 4])]
+    for keeps in ((4, -1), (-2, -1), (1, 1)):
+        going = [Go(slot, 4, [slot], keep=keep, keep_at=4) for slot, keep in enumerate(keeps)]
+        assert isinstance(stateful(fake)[0].step(Step(0, [], new, going)), Fault)
+    assert isinstance(runner.step(Step(0, [], new, [Go(0, 4, [0], keep=0, keep_at=4)])), Fault)
+    entering = msgspec.structs.replace(seq(0, [1, 2]), state=0)
+    assert done(runner.step(Step(1, [], [entering], [])))[0].finish == "error"
+
+
+def test_a_step_that_broke_off_is_not_repeated_with_states_that_it_changed(fake: ModuleType) -> None:
+    runner, executor = stateful(fake)
+    executor.fails = True
+    answer = done(runner.step(Step(0, [], [seq(0, [1]), seq(1, [2])], [Go(0, 1, [0]), Go(1, 1, [1])])))
+    assert [(token.slot, token.finish) for token in answer] == [(0, "error"), (1, "error")]
