@@ -17,6 +17,7 @@
 
 #include "cpu/dispatch.h"
 #include "ops/digest.h"
+#include "ops/host_experts.h"
 #include "ops/limits.h"
 #include "ops/linear.h"
 #include "ops/requantise.h"
@@ -89,15 +90,16 @@ op::Linear linear_of(Fields& f) {
   return linear;
 }
 
-op::Act act_of(Fields& f) {
-  const auto act = f.get<std::string>("act");
+op::Act act_named(const std::string& where, const std::string& act) {
   if (act == "silu") return op::Act::kSilu;
   if (act == "gelu_tanh") return op::Act::kGeluTanh;
   if (act == "sigmoid") return op::Act::kSigmoid;
   if (act == "relu") return op::Act::kRelu;
   if (act == "swiglu_oai") return op::Act::kSwigluOai;
-  throw std::invalid_argument(f.where() + ": act: '" + act + "' is not known");
+  throw std::invalid_argument(where + "act: '" + act + "' is not known");
 }
+
+op::Act act_of(Fields& f) { return act_named(f.where() + ": ", f.get<std::string>("act")); }
 
 op::Score score_of(Fields& f) {
   const auto score = f.get<std::string>("score");
@@ -374,6 +376,28 @@ double read_rate(ThreadPool& pool, const std::string& isa, int64_t bytes, double
   return measure_read(pool, table, bytes, seconds);
 }
 
+using Optional = std::shared_ptr<Weight>;
+
+int64_t add_layer(HostExperts& host, std::shared_ptr<Weight> gate, std::shared_ptr<Weight> up, std::shared_ptr<Weight> down,
+                  const Optional& gate_bias, const Optional& up_bias, const Optional& down_bias, int64_t top,
+                  const std::string& act, float alpha, float limit, bool weigh_input, const Array<float>& x,
+                  const Array<float>& route, Array<float>& out) {
+  const auto is = [&host](const Array<float>& a, int64_t cols) {
+    return a.ndim() == 2 && a.shape(0) == host.max_rows() && a.shape(1) == cols;
+  };
+  if (!is(x, gate->cols())) throw std::invalid_argument("x: must be [max_rows, columns of gate]");
+  if (!is(route, 2 * top)) throw std::invalid_argument("route: must be [max_rows, 2 * top]");
+  if (!is(out, down->expert_rows())) throw std::invalid_argument("out: must be [max_rows, rows of an expert's down]");
+  const HostLayer layer{std::move(gate), std::move(up), std::move(down), gate_bias, up_bias, down_bias, top,
+                        act_named("", act), alpha, limit, weigh_input, x.data(), route.data(), out.mutable_data()};
+  const py::gil_scoped_release release;
+  return host.add(layer);
+}
+
+std::pair<uintptr_t, uintptr_t> host_task(HostExperts& host, int64_t layer, int64_t rows) {
+  return {reinterpret_cast<uintptr_t>(&HostExperts::run_task), reinterpret_cast<uintptr_t>(host.task(layer, rows))};
+}
+
 // The arrays of a step, in the order of the Python signature.
 using I32 = Array<int32_t>;
 using I64 = Array<int64_t>;
@@ -532,6 +556,15 @@ PYBIND11_MODULE(_kernels, m) {
         a("presence"), a("frequency"), a("seed"), a("position"), a("logprobs"), a("history_starts"), a("history"),
         a("history_output"), a("bias_starts"), a("bias_tokens"), a("bias_values"), a("token"), a("logprob"),
         a("top_tokens"), a("top_logprobs"));
+
+  py::class_<HostExperts>(m, "HostExperts")
+      .def(py::init<std::shared_ptr<ThreadPool>, int64_t>(), py::arg("pool"), py::arg("max_rows"))
+      .def("add", &add_layer, py::arg("gate").none(false), py::arg("up").none(false), py::arg("down").none(false),
+           py::arg("gate_bias"), py::arg("up_bias"), py::arg("down_bias"), py::arg("top"), py::arg("act"), py::arg("alpha"),
+           py::arg("limit"), py::arg("weigh_input"), a("x"), a("route"), a("out"), py::keep_alive<1, 13>(),
+           py::keep_alive<1, 14>(), py::keep_alive<1, 15>())
+      .def("run", &HostExperts::run, py::arg("layer"), py::arg("rows"), py::call_guard<py::gil_scoped_release>())
+      .def("task", &host_task, py::arg("layer"), py::arg("rows"));
 
   py::class_<Program>(m, "Program")
       .def(py::init(&make_program), py::arg("pool"), py::arg("isa"), py::arg("ops"), py::arg("widths"),

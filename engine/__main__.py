@@ -94,6 +94,8 @@ def load(config: EngineConfig, report: Callable[[int, int], None]) -> Engine:
         executor.blocks * planned.block_bytes / 1e9,
         f"{planned.max_len:,}",
     )
+    if planned.hybrid is not None:
+        log.info("%s", planned.hybrid.placement)
     if facts.requantised is not None:
         log.info("%s", facts.requantised)
     limits = Limits(

@@ -130,6 +130,32 @@ def sample(
     The order of the transformations is in csrc/ops/sampler.h.
     """
 
+class HostExperts:
+    """The routed experts of several layers, each layer callable alone: those that a device leaves to the CPU.
+
+    Layers run one after the other and share the memory of a step."""
+
+    def __init__(self, pool: ThreadPool, max_rows: int) -> None: ...
+    def add(
+        self,
+        gate: Weight, up: Weight, down: Weight,
+        gate_bias: Weight | None, up_bias: Weight | None, down_bias: Weight | None,
+        top: int, act: str, alpha: float, limit: float, weigh_input: bool,
+        x: F32, route: F32, out: F32,
+    ) -> int:
+        """The number of a layer. Weights are those of the experts that are here; a route names them by their
+        place there, -1 is an expert that is elsewhere. Otherwise as engine.program.Experts.
+
+        x [max_rows, cols], route [max_rows, 2 * top] and out [max_rows, rows] are memory that each run reads
+        and writes: it may be pinned, and is kept alive."""
+    def run(self, layer: int, rows: int) -> None:
+        """out[:rows] from x[:rows] and route[:rows]; a row none of whose experts is here gives zeros.
+
+        The GIL is released. ValueError, with nothing done, for a route to an expert that does not exist."""
+    def task(self, layer: int, rows: int) -> tuple[int, int]:
+        """The same run as the addresses of a C function and of its argument, for cudaLaunchHostFunc: alive as
+        long as this. An error makes out NaN there."""
+
 class Program:
     """A compiled program with its KV pool.
 

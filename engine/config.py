@@ -29,6 +29,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     expert_format: Literal["as-is", "int8", "int4"] = "as-is"
     """Routed experts with more bits are made of so many when they are loaded; the error is measured and
     printed."""
+    placement: str = ""
+    """Which experts the torch executor has on its device, while csrc computes the others on the CPU: a TOML
+    file of rules, or "auto". "": it has all of the model on its device."""
     cache: CacheConfig = CacheConfig()
     socket: str = ""
     """Path of the engine's unix socket; the supervisor fills it in."""

@@ -65,7 +65,7 @@ def explain(
         layer = _layer(program, op, layer)
         drawn = drawn or isinstance(op, GatherRows)
         computed = 1 if drawn else tokens
-        weights = _weights(op)
+        weights = weights_of(op)
         weight_bytes = sum(_read_bytes(program, op, w, computed) for w in weights)
         kv_bytes = _kv_bytes(program, op, context, tokens, kv_format)
         # A token in the middle of the step sees half of the step's other tokens.
@@ -90,7 +90,7 @@ def explain(
     return rows
 
 
-def _weights(op: Op) -> list[WeightId]:
+def weights_of(op: Op) -> list[WeightId]:
     match op:
         case Embed():
             return [op.table]
@@ -118,7 +118,7 @@ def _weights(op: Op) -> list[WeightId]:
 def _dot(program: Program, op: Op, isa: str) -> Dot:
     """What a product's weights ask for; the parts of a Linear share their input, so the first speaks."""
     if isinstance(op, Linear | HeadLinear | Experts | Logits):
-        return _kernels.activation(isa, program.weights[_weights(op)[0]].format)
+        return _kernels.activation(isa, program.weights[weights_of(op)[0]].format)
     return "f32"
 
 
@@ -145,7 +145,7 @@ def _layer(program: Program, op: Op, previous: int | None) -> int | None:
     if isinstance(op, Embed | Logits):
         return None
     if isinstance(op, RmsNorm | Linear | HeadLinear | ShortConv | DeltaRule | Experts):
-        parts = program.weights[_weights(op)[0]].name.split(".")
+        parts = program.weights[weights_of(op)[0]].name.split(".")
         return int(parts[1]) if parts[0] == "blk" else None
     return previous
 
@@ -225,7 +225,7 @@ def _detail(program: Program, op: Op) -> str:
         groups = f", {op.top_groups} of {op.groups} groups" if op.groups > 1 else ""
         return f"{op.top} of {op.experts}, {op.score}{groups}"
     names = [f"{op.top} of {op.experts} experts"] if isinstance(op, Experts) else []
-    for weight in _weights(op):
+    for weight in weights_of(op):
         w = program.weights[weight]
         name = w.name.split(".", 2)[2] if w.name.startswith("blk.") else w.name
         names.append(f"{name} {w.rows}x{w.cols}")

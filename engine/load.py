@@ -1,8 +1,10 @@
 """From a model file to a running executor: what the file holds, what fits in memory, what runs it."""
 
 import hashlib
+import math
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +17,9 @@ from ktransformers.engine.models.decoder import compile_program
 from ktransformers.engine.models.folder import FolderModel, open_folder
 from ktransformers.engine.models.registry import read_spec
 from ktransformers.engine.models.spec import ModelError, ModelSpec
+from ktransformers.engine.placement.place import Placement, dense_bytes, experts_name, experts_ops, place
+from ktransformers.engine.placement.rules import PlacementError, Rules, read_rules
+from ktransformers.engine.placement.statistics import HALF_LIFE, ExpertStatistics
 from ktransformers.engine.program import Logits, Program, expert_weights
 from ktransformers.engine.requantise import Errors, requantise
 from ktransformers.engine.weights.gguf import GgufFile, read
@@ -67,23 +72,41 @@ class Plan:
     """(what, bytes) of everything large."""
     available: int
     """Bytes of memory when the plan was made."""
+    hybrid: "Hybrid | None" = None
+    """None: the executor has all of the model."""
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """Experts on two sides."""
+
+    placement: Placement
+    statistics: ExpertStatistics
+    statistics_file: Path | None
+    model: str
+    """Identity of its files, in hexadecimal."""
 
 
 class CannotFit(ModelError):
     """The model and the smallest useful KV pool need more memory than there is. The message is a table."""
 
-    def __init__(self, needs: tuple[tuple[str, int], ...], available: int) -> None:
-        rows = [
-            *needs,
-            ("needed", sum(n for _, n in needs)),
-            ("available", available),
-            ("usable (some stays free)", usable(available)),
-        ]
+    def __init__(self, needs: tuple[tuple[str, int], ...], available: int, limit: int | None = None) -> None:
+        """`limit`: bytes that a placement allows of a device, instead of what is available."""
+        rows = [*needs, ("needed", sum(n for _, n in needs))]
+        if limit is None:
+            rows += [("available", available), ("usable (some stays free)", usable(available))]
+        else:
+            rows += [("memory_bytes of the placement", limit)]
         table = "\n".join(f"  {what:<28}{n / 2**20:>12,.1f} MiB" for what, n in rows)
         super().__init__(
             f"the model does not fit in memory:\n{table}\n"
             "free memory, or lower cache.device_bytes, cache.host_bytes, context, max_batch_tokens or "
-            "max_sequences; experts can stay on disk (expert_bytes)"
+            "max_sequences; "
+            + (
+                "experts can stay on disk (expert_bytes)"
+                if limit is None
+                else "or raise memory_bytes, or give weights format 'bf16' in the placement"
+            )
         )
 
 
@@ -162,11 +185,12 @@ def fingerprint(config: EngineConfig, program: Program, facts: Facts, executor: 
 
 def _build(config: EngineConfig) -> bytes:
     """Names the code that computes KV."""
-    if config.torch_device is not None:
-        return f"torch {version('torch')}".encode()
+    torch = f"torch {version('torch')}".encode() if config.torch_device is not None else b""
+    if torch and not config.placement:
+        return torch
     from ktransformers.engine import _kernels
 
-    return hashlib.sha256(Path(_kernels.__file__).read_bytes()).digest()
+    return torch + hashlib.sha256(Path(_kernels.__file__).read_bytes()).digest()
 
 
 def plan(config: EngineConfig, program: Program, facts: Facts, available: int | None = None) -> Plan:
@@ -176,6 +200,18 @@ def plan(config: EngineConfig, program: Program, facts: Facts, available: int | 
     """
     if available is None:
         available = device_memory(config)
+    rules = placement_rules(config)
+    machine_memory = machine.available_memory() if _has_own_memory(config) else available
+    limit = None if rules is None else rules.memory_bytes
+    if rules is not None and limit is not None:
+        if limit > available:
+            raise PlacementError(f"{rules.where}: memory_bytes {limit}: the device has {available} free")
+        available = limit
+    free = usable(available) if limit is None else limit
+    hybrid = None if rules is None else _open_placement(config, program, facts, rules)
+    if hybrid is not None and limit is None and not _has_own_memory(config):
+        # The same memory holds what the CPU keeps: enough of it for all experts stays free of the device's.
+        free -= hybrid.placement.all_cpu_bytes
     trained = facts.spec.context
     wanted = trained if config.context is None else config.context
     if wanted > trained:
@@ -184,7 +220,7 @@ def plan(config: EngineConfig, program: Program, facts: Facts, available: int | 
     block = block_bytes(config, program)
     host_blocks = _host_bytes(config) // block if program.state is None else 0
     states = _states(config, program)
-    needs = _fixed_needs(config, program, facts)
+    needs = _fixed_needs(config, program, facts, rules)
     if program.state is not None:
         needs = (*needs, (f"states, {states}", states * 4 * program.state.elements))
     if host_blocks and not _has_own_memory(config):
@@ -199,12 +235,18 @@ def plan(config: EngineConfig, program: Program, facts: Facts, available: int | 
             raise ModelError(f"cache.device_bytes: {what}; one sequence needs {least}")
         room = available - fixed
     else:
-        room = usable(available) - fixed
+        # What rules put on the device is not for the pool to take.
+        room = free - fixed - (0 if hybrid is None else hybrid.placement.fixed_device_bytes)
         useful = config.max_sequences * -(-wanted // size)
         blocks = max(min(useful, int(available * POOL_SHARE) // block, room // block), least)
     needs = (*needs, (f"KV cache, {blocks} blocks", blocks * block))
     if blocks * block > room:
-        raise CannotFit(needs, available)
+        cpu = usable(available) - free if limit is None else 0
+        raise CannotFit((*needs, *((("experts on the cpu", cpu),) if cpu else ())), available, limit)
+    if rules is not None and hybrid is not None:
+        left = free - sum(n for _, n in needs)
+        hybrid = replace(hybrid, placement=place(program, rules, left, hybrid.statistics))
+        needs = (*needs, *_expert_needs(config, hybrid.placement, needs, machine_memory))
     return Plan(
         threads=config.threads or machine.cpus(),
         blocks=blocks,
@@ -214,6 +256,7 @@ def plan(config: EngineConfig, program: Program, facts: Facts, available: int | 
         max_len=min(wanted, blocks * size),
         needs=needs,
         available=available,
+        hybrid=hybrid,
     )
 
 
@@ -229,7 +272,52 @@ def _states(config: EngineConfig, program: Program) -> int:
     return config.max_sequences * (2 if config.cache.prefix_reuse else 1)
 
 
-def _fixed_needs(config: EngineConfig, program: Program, facts: Facts) -> tuple[tuple[str, int], ...]:
+def placement_rules(config: EngineConfig) -> Rules | None:
+    """What the setting `placement` says; None when there is none. PlacementError."""
+    if not config.placement:
+        return None
+    if config.torch_device is None:
+        raise PlacementError(
+            "placement: the native executor has all of the model on the CPU: set executor to the device of "
+            "attention, such as 'torch:cuda', or leave placement out"
+        )
+    if config.expert_bytes is not None:
+        raise PlacementError("placement: not together with expert_bytes: experts on the cpu are in memory")
+    _need_torch()
+    from ktransformers.engine import _kernels
+
+    return read_rules(config.placement, tuple(_kernels.isas()))
+
+
+def _open_placement(config: EngineConfig, program: Program, facts: Facts, rules: Rules) -> Hybrid:
+    """What is known of experts, and the placement with room for all of them."""
+    names = {experts_name(program, op): op.experts for _, op in experts_ops(program)}
+    half_life = HALF_LIFE if rules.policy == "adaptive" else math.inf
+    statistics, model = ExpertStatistics(names, half_life), facts.identity.hex()
+    file = rules.statistics
+    if file is None and config.cache.cache_dir:
+        folder = Path(config.cache.cache_dir)
+        file = folder.with_name(f"{folder.name}-experts") / f"{model}.json"
+    if file is not None:
+        statistics.load(file, model)
+    return Hybrid(place(program, rules, sys.maxsize, statistics), statistics, file, model)
+
+
+def _expert_needs(
+    config: EngineConfig, placement: Placement, needs: tuple[tuple[str, int], ...], memory: int
+) -> tuple[tuple[str, int], ...]:
+    """What experts take, on both sides. CannotFit when the machine's `memory` does not hold the CPU's."""
+    device = ("experts on the device", sum(p.device_bytes for p in placement.experts))
+    cpu = ("experts on the cpu", placement.cpu_bytes)
+    there = (cpu,) if _has_own_memory(config) else (*needs, device, cpu)
+    if sum(n for _, n in there) > usable(memory):
+        raise CannotFit(there, memory)
+    return device, cpu
+
+
+def _fixed_needs(
+    config: EngineConfig, program: Program, facts: Facts, rules: Rules | None
+) -> tuple[tuple[str, int], ...]:
     """Bytes of weights and of the values of the largest step."""
     last = program.ops[-1]
     wide = {last.out} if isinstance(last, Logits) else set()
@@ -238,6 +326,8 @@ def _fixed_needs(config: EngineConfig, program: Program, facts: Facts) -> tuple[
     weights = facts.weight_bytes
     if config.torch_device is not None:
         weights = 4 * sum(w.rows * w.cols for w in program.weights)
+    if rules is not None:
+        return ("weights but experts", dense_bytes(program, rules)), ("activations", activations)
     if config.expert_bytes is None:
         return ("weights", weights), ("activations", activations)
     experts = sum(program.weights[w].data.nbytes for w in expert_weights(program))
@@ -299,6 +389,28 @@ def _need_torch() -> None:
         raise ModelError(f"executor: 'torch' {what}, or use the native executor")
 
 
+def _build_hybrid(
+    config: EngineConfig, device: str, program: Program, plan: Plan, hybrid: Hybrid, progress: Progress
+) -> Executor:
+    from ktransformers.engine.executors.hybrid import Records, hybrid_executor
+
+    try:
+        return hybrid_executor(
+            program,
+            hybrid.placement,
+            Records(hybrid.statistics, hybrid.statistics_file, hybrid.model),
+            device=device,
+            threads=plan.threads,
+            blocks=plan.blocks,
+            block_tokens=config.cache.block_tokens,
+            max_tokens=config.max_batch_tokens,
+            states=plan.states,
+            progress=progress,
+        )
+    except ValueError as e:
+        raise ModelError(f"{config.model}: it cannot be placed so: {e}") from e
+
+
 def build_executor(config: EngineConfig, program: Program, plan: Plan, progress: Progress) -> Executor:
     """Load the weights. ModelError for settings that this executor cannot honour."""
     if config.torch_device is not None:
@@ -307,6 +419,8 @@ def build_executor(config: EngineConfig, program: Program, plan: Plan, progress:
             raise ModelError(f"cache.kv_format: only the native executor has {config.cache.kv_format!r}")
         if config.expert_bytes is not None:
             raise ModelError("expert_bytes: only the native executor can leave experts on disk")
+        if plan.hybrid is not None:
+            return _build_hybrid(config, config.torch_device, program, plan, plan.hybrid, progress)
         from ktransformers.engine.executors.torch import TorchExecutor
 
         return TorchExecutor(

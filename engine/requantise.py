@@ -59,13 +59,30 @@ def requantise(program: Program, wanted: ExpertFormat, threads: int = 1) -> tupl
     chosen = expert_weights(program)
     if not chosen:
         raise ModelError("expert_format: this model has no routed experts")
-    number = _Q4_0 if wanted == "int4" else _Q8_0
-    maker = _Maker(number, Errors(wanted), threads)
+    maker = Requantiser(wanted, threads)
     weights = list(program.weights)
     for i in chosen:
-        if _bits(weights[i].format) > _bits(number) and weights[i].cols % _GROUP == 0:
-            weights[i] = _replaced(weights[i], maker)
+        weights[i] = maker.made(weights[i])
     return replace(program, weights=tuple(weights)), maker.errors
+
+
+def requantised_bytes(tensor: Tensor, wanted: ExpertFormat) -> int:
+    """Bytes of a tensor that a Requantiser has made."""
+    number = _number(tensor, wanted)
+    return tensor.data.nbytes if number is None else _nbytes(tensor, number)
+
+
+def _number(tensor: Tensor, wanted: ExpertFormat) -> int | None:
+    """The format that is made; None: the tensor stays as it is, having no more bits."""
+    if wanted == "as-is":
+        return None
+    number = _Q4_0 if wanted == "int4" else _Q8_0
+    fewer = _bits(tensor.format) > _bits(number) and tensor.cols % _GROUP == 0
+    return number if fewer else None
+
+
+def _nbytes(tensor: Tensor, number: int) -> int:
+    return tensor.rows * tensor.cols // FORMATS[number].block * FORMATS[number].nbytes
 
 
 def _bits(number: int) -> float:
@@ -73,28 +90,28 @@ def _bits(number: int) -> float:
     return 8 * fmt.nbytes / fmt.block
 
 
-def _replaced(tensor: Tensor, maker: "_Maker") -> Tensor:
-    fmt = FORMATS[maker.number]
-    nbytes = tensor.rows * tensor.cols // fmt.block * fmt.nbytes
-    reads = tuple(partial(maker.make, tensor, expert) for expert in range(tensor.experts))
-    return replace(tensor, format=maker.number, data=Pieces(nbytes, reads))
+class Requantiser:
+    """Makes experts in fewer bits, each by `threads` threads; `errors` has what was lost so far."""
 
+    def __init__(self, wanted: ExpertFormat, threads: int) -> None:
+        self.errors = Errors(wanted)
+        self._wanted, self._threads = wanted, threads
 
-@dataclass
-class _Maker:
-    """Makes experts of the format `number`."""
-
-    number: int
-    errors: Errors
-    threads: int
+    def made(self, tensor: Tensor) -> Tensor:
+        """The tensor in fewer bits, made when it is read; itself, if it has no more already."""
+        number = _number(tensor, self._wanted)
+        if number is None:
+            return tensor
+        reads = tuple(partial(self._make, tensor, number, expert) for expert in range(tensor.experts))
+        return replace(tensor, format=number, data=Pieces(_nbytes(tensor, number), reads))
 
     @cached_property
     def _pool(self) -> "_kernels.ThreadPool":
         from ktransformers.engine import _kernels
 
-        return _kernels.ThreadPool(self.threads)
+        return _kernels.ThreadPool(self._threads)
 
-    def make(self, tensor: Tensor, expert: int) -> U8:
+    def _make(self, tensor: Tensor, number: int, expert: int) -> U8:
         """The blocks of one expert; the pages that it had in its file are given back."""
         from ktransformers.engine import _kernels
 
@@ -102,7 +119,7 @@ class _Maker:
         with pages.reading(tensor.expert(expert)) as raw:
             try:
                 blocks, error, size = _kernels.requantise(
-                    self._pool, _kernels.isas()[0], tensor.format, self.number, rows, tensor.cols, raw
+                    self._pool, _kernels.isas()[0], tensor.format, number, rows, tensor.cols, raw
                 )
             except ValueError as e:
                 raise ValueError(f"expert {expert}: {e}") from None

@@ -110,6 +110,9 @@ def serve(
     expert_format: Annotated[
         str | None, _option("as-is, int8 or int4: experts with more bits are made of so many [as-is].")
     ] = None,
+    placement: Annotated[
+        str | None, _option("Which experts are on the torch device: TOML file of rules, or auto [all are].")
+    ] = None,
     device_bytes: Annotated[int | None, _option("Bytes of the KV pool [a share of free memory].")] = None,
     host_bytes: Annotated[
         int | None, _option("Bytes of the host's KV pool, 0 is none [none on a CPU, else a share].")
@@ -159,12 +162,17 @@ def explain(
     context: Annotated[int, typer.Option(min=0, help="Tokens that the sequence has already.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Compute threads.")] = None,
     every_op: Annotated[bool, typer.Option("--all", help="Every op of every layer.")] = False,
+    executor: Annotated[str | None, _option("native, torch or torch:cuda [native].")] = None,
+    placement: Annotated[
+        str | None, _option("Experts on two sides: TOML file of rules, or auto; needs --executor torch.")
+    ] = None,
 ) -> None:
-    """Print what each op of a model costs on this machine, and whether it fits."""
+    """Print what each op of a model costs on this machine, whether it fits, and what is placed where."""
     from ktransformers.server.commands import explain as command
     from ktransformers.server.commands.serve import settle
 
-    settled = settle(config, {"model": model, "threads": threads})
+    given = {"threads": threads, "executor": executor, "placement": placement}
+    settled = settle(config, {"model": model, **given})
     raise typer.Exit(command.run(settled.scheduler.engine, tokens, context, every_op))
 
 

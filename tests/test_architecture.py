@@ -36,6 +36,8 @@ EXCEPTIONS = {
         "engine.load",
         "engine.config",
         "engine.machine",
+        "engine.placement.predict",
+        "engine.program",
     ),
     "server.commands.doctor": ("engine.load", "engine.machine", "engine._kernels", "kvcache.stores"),
     # bench measures the executor by itself, beside the server as a whole
@@ -59,6 +61,9 @@ CONFINED = {
         "engine.executors.torch_attention",
         "engine.executors.torch_experts",
         "engine.executors.torch_recurrence",
+        "engine.executors.hybrid",
+        "engine.executors.beside",
+        "engine.executors.torch_limits",
     ),
     "jinja2": ("server.text.",),
     "tokenizers": ("server.text.",),

@@ -26,6 +26,8 @@ constexpr int64_t kChunksPerThread = 8;
 constexpr int64_t kRowsWorthReading = 4;
 // With more rows the next layer would be guessed to need most of its experts, which is no news.
 constexpr int64_t kRowsReadAhead = 16;
+// The place of a choice that is computed elsewhere.
+constexpr int32_t kNowhere = -1;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -235,13 +237,15 @@ WholeFunction Experts::make_compute(ThreadPool& pool, const uint8_t* activations
   };
 }
 
-// Sorts the choices by expert; those of one expert stay in the order of the rows.
+// Sorts the choices by expert; those of one expert stay in the order of the rows. An expert below 0 is computed elsewhere
+// (ops/host_experts.h); a program has none.
 void Experts::group(int64_t rows, ExpertsMemory& memory) const {
   std::vector<int64_t>& starts = memory.starts;
   std::fill(starts.begin(), starts.begin() + experts_ + 1, 0);
   const auto chosen = [&](int64_t row, int64_t k) { return static_cast<int64_t>(route_[row * 2 * top_ + k]); };
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t k = 0; k < top_; ++k) ++starts[chosen(r, k)];
+    for (int64_t k = 0; k < top_; ++k)
+      if (chosen(r, k) >= 0) ++starts[chosen(r, k)];
   int64_t end = 0;
   for (int64_t e = 0; e <= experts_; ++e) {
     end += starts[e];
@@ -249,6 +253,10 @@ void Experts::group(int64_t rows, ExpertsMemory& memory) const {
   }
   for (int64_t r = rows - 1; r >= 0; --r)
     for (int64_t k = top_ - 1; k >= 0; --k) {
+      if (chosen(r, k) < 0) {
+        memory.place[r * top_ + k] = kNowhere;
+        continue;
+      }
       const int64_t place = --starts[chosen(r, k)];
       memory.row[place] = static_cast<int32_t>(r);
       memory.place[r * top_ + k] = static_cast<int32_t>(place);
@@ -373,11 +381,21 @@ void Experts::down_and_sum(size_t share, int64_t begin, int64_t end, int64_t row
   }
   const int64_t column = begin * kPanelRows, n = std::min(end * kPanelRows, outputs) - column;
   std::vector<const float*> given(top_);
-  const std::vector<float> ones(top_, 1.0f);
+  std::vector<float> weights(top_);
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t k = 0; k < top_; ++k) given[k] = scratch + memory.place[r * top_ + k] * width;
-    const float* weights = weigh_input_ ? ones.data() : route_ + r * 2 * top_ + top_;
-    table_.weighted_sum(given.data(), weights, top_, n, out + r * outputs + column);
+    int64_t here = 0;
+    for (int64_t k = 0; k < top_; ++k) {
+      const int32_t place = memory.place[r * top_ + k];
+      if (place == kNowhere) continue;
+      given[here] = scratch + place * width;
+      weights[here++] = weigh_input_ ? 1.0f : route_[r * 2 * top_ + top_ + k];
+    }
+    float* sum = out + r * outputs + column;
+    if (here == 0) {
+      std::fill_n(sum, n, 0.0f);
+    } else {
+      table_.weighted_sum(given.data(), weights.data(), here, n, sum);
+    }
   }
 }
 

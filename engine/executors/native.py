@@ -152,7 +152,7 @@ def pack_weights(
         if progress is not None:
             progress(done, total)
         try:
-            packed.append(_map(isa, t) if i in mapped else _pack(pool, isa, t, cut.get(i)))
+            packed.append(_map(isa, t) if i in mapped else pack(pool, isa, t, cut.get(i)))
         except ValueError as error:
             raise ValueError(f"tensor '{t.name}': {error}") from error
         done += 0 if i in mapped else t.data.nbytes
@@ -161,7 +161,8 @@ def pack_weights(
     return packed
 
 
-def _pack(pool: _kernels.ThreadPool, isa: str, t: Tensor, cut: Cut | None) -> _kernels.Weight:
+def pack(pool: _kernels.ThreadPool, isa: str, t: Tensor, cut: Cut | None = None) -> _kernels.Weight:
+    """Repack one tensor, and give its pages back. ValueError."""
     last: list[U8] = []
 
     def expert(e: int) -> U8:

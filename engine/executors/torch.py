@@ -6,8 +6,8 @@ native executor it does not promise that a token is independent of its batch to 
 product in another order for another number of rows.
 """
 
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
 
 import gguf
 import numpy as np
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from ktransformers.engine import _kernels
 from ktransformers.engine.batch import F32, MAX_LOGPROBS, U8, Batch, Drawn, SamplingBatch
 from ktransformers.engine.executors.torch_attention import Span, attention, mla_attention, softcap
-from ktransformers.engine.executors.torch_experts import experts, route
+from ktransformers.engine.executors.torch_experts import experts, product, route
 from ktransformers.engine.executors.torch_recurrence import Run, States, delta_rule, short_conv
 from ktransformers.engine.program import (
     Add,
@@ -40,6 +40,7 @@ from ktransformers.engine.program import (
     ShortConv,
     Tensor,
     WeightId,
+    expert_weights,
 )
 from ktransformers.engine.weights.dequantise import dequantise as dequantise_blocks
 from ktransformers.engine.weights.formats import GGUF_FORMATS
@@ -117,6 +118,31 @@ def _check(batch: Batch, vocab: int, blocks: int, block_tokens: int) -> None:
         raise ValueError("block_starts: a block table is shorter than its sequence")
 
 
+class Elsewhere(Protocol):
+    """Computes the routed experts for a TorchExecutor, some of them not on its device (see hybrid.py)."""
+
+    digests: list[int]
+    """Of the weights that it has; see Executor.weights_digest."""
+
+    def experts(
+        self, op: Experts, x: torch.Tensor, routed: torch.Tensor, logit_rows: torch.Tensor
+    ) -> torch.Tensor:
+        """Begin; what is ready at once [rows, rows of down]."""
+        ...
+
+    def before(self, index: int, values: list[torch.Tensor]) -> None:
+        """Op `index` comes next: add to the values what it must see of what was begun."""
+        ...
+
+    def after(self, tokens: int) -> None:
+        """A step of so many tokens has been computed."""
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
+        ...
+
+
 class TorchExecutor:
     """An engine.batch.Executor on a torch device."""
 
@@ -132,8 +158,11 @@ class TorchExecutor:
         threads: int | None = None,
         states: int = 0,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        dtypes: Sequence[torch.dtype] | None = None,
+        elsewhere: "Elsewhere | None" = None,
     ) -> None:
-        """Dequantise all weights to `device`; `progress` is told bytes of the file done and in total.
+        """Dequantise all weights to `device`, in `dtypes` (one each; float32); `progress` is told bytes of
+        the file done and in total. `elsewhere` computes the routed experts, and has their weights.
 
         Keys and values are rounded to `kv_dtype` in the pool and read from there (float16 is what the native
         executor does). `states`: places for states of sequences, of a program that has them.
@@ -147,13 +176,19 @@ class TorchExecutor:
         self._device = torch.device(device)
         self._program = program
         self._weights: list[torch.Tensor] = []
-        total = sum(w.data.nbytes for w in program.weights)
+        self._elsewhere = elsewhere
+        theirs = set() if elsewhere is None else expert_weights(program)
+        total = sum(w.data.nbytes for i, w in enumerate(program.weights) if i not in theirs)
         done = 0
-        digests = []
+        digests = [] if elsewhere is None else list(elsewhere.digests)
         pool = _kernels.ThreadPool(threads or 1)
-        for weight in program.weights:
+        for i, weight in enumerate(program.weights):
+            if i in theirs:
+                self._weights.append(torch.empty(0))
+                continue
             digests.append(_kernels.digest(pool, weight.read()))
-            self._weights.append(torch.from_numpy(dequantise(weight)).to(self._device))
+            dtype = torch.float32 if dtypes is None else dtypes[i]
+            self._weights.append(torch.from_numpy(dequantise(weight)).to(self._device, dtype))
             done += weight.data.nbytes
             progress(done, total)
         self.weights_digest = tuple(digests)
@@ -233,6 +268,8 @@ class TorchExecutor:
 
     def close(self) -> None:
         """Free weights, KV and states."""
+        if self._elsewhere is not None:
+            self._elsewhere.close()
         self._weights = []
         self._kv = torch.zeros(0)
         self._states = None
@@ -246,8 +283,12 @@ class TorchExecutor:
         step = _Step(batch, self.block_tokens, self._device)
         self._values = [torch.empty(0)] * len(self._program.widths)
         self._angles = {}
-        for op in self._program.ops:
+        for index, op in enumerate(self._program.ops):
+            if self._elsewhere is not None:
+                self._elsewhere.before(index, self._values)
             self._op(op, step)
+        if self._elsewhere is not None:
+            self._elsewhere.after(len(batch.tokens))
         out = self._values[_logits_of(self._program)]
         self._values = []
         return out
@@ -256,7 +297,7 @@ class TorchExecutor:
         v, w = self._values, self._weights
         match op:
             case Embed():
-                v[op.out] = w[op.table][step.tokens] * op.scale
+                v[op.out] = w[op.table][step.tokens].float() * op.scale
             case RmsNorm():
                 x = v[op.x].reshape(-1, self._program.widths[op.x] // op.group, op.group)
                 x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + op.eps) * w[op.weight][0]
@@ -264,7 +305,7 @@ class TorchExecutor:
             case Linear():
                 for part in op.parts:
                     bias = None if part.bias is None else w[part.bias][0]
-                    v[part.out] = F.linear(v[op.x], w[part.weight], bias)
+                    v[part.out] = product(v[op.x], w[part.weight], bias)
             case Rope():
                 v[op.x] = self._rope(op, step)
             case PositionScale():
@@ -274,7 +315,8 @@ class TorchExecutor:
                 cols = w[op.weight].shape[1]
                 weight = w[op.weight].reshape(op.heads, -1, cols)
                 x = v[op.x].reshape(len(v[op.x]), op.heads, -1)[..., :cols]
-                v[op.out] = torch.einsum("thc,hrc->thr", x, weight).flatten(1)
+                out = torch.einsum("thc,hrc->thr", x.to(weight.dtype), weight)
+                v[op.out] = out.to(x.dtype).flatten(1)
             case Attention():
                 sinks = None if op.sinks is None else w[op.sinks][0]
                 kv = self._kv[op.layer]
@@ -292,6 +334,8 @@ class TorchExecutor:
                 v[op.out] = _ACTS[op.act](v[op.gate]) * v[op.up]
             case Route():
                 v[op.out] = route(op, v[op.logits], None if op.bias is None else w[op.bias][0])
+            case Experts() if self._elsewhere is not None:
+                v[op.out] = self._elsewhere.experts(op, v[op.x], v[op.route], step.logit_rows)
             case Experts():
                 v[op.out] = experts(op, v[op.x], v[op.route], w)
             case Add():
@@ -299,7 +343,7 @@ class TorchExecutor:
             case GatherRows():
                 v[op.out] = v[op.x][step.logit_rows]
             case Logits():
-                v[op.out] = softcap(F.linear(v[op.x], w[op.weight]), op.softcap)
+                v[op.out] = softcap(product(v[op.x], w[op.weight], None), op.softcap)
 
     def _rope(self, op: Rope, step: _Step) -> torch.Tensor:
         if op.inv_freq not in self._angles:

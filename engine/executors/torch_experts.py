@@ -6,6 +6,14 @@ import torch.nn.functional as F
 from ktransformers.engine.program import Experts, Route
 
 
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x @ weight.T + bias in float32; x is rounded to the weight's dtype, that of the product."""
+    if weight.dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    y = F.linear(x.to(weight.dtype), weight).to(x.dtype)
+    return y if bias is None else y + bias
+
+
 def route(op: Route, logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """[rows, experts] -> [rows, 2 * top]: numbers of the chosen, then their weights. `bias` is [experts]."""
     if op.score == "softmax":
@@ -44,7 +52,10 @@ def _allowed(op: Route, c: torch.Tensor) -> torch.Tensor | None:
 
 
 def experts(op: Experts, x: torch.Tensor, routed: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
-    """[rows, width] -> [rows, rows of down]. Tokens go expert by expert; a token's sum is in router order."""
+    """[rows, width] -> [rows, rows of down]. Tokens go expert by expert; a token's sum is in router order.
+
+    A choice below 0 is computed elsewhere, and adds nothing.
+    """
     stacked = [weights[w] for w in (op.gate, op.up, op.down)]
     gate, up, down = (w.reshape(op.experts, -1, w.shape[1]) for w in stacked)
     gate_bias, up_bias, down_bias = (
@@ -55,15 +66,15 @@ def experts(op: Experts, x: torch.Tensor, routed: torch.Tensor, weights: list[to
         return None if of is None else of[e]
 
     chosen, share = routed[:, : op.top].long(), routed[:, op.top :]
-    results = x.new_empty(len(x), op.top, down.shape[1])
+    results = x.new_zeros(len(x), op.top, down.shape[1])
     for e in range(op.experts):
         rows, places = torch.nonzero(chosen == e, as_tuple=True)
         if not len(rows):
             continue
         inputs = x[rows] * share[rows, places, None] if op.weigh_input else x[rows]
-        g = F.linear(inputs, gate[e], bias(gate_bias, e))
-        u = F.linear(inputs, up[e], bias(up_bias, e))
-        results[rows, places] = F.linear(_act(op, g, u), down[e], bias(down_bias, e))
+        g = product(inputs, gate[e], bias(gate_bias, e))
+        u = product(inputs, up[e], bias(up_bias, e))
+        results[rows, places] = product(_act(op, g, u), down[e], bias(down_bias, e))
     if not op.weigh_input:
         results *= share[..., None]
     out = results[:, 0]

@@ -11,8 +11,10 @@ from rich.table import Table
 from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.explain import Row, explain
 from ktransformers.engine.limits import measure
-from ktransformers.engine.load import CannotFit, open_model, plan
+from ktransformers.engine.load import CannotFit, Facts, Plan, open_model, plan
 from ktransformers.engine.machine import cpus
+from ktransformers.engine.placement.predict import PlacedRow, measure_device, predict
+from ktransformers.engine.program import Program
 
 
 @dataclass
@@ -40,6 +42,8 @@ def run(config: EngineConfig, tokens: int, context: int, every_op: bool) -> int:
     # A pipe has no width: wide enough for a line an op.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
     program, facts = open_model(config)
+    if config.placement:
+        return _placed(console, config, program, facts, tokens, context, every_op)
     threads = config.threads or cpus()
     with console.status("measuring this machine"):
         limits = measure(threads)
@@ -60,11 +64,81 @@ def run(config: EngineConfig, tokens: int, context: int, every_op: bool) -> int:
     except CannotFit as error:
         console.print(f"[red]{escape(str(error))}[/]")
         return 1
+    _print_needs(console, planned)
+    return 0
+
+
+def _print_needs(console: Console, planned: Plan) -> None:
     for what, size in planned.needs:
         console.print(f"  {what:<28}{size / 2**20:>12,.1f} MiB")
     console.print(f"  {'available memory':<28}{planned.available / 2**20:>12,.1f} MiB")
     console.print(f"  longest sequence {planned.max_len} tokens, {planned.blocks} blocks")
+
+
+def _placed(
+    console: Console,
+    config: EngineConfig,
+    program: Program,
+    facts: Facts,
+    tokens: int,
+    context: int,
+    every_op: bool,
+) -> int:
+    """What is where, and what a step takes; the exit code."""
+    try:
+        planned = plan(config, program, facts)
+    except CannotFit as error:
+        console.print(f"[red]{escape(str(error))}[/]")
+        return 1
+    hybrid = planned.hybrid
+    if hybrid is None or config.torch_device is None:
+        raise ValueError("placement: there is none")
+    with console.status("measuring this machine"):
+        host, device = measure(planned.threads), measure_device(config.torch_device, planned.threads)
+    sizes = {"tokens": tokens, "context": context}
+    rows = predict(program, hybrid.placement, hybrid.statistics, device, host, **sizes)
+    peaks = ", ".join(f"{rate / 1e9:.0f} {name}" for name, rate in device.peaks.items())
+    console.print(
+        f"[bold]{escape(facts.name)}[/] ({facts.spec.architecture}), {escape(Path(config.model).name)}: "
+        f"a step of {tokens} tokens after {context}; device {device.name} reads "
+        f"{device.bandwidth / 1e9:.1f} GB/s and computes {peaks} GOP/s; the cpu reads "
+        f"{host.bandwidth / 1e9:.1f} GB/s with {host.threads} threads ({host.isa})"
+    )
+    console.print(_placed_table(rows, every_op))
+    console.print(escape(str(hybrid.placement)), soft_wrap=True)
+    known = f"{hybrid.statistics.total:,.0f} choices counted"
+    console.print(f"  of experts: {known if hybrid.statistics.total else 'nothing known yet, all alike'}")
+    seconds = sum(row.seconds for row in rows) / tokens
+    console.print(f"Predicted for one sequence: {seconds * 1e3:.2f} ms a token, {1 / seconds:.1f} tokens/s")
+    _print_needs(console, planned)
     return 0
+
+
+def _placed_table(rows: list[PlacedRow], every_op: bool) -> Table:
+    """A line for each op, or for each kind of op that differs in nothing but its layer."""
+    table = Table("layer", "op", "what", "format", box=None, pad_edge=False)
+    for name in ("on device", "device MB", "cpu MB", "device us", "cpu us"):
+        table.add_column(name, justify="right", no_wrap=True)
+    lines: dict[object, list[PlacedRow]] = {}
+    for placed in rows:
+        r = placed.row
+        key = r.index if every_op or r.layer is None else (r.kind, r.detail, placed.formats, placed.on_device)
+        lines.setdefault(key, []).append(placed)
+    for line in lines.values():
+        first = line[0]
+        layers = dict.fromkeys(placed.row.layer for placed in line if placed.row.layer is not None)
+        table.add_row(
+            _span(list(layers)),
+            first.row.kind,
+            escape(first.row.detail.replace(".weight", "")),
+            first.formats,
+            str(first.on_device) if first.row.kind == "Experts" else "",
+            f"{sum(p.device_bytes for p in line) / 1e6:.2f}",
+            f"{sum(p.cpu_bytes for p in line) / 1e6:.2f}",
+            f"{sum(p.device_seconds for p in line) * 1e6:.0f}",
+            f"{sum(p.cpu_seconds for p in line) * 1e6:.0f}",
+        )
+    return table
 
 
 def _merge(rows: list[Row], every_op: bool) -> list[_Line]:

@@ -61,7 +61,13 @@ def settle(file: Path | None, overrides: Mapping[str, Any]) -> ServerConfig:
     engine = config.scheduler.engine
     cache = engine.cache
     cache = msgspec.structs.replace(cache, cache_dir=cache.cache_dir or str(cache_dir() / "kv"))
-    engine = msgspec.structs.replace(engine, model=str(resolve(engine.model)), cache=cache)
+    # Absolute: the engine need not run in this folder.
+    placement = engine.placement
+    if placement not in ("", "auto"):
+        placement = str(Path(placement).absolute())
+    engine = msgspec.structs.replace(
+        engine, model=str(resolve(engine.model)), placement=placement, cache=cache
+    )
     scheduler = msgspec.structs.replace(config.scheduler, engine=engine)
     return msgspec.structs.replace(config, scheduler=scheduler)
 

