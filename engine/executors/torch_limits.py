@@ -16,8 +16,8 @@ _SQUARE: Final = 512
 
 
 def device_limits(device: str, threads: int, seconds: float = 0.2) -> DeviceLimits:
-    """Measure a torch device (the CPU with `threads`), about `seconds` for each figure: a sum over memory that no cache holds, and
-    products of square matrices."""
+    """Measure a torch device (the CPU with `threads`), about `seconds` for each figure: a sum over memory
+    that no cache holds, and products of square matrices."""
     torch.set_num_threads(threads)
     place = torch.device(device)
     large = torch.ones(_READ_BYTES // 4, device=place)

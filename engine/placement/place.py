@@ -19,7 +19,16 @@ from ktransformers.engine.placement.rules import (
     Rules,
 )
 from ktransformers.engine.placement.statistics import ExpertStatistics
-from ktransformers.engine.program import Experts, Program, WeightId, expert_weights
+from ktransformers.engine.program import (
+    Embed,
+    Experts,
+    HeadLinear,
+    Linear,
+    Logits,
+    Program,
+    WeightId,
+    expert_weights,
+)
 from ktransformers.engine.requantise import requantised_bytes
 
 SIZES: Final[dict[DeviceFormat, int]] = {"f32": 4, "bf16": 2}
@@ -190,8 +199,7 @@ def _weight_name(program: Program, weight: WeightId) -> str:
 
 def _check_matches(program: Program, rules: Rules) -> None:
     """Each rule matches something, and says nothing that this cannot honour."""
-    routed = expert_weights(program)
-    dense = [_weight_name(program, w) for w in range(len(program.weights)) if w not in routed]
+    dense = [_weight_name(program, w) for w in _matrices(program)]
     ops = [(_names(program, op), op) for _, op in experts_ops(program)]
     for number, rule in enumerate(rules.rules):
         plain = [name for name in dense if rule.matches(name)]
@@ -214,11 +222,24 @@ def _check_matches(program: Program, rules: Rules) -> None:
 
 
 def dense_formats(program: Program, rules: Rules) -> Iterator[DeviceFormat]:
-    """Of each weight. Vectors stay in float32: they are small, and sums are rounded once."""
-    routed = expert_weights(program)
-    for w, tensor in enumerate(program.weights):
-        is_matrix = tensor.rows > 1 and tensor.name.endswith(".weight") and w not in routed
-        yield _device_format(rules, (_weight_name(program, w),)) if is_matrix else "f32"
+    """Of each weight. What is not a product's matrix stays in float32: it is small."""
+    matrices = set(_matrices(program))
+    for w in range(len(program.weights)):
+        yield _device_format(rules, (_weight_name(program, w),)) if w in matrices else "f32"
+
+
+def _matrices(program: Program) -> Iterator[WeightId]:
+    """The weights of products, but those of routed experts: what rules may speak of beside these."""
+    for op in program.ops:
+        match op:
+            case Embed():
+                yield op.table
+            case Linear():
+                yield from (part.weight for part in op.parts)
+            case HeadLinear() | Logits():
+                yield op.weight
+            case _:
+                pass
 
 
 def _device_format(rules: Rules, names: tuple[str, ...]) -> DeviceFormat:

@@ -46,8 +46,9 @@ def moe(*layers: tuple[int, int]) -> Program:
         weights.append(tensor(f"blk.{n}.attn_q.weight", 32, 32))
         weights += [tensor(f"blk.{n}.ffn_{m}_exps.weight", count * hidden, 32, count) for m in ("gate", "up")]
         weights.append(tensor(f"blk.{n}.ffn_down_exps.weight", count * 32, hidden, count))
-        at = 4 * n
+        at = 5 * n
         ops.append(Linear(0, (LinearPart(at, None, 1),)))
+        weights.append(tensor(f"blk.{n}.attn_norm.weight", 1, 32))
         ids: tuple[Any, ...] = (at + 1, at + 2, at + 3, None, None, None)
         ops.append(Experts(1, 2, 3, *ids, count, min(2, count), "silu", 1.0, 1.0, False))
     return Program(tuple(ops), (32, 32, 4, 32), tuple(weights), CacheShape(1, 1, 16), 32)
@@ -136,9 +137,9 @@ def test_the_first_rule_that_says_it_counts() -> None:
     assert [p.device_format for p in made.experts] == ["f32", "bf16"]
     assert [p.cpu_format for p in made.experts] == ["int8"] * 2
     assert [p.kernel for p in made.experts] == ["reference"] * 2
-    assert made.formats[0] == "f32" and made.formats[4] == "bf16"
+    assert made.formats[0] == "f32" and made.formats[5] == "bf16"
     rules = Rules("", rules=(Rule(match="blk.1.*", format="bf16"),))
-    assert made.dense_bytes == 32 * 32 * (4 + 2) == dense_bytes(program, rules)
+    assert made.dense_bytes == 32 * 32 * (4 + 2) + 2 * 32 * 4 == dense_bytes(program, rules)
     assert made.experts[0].cpu_bytes == 4 * 3 * 32 * 34
 
 
@@ -218,6 +219,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     ("rule", "says"),
     [
         (Rule(match="blk.7.*", device="cpu"), "match 'blk.7.\\*' matches nothing; there are blk.0.experts"),
+        (Rule(match="blk.*.attn_norm", format="bf16"), "matches nothing"),
         (Rule(match="*", device="cpu"), "means blk.0.attn_q, too, and only experts can be on the cpu"),
         (Rule(match="*", format="int8"), "means blk.0.attn_q, too"),
         (Rule(match="*.attn_q", kernel="reference"), "means blk.0.attn_q, too"),
