@@ -157,30 +157,18 @@ void unpack_scaled_row(const uint8_t* panel, int64_t cols, int lane, float* out)
   }
 }
 
-// A group looked up: elements plus kCodebookBias as eight quads, and the scales of its halves.
-struct LookedUp {
-  uint8_t quads[kGroup / 4][kQuadBytes];
-  Scales scales;
-};
-
-using LookUp = void (*)(const uint8_t* header, int g, const uint8_t* packed, LookedUp* out);
-
-template <class F>
-[[gnu::noinline]] void look_up(const uint8_t* header, int g, const uint8_t* packed, LookedUp* out) {
-  out->scales = F::scales(header, g, packed);
-  for (int q = 0; q < kGroup / 4; ++q) store_bytes(out->quads[q], F::quad(header, g, packed, q));
-}
-
 template <class F>
 void unpack_codebook_row(const uint8_t* panel, int64_t cols, int lane, float* out) {
   for (int64_t g = 0; g < cols / kGroup; ++g) {
     const int place = static_cast<int>(g % F::kGroups);
-    LookedUp group;
-    look_up<F>(panel, place, panel + F::kHeader + place * F::kBytes, &group);
-    for (int k = 0; k < kGroup; ++k) {
+    const uint8_t* packed = panel + F::kHeader + place * F::kBytes;
+    const Scales scales = F::scales(panel, place, packed);
+    for (int q = 0; q < kGroup / 4; ++q) {
+      uint8_t quad[kQuadBytes];
       float d[kLanes];
-      store(d, group.scales.d[2 * k / kGroup]);
-      *out++ = d[lane] * static_cast<float>(group.quads[k / 4][4 * lane + k % 4] - kCodebookBias);
+      store_bytes(quad, F::quad(panel, place, packed, q));
+      store(d, scales.d[8 * q / kGroup]);
+      for (int i = 0; i < 4; ++i) *out++ = d[lane] * static_cast<float>(quad[4 * lane + i] - kCodebookBias);
     }
     if (place == F::kGroups - 1) panel += F::kHeader + F::kGroups * F::kBytes;
   }

@@ -13,6 +13,7 @@ constexpr bool kHasDotBf16 = false;
 // 16 registers: the accumulators of four rows take eight.
 constexpr int kTileRows = 4;
 constexpr int kTileRowsFloat = 2;
+constexpr int kBlockPanels = 1, kBlockRows = 4;
 
 struct Floats {
   __m256 lo, hi;
@@ -178,6 +179,11 @@ inline Bytes field_left(Bytes a) {
 }
 inline Bytes operator|(Bytes a, Bytes b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
 inline Bytes operator-(Bytes a, Bytes b) { return {_mm256_sub_epi8(a.lo, b.lo), _mm256_sub_epi8(a.hi, b.hi)}; }
+template <int N>
+inline Bytes add_bytes(Bytes a) {
+  if constexpr (N == 0) return a;
+  return {_mm256_add_epi8(a.lo, _mm256_set1_epi8(N)), _mm256_add_epi8(a.hi, _mm256_set1_epi8(N))};
+}
 inline Bytes lookup16(const uint8_t* table, Bytes a) {
   const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
   return {_mm256_shuffle_epi8(t, a.lo), _mm256_shuffle_epi8(t, a.hi)};

@@ -12,6 +12,9 @@ constexpr int kLanes = 16;
 // 32 registers: a sum and an accumulator for each row, the weights, their scales and the constants.
 constexpr int kTileRows = 12;
 constexpr int kTileRowsFloat = 12;
+// Of weights in memory: 12 sums and as many accumulators, three quads and one activation. Loads for each dot product are
+// fewest in tiles as square as these.
+constexpr int kBlockPanels = 3, kBlockRows = 4;
 
 struct Floats {
   __m512 v;
@@ -125,6 +128,11 @@ inline Bytes field_left(Bytes a) {
 }
 inline Bytes operator|(Bytes a, Bytes b) { return {_mm512_or_si512(a.v, b.v)}; }
 inline Bytes operator-(Bytes a, Bytes b) { return {_mm512_sub_epi8(a.v, b.v)}; }
+template <int N>
+inline Bytes add_bytes(Bytes a) {
+  if constexpr (N == 0) return a;
+  return {_mm512_add_epi8(a.v, _mm512_set1_epi8(N))};
+}
 inline Bytes lookup16(const uint8_t* table, Bytes a) {
   const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
   return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(t), a.v)};

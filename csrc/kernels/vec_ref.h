@@ -11,6 +11,7 @@ constexpr int kLanes = 16;
 constexpr bool kHasDotBf16 = false;
 constexpr int kTileRows = 4;       // rows of a tile of the integer product
 constexpr int kTileRowsFloat = 2;  // the same for float products, which keep two sums for each output
+constexpr int kBlockPanels = 3, kBlockRows = 4;  // of a tile of the integer product of weights unpacked in memory
 
 struct Floats {
   float v[kLanes];
@@ -249,6 +250,11 @@ inline Bytes operator|(Bytes a, Bytes b) {
 }
 inline Bytes operator-(Bytes a, Bytes b) {
   return byte_lanes([&](int i) { return a.v[i] - b.v[i]; });
+}
+// a + N in each byte.
+template <int N>
+inline Bytes add_bytes(Bytes a) {
+  return byte_lanes([&](int i) { return a.v[i] + N; });
 }
 // table[a], for bytes below 16.
 inline Bytes lookup16(const uint8_t* table, Bytes a) {

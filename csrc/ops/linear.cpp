@@ -8,8 +8,8 @@
 namespace kt {
 namespace {
 
-// Rows whose presented input should stay in the second-level cache while the panels of a chunk stream by.
-constexpr int64_t kActivationBytes = int64_t{384} << 10;
+// Rows of a chunk: a product unpacks the weights of its chunk once for all of them, and keeps to the caches by itself.
+constexpr int64_t kMostRows = 512;
 constexpr int64_t kRowStep = 24;  // a multiple of every table's tile of rows
 // Smaller chunks balance better; below this many weight bytes x rows the claim of a chunk would show.
 constexpr int64_t kChunkWork = int64_t{24} << 10;
@@ -17,21 +17,21 @@ constexpr int64_t kChunksPerThread = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Tiles of some formats take two panels.
-constexpr int64_t kPanelStep = 2;
+// Tiles of few rows take two panels in some formats, those of so many three.
+constexpr int64_t kManyRows = 96;
 
 // How a product of all panels and rows is cut: chunk c is piece c % panel_chunks of the panels by piece c / panel_chunks of
 // the rows, so chunks that read the same rows follow each other. As many for each thread, and all about equal.
 struct Grid {
-  int64_t panels, row_chunk, panel_chunks, chunks;
+  int64_t panels, row_chunk, panel_step, panel_chunks, chunks;
 
-  Grid(int64_t rows, size_t row_bytes, int64_t panels, size_t packed_bytes, int threads) : panels(panels) {
-    const int64_t fitting = std::max(kActivationBytes / static_cast<int64_t>(row_bytes) / kRowStep, int64_t{1});
-    const int64_t row_chunks = ceil_div(rows, fitting * kRowStep);
+  Grid(int64_t rows, int64_t panels, size_t packed_bytes, int threads) : panels(panels) {
+    const int64_t row_chunks = ceil_div(rows, kMostRows);
     row_chunk = std::min(rows, ceil_div(rows, row_chunks * kRowStep) * kRowStep);
+    panel_step = row_chunk < kManyRows ? 2 : 3;
     const int64_t work = static_cast<int64_t>(packed_bytes) * row_chunk;
     const int64_t of_thread = std::min(kChunksPerThread, ceil_div(work, threads * kChunkWork));
-    panel_chunks = std::min(ceil_div(threads * of_thread, row_chunks), ceil_div(panels, kPanelStep));
+    panel_chunks = std::min(ceil_div(threads * of_thread, row_chunks), ceil_div(panels, panel_step));
     chunks = row_chunks * panel_chunks;
   }
 
@@ -40,7 +40,7 @@ struct Grid {
   int64_t end_panel(int64_t chunk) const { return std::min(panel(chunk % panel_chunks + 1), panels); }
 
  private:
-  int64_t panel(int64_t piece) const { return ceil_div(panels, kPanelStep) * piece / panel_chunks * kPanelStep; }
+  int64_t panel(int64_t piece) const { return ceil_div(panels, panel_step) * piece / panel_chunks * panel_step; }
 };
 
 Activation activation_of(const KernelTable& table, const Weight& weight, bool precise) {
@@ -62,7 +62,7 @@ void product(ThreadPool& pool, const Weight& weight, const float* x, int64_t row
     const int64_t r = chunk * kRowStep;
     table.quantize(activation, x + r * cols, cols, std::min(kRowStep, rows - r), cols, presented.data() + r * row_bytes);
   });
-  const Grid grid(rows, row_bytes, weight.panels(), weight.bytes(), pool.threads());
+  const Grid grid(rows, weight.panels(), weight.bytes(), pool.threads());
   pool.parallel_for(grid.chunks, [&](int64_t chunk, int) {
     const int64_t r = grid.first_row(chunk);
     table.gemm(weight.format(), weight.packed(), weight.rows(), cols, activation, presented.data() + r * row_bytes,
@@ -133,7 +133,7 @@ WholeFunction Product::make_multiply(ThreadPool& pool, const uint8_t* activation
 void Product::multiply(const Step& step, ThreadPool& pool, const uint8_t* activations, int64_t max_rows) const {
   const int64_t rows = step.rows(rows_);
   if (rows == 0) return;
-  const Grid grid(rows, activation_bytes_, panels_, packed_bytes_, pool.threads());
+  const Grid grid(rows, panels_, packed_bytes_, pool.threads());
   pool.parallel_for(grid.chunks, [&](int64_t chunk, int) {
     const int64_t first_row = grid.first_row(chunk), n = std::min(grid.row_chunk, rows - first_row);
     int64_t begin = grid.first_panel(chunk), end = grid.end_panel(chunk);

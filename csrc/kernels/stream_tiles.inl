@@ -1,0 +1,75 @@
+// Tiles of the integer formats for few rows: each goes along k once and unpacks the weights of a group in registers.
+#pragma once
+
+namespace kt {
+namespace {
+
+// The first tile of a panel prefetches the weights this far ahead: the processor by itself does not look far enough
+// when a line of weights is worked on for long.
+constexpr int64_t kAhead = 4096;
+
+inline void prefetch(const uint8_t* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+}
+
+template <class F, int R, int P>
+inline void integer_tile(const uint8_t* panel, int64_t panel_bytes, int64_t ahead, const uint8_t* act, int64_t stride,
+                         int64_t cols, Floats* sum) {
+  for (int i = 0; i < P * R; ++i) sum[i] = set1(0.0f);
+  for (int64_t left = cols / kGroup; left > 0; left -= F::kGroups) {
+    const uint8_t* header = panel;
+    panel += F::kHeader;
+    for (int g = 0; g < F::kGroups && g < left; ++g) {
+      PackedGroup<F> w[P];
+      for (int p = 0; p < P; ++p) {
+        if (ahead) prefetch(panel + p * panel_bytes + ahead, F::Quads::kBytes + F::kHeader / F::kGroups);
+        w[p] = {F::scales(header + p * panel_bytes, g), panel + p * panel_bytes};
+      }
+      group_product<R, P>(w, act, stride, sum);
+      panel += F::Quads::kBytes;
+      act += sizeof(ActivationGroup);
+    }
+  }
+}
+
+// Groups [first, first + count) of a panel, `step` of them from one to the next.
+template <class Group>
+using Unpack = void (*)(const uint8_t* panel, int64_t first, int64_t count, int64_t ahead, Group* out, int64_t step);
+
+template <class F>
+[[gnu::noinline]] void unpack_groups(const uint8_t* panel, int64_t first, int64_t count, int64_t ahead, Unpacked<F>* out,
+                                     int64_t step) {
+  for (int64_t g = first; g < first + count; ++g, out += step) {
+    const GroupPlace<F> from(panel, g);
+    if (ahead) prefetch(from.packed + ahead, packed_group_bytes<F>() + F::kHeader / F::kGroups);
+    unpack_to_bytes<F>(from, *out);
+  }
+}
+
+// Codebooks are looked up in memory, so all of their formats share these tiles.
+template <int R>
+[[gnu::noinline]] void codebook_tile(const Product& p, Unpack<CodebookGroup> unpack, int64_t panel, int64_t row,
+                                     int64_t ahead) {
+  Floats sum[R];
+  for (int r = 0; r < R; ++r) sum[r] = set1(0.0f);
+  CodebookGroup group;
+  const uint8_t* act = p.act + row * p.stride;
+  for (int64_t g = 0; g < p.cols / kGroup; ++g, act += sizeof(ActivationGroup)) {
+    unpack(p.packed + panel * p.panel_bytes, g, 1, ahead, &group, 1);
+    group_product<R, 1>(&group, act, p.stride, sum);
+  }
+  for (int r = 0; r < R; ++r) finish_outputs(p, panel, row + r, sum[r]);
+}
+
+template <int R>
+inline void codebook_tiles(const Product& p, Unpack<CodebookGroup> unpack, int64_t panel, int64_t row, int64_t end,
+                           int64_t ahead) {
+  for (; end - row >= R; row += R) {
+    codebook_tile<R>(p, unpack, panel, row, ahead);
+    ahead = 0;
+  }
+  if constexpr (R > 1) codebook_tiles<R == 12 ? 8 : R / 2>(p, unpack, panel, row, end, ahead);
+}
+
+}  // namespace
+}  // namespace kt
