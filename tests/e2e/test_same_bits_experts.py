@@ -21,7 +21,7 @@ from ktransformers.engine.executors.native import NativeExecutor
 from ktransformers.engine.program import Program
 from ktransformers.engine.protocol import Sampling
 
-ISAS = _kernels.isas()
+ISAS = [*_kernels.isas(), *_kernels.emulated_isas()]
 CHUNK = 128
 BLOCKS = 64
 FEW = 14
@@ -112,7 +112,7 @@ def test_integer_formats_on_every_instruction_set(program: Program, prompts: Pro
     executor.close()
 
 
-@pytest.mark.parametrize("isa", ISAS[:2])
+@pytest.mark.parametrize("isa", [*_kernels.isas()[:2], *_kernels.emulated_isas()])
 def test_sixteen_bits(program: Program, prompts: Prompts, isa: str) -> None:
     """The product of bfloat16 has an order of sums of its own on each instruction set that has one."""
     executor = native(in_formats(program, "BF16", "BF16"), isa)
