@@ -24,6 +24,7 @@ from ktransformers.engine.program import (
     Program,
     RmsNorm,
     Rope,
+    Tensor,
 )
 
 ISAS = _kernels.isas()
@@ -166,6 +167,31 @@ def test_bits_do_not_depend_on_chunks_or_neighbours(small: ModuleType, ex: Nativ
     both = ex.step(small.batch(parts[1], last), small.sampling(41, seed=5, position=70, logprobs=20))
     for name in ("token", "logprob", "top_tokens", "top_logprobs"):
         np.testing.assert_array_equal(getattr(both, name)[-1:], getattr(alone, name))
+
+
+def test_a_bias_is_the_same_for_many_rows_and_few(small: ModuleType) -> None:
+    """Products of many integer rows add it in a pass of its own."""
+    rng = np.random.default_rng(3)
+    embed = rng.normal(size=(112, 64)).astype(np.float32)
+    bias = (100 * rng.normal(size=(1, 112))).astype(np.float32)
+    raw = rng.integers(0, 256, (112, 2, 34)).astype(np.uint8)  # Q8_0
+    raw[:, :, 1] = 0x2C
+    program = Program(
+        ops=(Embed(0, 0, 1.0), Linear(0, (LinearPart(1, 2, 1),)), GatherRows(1, 2), Logits(2, 3, 3, 0.0)),
+        widths=(64, 112, 112, 112),
+        weights=(
+            small.tensor(embed), Tensor("w", 8, 112, 64, raw.reshape(-1)), small.tensor(bias),
+            small.tensor(np.eye(112)),
+        ),
+        cache=CacheShape(LAYERS, KV_HEADS, HEAD_DIM),
+        vocab=112,
+    )  # fmt: skip
+    ex, tokens, blocks = small.executor(program), text(130), list(range(9))
+    whole = ex.logits(small.batch(small.Part(tokens, 0, blocks)))
+    np.testing.assert_array_equal(small.chunked(ex, tokens, blocks, 40), whole)
+    scale = raw[:, :, :2].copy().view(np.float16).astype(np.float64)
+    w = (scale * raw[:, :, 2:].view(np.int8)).reshape(112, 64)
+    np.testing.assert_allclose(whole, embed[tokens] @ w.T + bias, atol=0.02 * np.abs(w).sum(1).max())
 
 
 def test_only_the_asked_rows_are_drawn(small: ModuleType, ex: NativeExecutor) -> None:
