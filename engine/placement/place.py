@@ -299,8 +299,6 @@ def _hottest(
     for i, place in enumerate(places):
         counts = statistics.of(place.name)
         free = [e for e in range(place.experts) if e not in place.fixed]
-        if policy != "uniform":
-            free.sort(key=lambda e: (-counts[e], e))
         for rank, expert in enumerate(free):
             ranked.append((0.0 if policy == "uniform" else -counts[expert], rank, i, expert))
     for _, _, i, expert in sorted(ranked):

@@ -90,6 +90,14 @@ def test_the_hottest_come_first() -> None:
     assert on_device(placed(program, 1 << 40)) == [(0, 1, 2, 3)] * 2
 
 
+def test_a_small_expert_does_not_pass_a_hot_large_one() -> None:
+    """It would be on the device with room for one, and not with room for three."""
+    program = moe((1, 96), (1, 32))
+    hot = counted(program, blk_0=[9], blk_1=[1])
+    rooms = [on_device(placed(program, n * EXPERT, statistics=hot)) for n in (1, 3, 4)]
+    assert rooms == [[(), ()], [(0,), ()], [(0,), (0,)]]
+
+
 shapes = st.lists(st.tuples(st.integers(1, 6), st.sampled_from([32, 64, 96])), min_size=1, max_size=4)
 
 policies = st.sampled_from(["uniform", "frequency", "adaptive"])
