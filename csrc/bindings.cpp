@@ -462,14 +462,14 @@ void step(Program& program, const I32& tokens, const I32& starts, const I32& con
           const F32& min_p, const F32& repetition, const F32& presence, const F32& frequency, const I64& seed,
           const I64& position, const I32& logprobs, const I32& history_starts, const I32& history,
           const I32& history_output, const I32& bias_starts, const I32& bias_tokens, const F32& bias_values, I32 token,
-          F32 logprob, I32 top_tokens, F32 top_logprobs) {
+          F32 logprob, I32 top_tokens, F32 top_logprobs, const std::function<void()>& between) {
   const Batch batch = batch_of(tokens, starts, context, block_starts, blocks, logit_rows, slots, keep_slots, keep_at);
   const Sampling sampling =
       sampling_of(temperature, top_k, top_p, min_p, repetition, presence, frequency, seed, position, logprobs,
                   history_starts, history, history_output, bias_starts, bias_tokens, bias_values);
   const Drawn drawn = drawn_of(token, logprob, top_tokens, top_logprobs);
   const py::gil_scoped_release release;
-  program.step(batch, sampling, drawn);
+  program.step(batch, sampling, drawn, between);
 }
 
 F32 logits(Program& program, const I32& tokens, const I32& starts, const I32& context, const I32& block_starts,
@@ -572,6 +572,8 @@ PYBIND11_MODULE(_kernels, m) {
            py::arg("max_tokens"), py::arg("max_rows"), py::arg("expert_bytes") = 0, py::arg("kv_format") = "f16",
            py::arg("state") = py::none(), py::arg("state_slots") = 0,
            py::keep_alive<1, 6>())
+      .def("within", &Program::within, py::arg("max_tokens"), py::arg("max_rows"), py::keep_alive<0, 1>(),
+           py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("block_bytes", &Program::block_bytes)
       .def("read_block", &read_block, py::arg("block"), a("into"))
       .def("write_block", &write_block, py::arg("block"), a("data"))
@@ -582,7 +584,7 @@ PYBIND11_MODULE(_kernels, m) {
            a("temperature"), a("top_k"), a("top_p"), a("min_p"), a("repetition"), a("presence"), a("frequency"),
            a("seed"), a("position"), a("logprobs"), a("history_starts"), a("history"), a("history_output"),
            a("bias_starts"), a("bias_tokens"), a("bias_values"), a("token"), a("logprob"), a("top_tokens"),
-           a("top_logprobs"))
+           a("top_logprobs"), py::arg("between") = py::none())
       .def("logits", &logits, a("tokens"), a("starts"), a("context"), a("block_starts"), a("blocks"), a("logit_rows"),
            a("slots"), a("keep_slots"), a("keep_at"))
       .def("set_profiling", &Program::set_profiling, py::arg("on"), py::call_guard<py::gil_scoped_release>())

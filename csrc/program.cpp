@@ -17,6 +17,8 @@ namespace {
 constexpr int64_t kInlineFloats = 16 << 10;
 constexpr int64_t kRowsOfChunk = 16;
 constexpr size_t kAlignment = 64;
+// Between two calls of `between`: who asks for something urgent waits half of it, and a call costs some microseconds.
+constexpr auto kBetween = std::chrono::milliseconds(2);
 
 size_t align(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -31,11 +33,16 @@ const ProgramSizes& checked(const ProgramSizes& sizes) {
 }  // namespace
 
 Program::Program(std::shared_ptr<ThreadPool> pool, const KernelTable& table, Model model, const ProgramSizes& sizes)
+    : Program(std::move(pool), table, std::move(model), sizes, nullptr) {}
+
+Program::Program(std::shared_ptr<ThreadPool> pool, const KernelTable& table, Model model, const ProgramSizes& sizes,
+                 std::shared_ptr<KvPool> kv)
     : pool_(std::move(pool)),
       table_(table),
       model_(std::move(model)),
       rows_(check_model(model_, pool_->nodes().size())),
       sizes_(checked(sizes)),
+      kv_(kv != nullptr ? std::move(kv) : std::make_shared<KvPool>(model_.cache, sizes.blocks)),
       attention_memory_(table, model_.ops, model_.widths, pool_->threads()),
       sampler_(table, pool_->threads(), rows_.vocab),
       block_writer_(sizes.blocks),
@@ -44,7 +51,6 @@ Program::Program(std::shared_ptr<ThreadPool> pool, const KernelTable& table, Mod
     if (&model_.weights[i]->table() != &table)
       throw std::invalid_argument("weights[" + std::to_string(i) + "]: packed for " + model_.weights[i]->table().name +
                                   ", not for " + table.name);
-  kv_ = KvPool(model_.cache, sizes.blocks);
   if (model_.state.layers > 0) states_ = StatePool(model_.state, sizes.states);
   size_t bytes = 0;
   std::vector<size_t> offsets;
@@ -61,6 +67,17 @@ Program::Program(std::shared_ptr<ThreadPool> pool, const KernelTable& table, Mod
   build_expert_cache();
   build_angles();
   compile();
+}
+
+std::unique_ptr<Program> Program::within(int64_t max_tokens, int64_t max_rows) {
+  if (expert_cache_ != nullptr) throw std::invalid_argument("within: experts stay in a file");
+  if (model_.state.layers > 0) throw std::invalid_argument("within: sequences have states");
+  ProgramSizes sizes = sizes_;
+  sizes.max_tokens = max_tokens;
+  sizes.max_rows = max_rows;
+  std::unique_ptr<Program> program(new Program(pool_, table_, model_, sizes, kv_));
+  program->whole_ = this;
+  return program;
 }
 
 // ---- compilation
@@ -219,12 +236,12 @@ void Program::add(size_t i, const op::HeadLinear& op) {
   add_whole(i, product.make_multiply(*pool_, activation_memory_.data(), max_rows(rows)));
 }
 void Program::add(size_t i, const op::MlaAttention& op) {
-  add_row_op(i, rows_.of_op[i], values_.widths[op.latent], make_store_latent(table_, values_, kv_, op));
-  add_whole(i, make_attention(table_, *pool_, values_, kv_, op, attention_memory_));
+  add_row_op(i, rows_.of_op[i], values_.widths[op.latent], make_store_latent(table_, values_, *kv_, op));
+  add_whole(i, make_attention(table_, *pool_, values_, *kv_, op, attention_memory_));
 }
 void Program::add(size_t i, const op::Attention& op) {
-  add_row_op(i, rows_.of_op[i], 4 * values_.widths[op.k], make_store_kv(table_, values_, kv_, op));
-  add_whole(i, make_attention(table_, *pool_, model_, values_, kv_, op, attention_memory_));
+  add_row_op(i, rows_.of_op[i], 4 * values_.widths[op.k], make_store_kv(table_, values_, *kv_, op));
+  add_whole(i, make_attention(table_, *pool_, model_, values_, *kv_, op, attention_memory_));
 }
 void Program::add(size_t i, const op::ShortConv& op) {
   add_whole(i, make_short_conv(table_, *pool_, model_, values_, states_, op));
@@ -258,12 +275,13 @@ void Program::add(size_t i, const op::Logits& op) { add_product(i, values_.width
 
 // ---- a step
 
-void Program::step(const Batch& batch, const Sampling& sampling, const Drawn& drawn) {
+void Program::step(const Batch& batch, const Sampling& sampling, const Drawn& drawn,
+                   const std::function<void()>& between) {
   const ThreadPool::Session session(*pool_);
   check(batch);
   check_sampling(sampling, drawn, static_cast<int64_t>(batch.logit_rows.size()), rows_.vocab);
   prepare(batch);
-  compute();
+  compute(between);
   const op::Logits& last = std::get<op::Logits>(model_.ops.back());
   timed(model_.ops.size(), [&] { sampler_.draw(*pool_, values_.data[last.out], sampling, drawn); });
 }
@@ -291,7 +309,7 @@ void Program::check(const Batch& batch) {
     if (begin == end) continue;
     for (int64_t i = begin / kBlockTokens; i <= (end - 1) / kBlockTokens; ++i) {
       const int32_t block = batch.blocks[batch.block_starts[s] + i];
-      if (block_writer_[block] == check_number_)
+      if (block_writer_[block] == check_number_ || (whole_ != nullptr && whole_->writes(block)))
         throw std::invalid_argument("blocks: block " + std::to_string(block) + " is written twice");
       block_writer_[block] = check_number_;
     }
@@ -319,8 +337,18 @@ void Program::prepare(const Batch& batch) {
             [&](const QueryRows& a, const QueryRows& b) { return keys_read(a) > keys_read(b); });
 }
 
-void Program::compute() {
+void Program::compute(const std::function<void()>& between) {
+  struct InStep {
+    explicit InStep(bool& flag) : flag(flag) { flag = true; }
+    ~InStep() { flag = false; }
+    bool& flag;
+  } const in_step(in_step_);
+  auto looked = std::chrono::steady_clock::now();
   for (const Stage& stage : stages_) {
+    if (between && std::chrono::steady_clock::now() - looked >= kBetween) {
+      between();
+      looked = std::chrono::steady_clock::now();
+    }
     pool_->will_read(stage.next);
     if (const auto* pass = std::get_if<RowPass>(&stage.what)) {
       run_rows(*pass);

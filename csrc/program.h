@@ -1,6 +1,8 @@
 // A compiled model with its KV pool: what runs a step.
 #pragma once
+#include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <utility>
 #include <variant>
@@ -36,16 +38,22 @@ class Program {
   Program(const Program&) = delete;
   Program& operator=(const Program&) = delete;
 
-  int64_t block_bytes() const { return kv_.block_bytes(); }
-  std::span<uint8_t> block(int64_t block) const { return kv_.block(block); }
+  // The same model over the same KV, with values of its own: its steps may be done in the middle of one of this program's
+  // (`between`). It must not outlive this one. std::invalid_argument where experts stay in a file,
+  // whose cache is in use, and where sequences have states.
+  std::unique_ptr<Program> within(int64_t max_tokens, int64_t max_rows);
+
+  int64_t block_bytes() const { return kv_->block_bytes(); }
+  std::span<uint8_t> block(int64_t block) const { return kv_->block(block); }
   int64_t vocab() const { return rows_.vocab; }
 
   // The state in slot `source` replaces that in `target`; not beside a step. std::invalid_argument.
   void copy_state(int64_t source, int64_t target);
 
   // One step: computes all tokens, writes their KV, draws one token for each logit row. std::invalid_argument for an input
-  // that does not fit, before anything is touched. Steps exclude each other.
-  void step(const Batch& batch, const Sampling& sampling, const Drawn& drawn);
+  // that does not fit, before anything is touched. Steps exclude each other, but for those of a program `within`, which
+  // `between` may do: it is called from time to time in the middle, by the thread that called. A step ends with what it throws.
+  void step(const Batch& batch, const Sampling& sampling, const Drawn& drawn, const std::function<void()>& between = {});
 
   // The same without drawing; logits is [rows][vocab].
   void logits(const Batch& batch, std::span<float> logits);
@@ -102,9 +110,12 @@ class Program {
   void add(size_t i, const op::Logits& op);
   int64_t max_rows(Rows rows) const { return rows == Rows::kTokens ? sizes_.max_tokens : sizes_.max_rows; }
 
+  Program(std::shared_ptr<ThreadPool> pool, const KernelTable& table, Model model, const ProgramSizes& sizes,
+          std::shared_ptr<KvPool> kv);
   void check(const Batch& batch);
+  bool writes(int64_t block) const { return in_step_ && block_writer_[block] == check_number_; }
   void prepare(const Batch& batch);
-  void compute();
+  void compute(const std::function<void()>& between = {});
   void run_rows(const RowPass& pass);
   template <class F>
   void timed(size_t op, F&& run);
@@ -121,7 +132,7 @@ class Program {
   const Model model_;
   const ModelRows rows_;
   const ProgramSizes sizes_;
-  KvPool kv_;
+  const std::shared_ptr<KvPool> kv_;
   StatePool states_;
   Mapping value_memory_, activation_memory_;
   Values values_;
@@ -138,6 +149,8 @@ class Program {
   Step step_;
   std::vector<uint32_t> block_writer_;  // the check that wrote each block last
   uint32_t check_number_ = 0;
+  bool in_step_ = false;
+  const Program* whole_ = nullptr;  // that this one is within
   bool profiling_ = false;
   std::vector<std::pair<int64_t, double>> profile_;
 };

@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -31,6 +32,8 @@ log = logging.getLogger("ktransformers.engine")
 
 EXIT_CONFIG = 1
 EXIT_INTERNAL = 70
+NICE = 5
+"""Of computing: it takes all CPUs, and what asks and answers should not wait for a turn of its own."""
 _PROGRESS_LOG_SECONDS = 5.0
 _BAR_AFTER_SECONDS = 0.7
 
@@ -55,6 +58,8 @@ def run(config: EngineConfig, load: Load) -> int:
     try:
         service = Service(config.socket)
         signal.signal(signal.SIGTERM, lambda *_: service.stop())
+        # This thread, and those that load and compute, which it starts from now on; not the socket's.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         service.run(load)
     except MemoryError:
         hint = "free memory, or lower device_bytes, context, max_batch_tokens or max_sequences"

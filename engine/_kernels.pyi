@@ -182,6 +182,11 @@ class Program:
         state: tuple[int, int, int, int, int, int] | None = None,
         state_slots: int = 0,
     ) -> None: ...
+    def within(self, max_tokens: int, max_rows: int) -> Program:
+        """The same model over the same KV, whose steps may be done in the middle of one of this program's.
+
+        ValueError where experts stay in a file.
+        """
     @property
     def block_bytes(self) -> int: ...
     def read_block(self, block: int, into: U8) -> None:
@@ -199,8 +204,13 @@ class Program:
         history_starts: I32, history: I32, history_output: I32,
         bias_starts: I32, bias_tokens: I32, bias_values: F32,
         token: I32, logprob: F32, top_tokens: I32, top_logprobs: F32,
+        between: Callable[[], None] | None = None,
     ) -> None:
-        """One step: compute, write KV, draw. ValueError, with nothing done, for arrays that do not fit."""
+        """One step: compute, write KV, draw. ValueError, with nothing done, for arrays that do not fit.
+
+        `between` is called every 2 ms or so, between two ops; there a step of a program `within` may be done.
+        What it raises ends the step.
+        """
     def logits(
         self,
         tokens: I32, starts: I32, context: I32, block_starts: I32, blocks: I32, logit_rows: I32,

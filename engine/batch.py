@@ -1,5 +1,6 @@
 """One step's input to an executor, as flat arrays, and what comes back."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,6 +13,8 @@ F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
 MAX_LOGPROBS = 20
+URGENT_TOKENS = 256
+"""Most tokens of an urgent step, whose values take memory of their own."""
 
 
 def _none() -> I32:
@@ -102,8 +105,20 @@ class Executor(Protocol):
         """Bytes of the KV of one block, all layers."""
         ...
 
-    def step(self, batch: Batch, sampling: SamplingBatch) -> Drawn:
-        """Compute all tokens of the batch, write their KV, draw one token for each logit row."""
+    urgent_tokens: int
+    """Of the largest batch that `urgent_step` takes; 0: there are none, and `between` is not called."""
+
+    def step(
+        self, batch: Batch, sampling: SamplingBatch, between: Callable[[], None] | None = None
+    ) -> Drawn:
+        """Compute all tokens of the batch, write their KV, draw one token for each logit row.
+
+        `between` is called every few milliseconds in the middle of it, in this thread.
+        """
+        ...
+
+    def urgent_step(self, batch: Batch, sampling: SamplingBatch) -> Drawn:
+        """A small step, which `between` may do: other blocks than those that the step around it uses."""
         ...
 
     def logits(self, batch: Batch) -> F32:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from ktransformers.engine import machine
-from ktransformers.engine.batch import Executor
+from ktransformers.engine.batch import URGENT_TOKENS, Executor
 from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.models.decoder import compile_program
 from ktransformers.engine.models.folder import FolderModel, open_folder
@@ -322,7 +322,12 @@ def _fixed_needs(
     last = program.ops[-1]
     wide = {last.out} if isinstance(last, Logits) else set()
     row = sum(width for v, width in enumerate(program.widths) if v not in wide)
-    activations = 4 * (row * config.max_batch_tokens + program.vocab * config.max_sequences)
+    tokens, sequences = config.max_batch_tokens, config.max_sequences
+    if config.executor == "native" and config.expert_bytes is None:
+        # Urgent steps have values of their own.
+        tokens += min(URGENT_TOKENS, config.max_batch_tokens)
+        sequences += min(URGENT_TOKENS, config.max_sequences)
+    activations = 4 * (row * tokens + program.vocab * sequences)
     weights = facts.weight_bytes
     if config.torch_device is not None:
         weights = 4 * sum(w.rows * w.cols for w in program.weights)

@@ -11,6 +11,12 @@ import msgspec
 Tier = Literal["device", "host", "disk"]
 
 
+def slots_for(max_sequences: int, urgent_tokens: int) -> int:
+    """How many slots there are. Those that are let go by steps which are not done yet cannot be used by an
+    urgent one, and it should not have to wait for that: so where there are such there are twice as many."""
+    return 2 * max_sequences if urgent_tokens else max_sequences
+
+
 class Sampling(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """How the next token of a sequence is drawn. The defaults change nothing; temperature 0 is greedy.
 
@@ -87,6 +93,9 @@ class Step(msgspec.Struct, frozen=True, tag=True, array_like=True):
     gone: list[int]
     new: list[NewSeq]
     go_on: list[Go]
+    urgent: bool = False
+    """Done in the middle of the step in hand, or before or after it: it has no slot and no block in common
+    with any step whose StepDone has not come, and Ready.urgent_tokens at most."""
 
 
 class BlockName(msgspec.Struct, frozen=True, array_like=True):
@@ -153,6 +162,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
     max_len: int
     """Longest sequence (prompt and output) in tokens."""
     max_sequences: int
+    """Of a step; slots are 0 .. slots_for(max_sequences, urgent_tokens) - 1."""
     max_batch_tokens: int
     vocab: int
     isa: str
@@ -166,6 +176,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """What the disk tier may hold; 0: there is none (or it has been given up)."""
     kept_states: int = -1
     """Places for copies of states; -1: the model's sequences have no state, their KV is all."""
+    urgent_tokens: int = 0
+    """That an urgent step may have; 0: a step is not interrupted."""
 
 
 class StoredBlock(msgspec.Struct, frozen=True, array_like=True):
@@ -223,6 +235,7 @@ class StepDone(msgspec.Struct, frozen=True, tag=True, array_like=True):
     n: int
     tokens: list[SlotToken]
     seconds: float
+    """Without those of urgent steps that were done in the middle of it."""
     computed: int
     """Tokens that were really computed."""
 

@@ -8,14 +8,22 @@ of it is done.
 
 import logging
 import time
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from ktransformers.engine.batch import F32, I32, Batch, Drawn, Executor
-from ktransformers.engine.protocol import Fault, Go, NewSeq, SlotToken, Step, StepDone
+from ktransformers.engine.protocol import (
+    Fault,
+    Go,
+    NewSeq,
+    SlotToken,
+    Step,
+    StepDone,
+    slots_for,
+)
 from ktransformers.engine.sampler import SamplingTable, check_sampling
 
 log = logging.getLogger(__name__)
@@ -39,15 +47,25 @@ class StepError(ValueError):
 
 
 class Runner:
-    """All sequences in their slots, and the executor that computes them."""
+    """All sequences in their slots, and the executor that computes them.
+
+    An urgent step may come in the middle of another one (`between`): slots are rows of their own, so it
+    leaves what the other has in hand alone.
+    """
 
     def __init__(self, executor: Executor, limits: Limits, arriving: Set[int] = frozenset()) -> None:
         """`arriving` are blocks that no sequence may have now: what they will hold is still being written."""
         self.steps = 0
+        self.between: Callable[[], None] | None = None
+        """Called every few milliseconds in the middle of a step; may do urgent ones."""
+        self._in_hand: set[int] | None = None
+        """Slots of the step that is being done."""
+        self._urgent_seconds = 0.0
         self._arriving = arriving
         self._executor = executor
         self._limits = limits
-        slots, table = limits.max_sequences, -(-limits.max_len // limits.block_tokens)
+        self._slots = slots_for(limits.max_sequences, executor.urgent_tokens)
+        slots, table = self._slots, -(-limits.max_len // limits.block_tokens)
         # Row = slot. Zeroed pages are not touched until a sequence needs them.
         self._tokens: I32 = np.zeros((slots, limits.max_len), np.int32)
         self._blocks: I32 = np.zeros((slots, table), np.int32)
@@ -73,11 +91,25 @@ class Runner:
 
     def step(self, step: Step) -> StepDone | Fault:
         """Do one step. Never raises for what the scheduler or a sequence did wrong."""
-        begin = time.perf_counter()
+        begin, urgent = time.perf_counter(), self._urgent_seconds
         try:
             self._check(step)
         except StepError as error:
             return Fault(step.n, "bad_step", str(error))
+        around = self._in_hand
+        self._in_hand = {go.slot for go in step.go_on}
+        try:
+            tokens, computed = self._do(step, within=around is not None)
+        finally:
+            self._in_hand = around
+        self.steps += 1
+        seconds = time.perf_counter() - begin - (self._urgent_seconds - urgent)
+        if around is not None:
+            self._urgent_seconds += seconds
+        return StepDone(step.n, tokens, seconds, computed)
+
+    def _do(self, step: Step, within: bool) -> tuple[list[SlotToken], int]:
+        """What was drawn, and how many tokens were computed."""
         for slot in step.gone:
             self._live[slot] = False
             self._occupied.discard(slot)
@@ -85,16 +117,15 @@ class Runner:
         slots, n_tokens, failed = self._go_on(step.go_on)
         tokens += failed
         if len(slots):
-            tokens += self._compute(slots, n_tokens)
-        self.steps += 1
-        return StepDone(step.n, tokens, time.perf_counter() - begin, int(n_tokens.sum()))
+            tokens += self._compute(slots, n_tokens, within)
+        return tokens, int(n_tokens.sum())
 
     # ---- what the scheduler says
 
     def _check(self, step: Step) -> None:
         entering = [new.slot for new in step.new]
         going = [go.slot for go in step.go_on]
-        last = self._limits.max_sequences - 1
+        last = self._slots - 1
         for name, slots in (("gone", step.gone), ("new", entering), ("go_on", going)):
             if slots and not (min(slots) >= 0 and max(slots) <= last):
                 raise StepError(f"{name}: slots are 0 to {last}")
@@ -104,13 +135,25 @@ class Runner:
             raise StepError(f"new: slot {min(taken)} is occupied")
         if any(go.n_tokens < 1 for go in step.go_on):
             raise StepError("go_on: n_tokens must be at least 1")
-        if sum(go.n_tokens for go in step.go_on) > self._limits.max_batch_tokens:
-            raise StepError(f"go_on: more than {self._limits.max_batch_tokens} tokens")
+        if len(step.go_on) > self._limits.max_sequences:
+            raise StepError(f"go_on: more than {self._limits.max_sequences} sequences")
+        most = self._executor.urgent_tokens if step.urgent else self._limits.max_batch_tokens
+        if sum(go.n_tokens for go in step.go_on) > most:
+            raise StepError(f"go_on: more than {most} tokens")
         kept = [go.keep for go in step.go_on if go.keep != -1]
         if kept and not (min(kept) >= 0 and max(kept) < self._limits.kept_states):
             raise StepError(f"go_on: there are {max(self._limits.kept_states, 0)} places for states")
         if len(set(kept)) != len(kept):
             raise StepError("go_on: a place for a state is named twice")
+        if self._in_hand is not None:
+            self._check_within(step, self._in_hand)
+
+    def _check_within(self, step: Step, in_hand: set[int]) -> None:
+        if not step.urgent:
+            raise StepError("another step is in hand")
+        named = {*step.gone, *(new.slot for new in step.new), *(go.slot for go in step.go_on)}
+        if common := in_hand & named:
+            raise StepError(f"slot {min(common)} is in the step in hand")
 
     def _enter(self, entering: list[NewSeq]) -> list[SlotToken]:
         failed = []
@@ -202,7 +245,7 @@ class Runner:
 
     # ---- the batch
 
-    def _compute(self, slots: I32, n_tokens: I32) -> list[SlotToken]:
+    def _compute(self, slots: I32, n_tokens: I32, within: bool) -> list[SlotToken]:
         """Compute the next n_tokens of each slot, draw, and take note."""
         until = self._computed[slots] + n_tokens
         drawing = until == self._length[slots]
@@ -211,7 +254,10 @@ class Runner:
         lengths = self._length[drawers]
         sampling = self._sampling.batch(drawers, self._tokens, lengths, self._n_prompt[drawers])
         try:
-            drawn = self._executor.step(batch, sampling)
+            if within:
+                drawn = self._executor.urgent_step(batch, sampling)
+            else:
+                drawn = self._executor.step(batch, sampling, self.between)
         except Exception as error:
             # One sequence must not fail the others: halve until it stands alone. A step can be repeated,
             # since it writes the same KV to the same places. Not so states, unless nothing was done yet.
@@ -219,7 +265,8 @@ class Runner:
             if len(slots) == 1 or stateful:
                 return [self._fail(slot, f"{type(error).__name__}: {error}") for slot in slots.tolist()]
             half = len(slots) // 2
-            return self._compute(slots[:half], n_tokens[:half]) + self._compute(slots[half:], n_tokens[half:])
+            first = self._compute(slots[:half], n_tokens[:half], within)
+            return first + self._compute(slots[half:], n_tokens[half:], within)
         self._computed[slots] = until
         return self._take(drawers, lengths, drawn)
 

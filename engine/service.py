@@ -1,7 +1,9 @@
 """The engine's side of its socket: one scheduler, its steps one after the other, in one thread.
 
-The socket is read between two steps only. ZeroMQ's own thread takes in what arrives meanwhile, so that the
-next step, which the scheduler has sent ahead, starts a few microseconds after the answer to this one. The
+The socket is read between two steps, and every few milliseconds in the middle of one: an urgent step is then
+done at once and answered, whatever else has come waits its turn. ZeroMQ's own thread takes in what arrives
+meanwhile, so that the next step, which the scheduler has sent ahead, starts a few microseconds after the
+answer to this one. The
 only other Python threads are the mover's, which hold the GIL for some microseconds a block; what they have
 done is reported after the answer to a step, or when they wake a socket that waits.
 """
@@ -11,6 +13,7 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -72,6 +75,8 @@ class Service:
         self._scheduler = b""
         """Identity of the scheduler that said Hello last: the slots are its own."""
         self._replaced: set[bytes] = set()
+        self._later: deque[tuple[bytes, ToEngine]] = deque()
+        """Came in the middle of a step."""
         self._waiting = b""
         """Who said Hello last while the model was being loaded."""
         self.stopped = False
@@ -144,13 +149,14 @@ class Service:
         if self._waiting:
             # As if it asked again now: its next Hello may be a second away.
             self._hello(self._waiting, engine, runner, moves)
+        runner.between = lambda: self._in_mid_step(runner)
         told_at = 0.0
         while not self.stopped:
             wait = None if moves.is_idle else _OVERDUE_POLL_SECONDS
             if self._scheduler and moves.has_news:
                 left = told_at + _NEWS_SECONDS - time.monotonic()
                 wait = max(left, _TICK_SECONDS) if left > 0 else 0.0
-            received = self._server.poll(wait)
+            received = self._later.popleft() if self._later else self._server.poll(wait)
             if received is not None and not self._answer(*received, engine, runner, moves):
                 return
             moves.give_up_overdue()
@@ -159,6 +165,14 @@ class Service:
             if time.monotonic() >= told_at + _NEWS_SECONDS and (news := moves.news()) is not None:
                 told_at = time.monotonic()
                 self._send(self._scheduler, news)
+
+    def _in_mid_step(self, runner: Runner) -> None:
+        while (received := self._server.poll(0)) is not None:
+            peer, message = received
+            if isinstance(message, Step) and message.urgent and peer == self._scheduler:
+                self._send(peer, runner.step(message))
+            else:
+                self._later.append(received)
 
     def _answer(
         self, peer: bytes, message: ToEngine, engine: Engine, runner: Runner, moves: BlockMoves
@@ -216,6 +230,7 @@ def _ready(engine: Engine, steps: int) -> Ready:
         host_blocks=engine.host.blocks if engine.host is not None else 0,
         disk_bytes=_disk_bytes(engine.disk),
         kept_states=limits.kept_states,
+        urgent_tokens=engine.executor.urgent_tokens,
     )
 
 

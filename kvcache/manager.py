@@ -217,6 +217,18 @@ class KVCache:
         table.blocks += new
         return new
 
+    def set_aside(self, table: BlockTable, found: list[BlockId], tokens: int) -> list[BlockId] | None:
+        """Blocks for a sequence that is about to begin with `found`, just matched, and to have `tokens`
+        tokens in an urgent step: only such that no step which is not done reads or writes. They are held, and
+        to be added to the table when it has begun. None when there are not as many."""
+        count = -(-tokens // self.block_tokens) - len(found)
+        for block in found:
+            self.tiers.wake(block)
+        new = self.tiers.take_settled(table.owner, count)
+        for block in reversed(found):
+            self.tiers.let_go(block)
+        return new
+
     def _take(self, owner: Owner) -> BlockId:
         block = self.tiers.take(Tier.DEVICE, owner, must=True)
         if block is None:
@@ -350,7 +362,7 @@ class KVCache:
         self._pool.planned = n
 
     def step_done(self, n: int) -> None:
-        """Step `n` reads and writes no more."""
+        """Step `n`, and all before it, read and write no more."""
         self._pool.done = n
 
     def stored(self, key: bytes, parent: bytes, owner: bytes, size: int, hits: int) -> None:

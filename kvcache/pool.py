@@ -1,8 +1,12 @@
 """The blocks of one tier: which are free, and how many hold each of the others."""
 
 from collections import OrderedDict
+from itertools import islice
 
 from ktransformers.kvcache.blocks import BlockId
+
+_LOOK = 16
+"""Free blocks that are looked at beyond those that are wanted."""
 
 
 class BlockPool:
@@ -10,8 +14,8 @@ class BlockPool:
 
     A block is free, or held by `refs` sequences and moves, or held by none and kept for its content (by the
     index). Of each block it is known which step was the last to be planned when it was let go (`drop`):
-    steps until then may still read or write it, so that what does not run in order with the steps (a move)
-    may write to it only when that one is done.
+    steps until then may still read or write it, so that what does not run in order with the steps (a move, an
+    urgent step) may write to it only when those are done: then it is settled.
     """
 
     def __init__(self, total: int) -> None:
@@ -22,7 +26,7 @@ class BlockPool:
         self.planned = 0
         """The last step that was planned."""
         self.done = 0
-        """The last step that is done."""
+        """The last step that is done, and all before it."""
         self._dropped_at = [0] * total
         # Taken from the end: the block freed last is the one whose lines are still in some cache. And low ids
         # come first.
@@ -33,10 +37,10 @@ class BlockPool:
         """Blocks that hold nothing."""
         return len(self._free)
 
-    @property
-    def settled(self) -> bool:
-        """Whether `take_settled` has one to give."""
-        return bool(self._free) and self._dropped_at[next(iter(self._free))] <= self.done
+    def settled(self, count: int = 1) -> list[BlockId]:
+        """As many as `count` settled free blocks, of those that have been free longest."""
+        oldest = islice(self._free, count + _LOOK)
+        return [block for block in oldest if self._dropped_at[block] <= self.done][:count]
 
     def take(self) -> BlockId:
         """A free block, now held once, for the steps. Errors: KeyError when there is none."""
@@ -44,9 +48,9 @@ class BlockPool:
         self.hold(block)
         return block
 
-    def take_settled(self) -> BlockId:
-        """The one that has been free longest, for a move. Errors: KeyError when there is none."""
-        block, _ = self._free.popitem(last=False)
+    def take_settled(self, block: BlockId) -> BlockId:
+        """One of `settled`, now held once. Errors: KeyError when it is not free."""
+        del self._free[block]
         self.hold(block)
         return block
 

@@ -55,16 +55,33 @@ class Tiers:
         `must` is for what sequences compute. Else None when only others' copies could go that have no more
         than their share, or (on the device) when steps that are not done may still touch all free blocks.
         """
-        pool, shelf = self.pools[tier], self.shelves[tier]
-        if not pool.free:
-            victim = shelf.victim(owner, must)
-            if victim is None:
-                return None
-            shelf.evicted += 1
-            self.give_up(victim)
+        pool = self.pools[tier]
+        if not pool.free and not self._evict(tier, owner, must):
+            return None
         if must:
             return pool.take()
-        return pool.take_settled() if pool.settled else None
+        settled = pool.settled()
+        return pool.take_settled(settled[0]) if settled else None
+
+    def take_settled(self, owner: Owner, count: int) -> list[BlockId] | None:
+        """So many blocks of the device for an urgent step, which steps that are not done have nothing to do
+        with; None when there are not as many, or only by evicting more than that."""
+        pool = self.device
+        for _ in range(count + 1):
+            settled = pool.settled(count)
+            if len(settled) == count:
+                return [pool.take_settled(block) for block in settled]
+            if not self._evict(Tier.DEVICE, owner, must=True):
+                return None
+        return None
+
+    def _evict(self, tier: Tier, owner: Owner, must: bool) -> bool:
+        victim = self.shelves[tier].victim(owner, must)
+        if victim is None:
+            return False
+        self.shelves[tier].evicted += 1
+        self.give_up(victim)
+        return True
 
     def make_room_on_disk(self, owner: Owner, size: int) -> bool:
         """Whether so many bytes may be written there for that owner; others' names are forgotten for it."""

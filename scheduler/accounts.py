@@ -35,6 +35,7 @@ class Account(Claimant):
         "due_from",
         "kept",
         "largest",
+        "light",
         "limited",
         "most_running",
         "most_tokens",
@@ -69,6 +70,8 @@ class Account(Claimant):
         """That it had at once of late, and the tokens of those requests."""
         self.largest = 0
         """Tokens of the largest one."""
+        self.light = False
+        """It has nothing waiting, and has had no more than its share: it may be back at any time."""
         self.kept = (0, 0)
         """Slots and tokens that are kept for it while it has nothing waiting."""
 

@@ -25,6 +25,8 @@ _LINGER_SECONDS = 10.0
 """Who was here so lately is expected back: some room is kept for it."""
 _FRESH_SECONDS = 2.0
 """After so long it waits as the others do."""
+_LIGHT_SECONDS = 0.25
+"""Of its own share: who has had no more than that beyond what it was due is light."""
 _BEFORE_ALL = 1 << 62
 _MOST_LINGERING = 1024
 _MOST_IDLE_TENANTS = 16_384
@@ -40,7 +42,7 @@ class Rules:
     kv_share: float = 1.25
     predict: bool = True
     fresh_first: bool = True
-    """Who has no backlog goes first, within the window, and steps are short while it is about."""
+    """Who is light and has no backlog goes first, and others do not make it wait for long steps."""
     by_arrival: bool = False
     """First come, first served: the counters are kept, and nobody looks at them."""
     prices: Prices = field(default_factory=Prices)
@@ -69,10 +71,10 @@ class FairQueue:
         self._waiting: dict[Request, Account] = {}
         self._lingering: OrderedDict[Account, float] = OrderedDict()
         self._fresh: OrderedDict[Account, float] = OrderedDict()
-        """Those that had nothing waiting until lately, and since when they have."""
+        """Light ones that had nothing waiting until lately, and since when they have."""
         self._active = 0
         """Tenants that have something here, or had it lately."""
-        self._kept_slots = self._kept_tokens = 0
+        self._kept_slots = self._kept_tokens = self._light = 0
         self._due = 0.0
         """What a tenant of weight 1 was due until now, had it always had something waiting."""
         self._milli_waiting = 0
@@ -111,7 +113,7 @@ class FairQueue:
             self._milli_waiting += account.milli
             self._with_waiting[account] = None
             account.due_from = self._due
-            if self.rules.fresh_first:
+            if self.rules.fresh_first and self._is_light(account):
                 self._fresh[account] = self._now
         if len(user.waiting) == 1:
             account.users.lift(user)
@@ -195,6 +197,8 @@ class FairQueue:
 
     def _place(self, account: Account) -> None:
         """Something about it has changed: it is among those that may be next, or not, with its key."""
+        if account in self._fresh and not self._is_light(account):
+            del self._fresh[account]
         at_limit = 0 < account.terms.max_running <= len(account.running)
         if account.waiting and not at_limit:
             if account.limited:
@@ -235,10 +239,13 @@ class FairQueue:
         account.largest = max(size, account.largest * 15 // 16)
 
     def _keep(self, account: Account) -> None:
-        """Of a tenant that is about and has nothing waiting: as much as it had of late, and one request
-        more."""
+        """Of a light tenant that is about and has nothing waiting: as much as it had of late, and one request
+        more. (One that has clients enough for all of its share has nothing waiting now and then, too.)"""
         slots = tokens = 0
-        if account.largest and not account.waiting:
+        light = account.largest > 0 and not account.waiting and self._is_light(account)
+        self._light += light - account.light
+        account.light = light
+        if light:
             slots = max(0, account.most_running + 1 - len(account.running))
             held = sum(len(r.tokens) for r in account.running) if account.running else 0
             tokens = max(0, account.most_tokens + account.largest - held)
@@ -248,24 +255,32 @@ class FairQueue:
 
     @property
     def kept(self) -> tuple[int, int]:
-        """Slots and tokens to keep for tenants that are about and have nothing waiting."""
+        """Slots and tokens to keep for light tenants that are about and have nothing waiting."""
         return self._kept_slots, self._kept_tokens
 
     @property
     def hurry(self) -> bool:
-        """Beside tenants with a backlog there is one that has none: it should not wait for long steps."""
+        """Beside others there is a light one that has no backlog: it should not wait for long steps."""
         if not self.rules.fresh_first or self._active < 2:
             return False
-        return bool(self._fresh) or len(self._with_waiting) < self._active
+        return bool(self._fresh) or self._light > 0
 
     @property
     def has_fresh(self) -> bool:
-        """Somebody waits who has no backlog."""
+        """Somebody waits who is light and has no backlog."""
         return bool(self._fresh)
 
     def is_fresh(self, account: Account) -> bool:
-        """Whether it has no backlog: it had nothing waiting until lately."""
+        """Whether it is light and has no backlog: it had nothing waiting until lately."""
         return account in self._fresh
+
+    def _is_light(self, account: Account) -> bool:
+        """It has had no more than its share, with what is promised to it; or nobody else waits."""
+        least = self._tenants.ready.least()
+        if least is None or least is account:
+            return True
+        ahead = account.key - self._tenants.time
+        return ahead * max(self._milli_active, 1) <= _LIGHT_SECONDS * self.rate * 1000
 
     # ---- accounts
 
@@ -331,7 +346,10 @@ class FairQueue:
             account.users.rest(user)
         if account.waiting:
             self._place(account)
-        elif not account.running and account not in self._lingering:
+        elif account.running:
+            if not account.light:
+                self._keep(account)
+        elif account not in self._lingering:
             self._tenants.rest(account)
 
     def executed(self, cost: int, seconds: float) -> None:
@@ -466,6 +484,7 @@ class FairQueue:
             "debts": any(a.counter < 0 or a.pending < 0 for a in accounts),
             "active": self._active != sum(a in self._lingering or a.open for a in accounts),
             "fresh": any(not a.waiting for a in self._fresh),
+            "light": self._light != sum(a.light for a in accounts),
             "kept": self.kept != (sum(a.kept[0] for a in accounts), sum(a.kept[1] for a in accounts)),
         }
         if wrong := [name for name, bad in problems.items() if bad]:

@@ -15,12 +15,17 @@ the engine:
   may fail.
 - A preempted request may have a draw in flight. It is not let in again before that has come back: its token
   is part of the sequence.
+- An urgent step is done before, in the middle of or after any step that is in flight when it is planned. So
+  it lets in only who takes nothing from them: no slot that one of them lets go, no block that anybody has let
+  go since they were planned. Nothing else is planned until it is done.
 """
 
 import bisect
+import math
 from dataclasses import dataclass
 
 from ktransformers.engine.protocol import Go, NewSeq, Step
+from ktransformers.kvcache.blocks import BlockId
 from ktransformers.kvcache.manager import KVCache
 from ktransformers.scheduler.entrance import Entrance
 from ktransformers.scheduler.fair_queue import FairQueue
@@ -62,8 +67,9 @@ class Plan:
 class _Draft:
     """A step being planned."""
 
-    def __init__(self, budget: int, cache: KVCache) -> None:
+    def __init__(self, budget: int, cache: KVCache, urgent: bool = False) -> None:
         self.budget = budget
+        self.urgent = urgent
         self._cache = cache
         self.recomputed = 0
         self.new: list[NewSeq] = []
@@ -108,6 +114,7 @@ class Planner:
         estimate: OutputEstimate,
         counters: Counters,
         slots: int,
+        max_sequences: int,
         max_batch_tokens: int,
     ) -> None:
         self.running: list[Request] = []
@@ -120,9 +127,11 @@ class Planner:
         self._estimate = estimate
         self._counters = counters
         self._max_batch_tokens = max_batch_tokens
+        self._max_sequences = max_sequences
         self._free_slots = list(range(slots - 1, -1, -1))
         self._gone: list[int] = []
-        self._steps = 0
+        self.steps = 0
+        """Number of the last one that was planned."""
         self._paused = False
         """The streams sat out the last step."""
 
@@ -139,12 +148,40 @@ class Planner:
         gone, self._gone = self._gone, []
         if not draft.go_on and not gone:
             return None
-        self._steps += 1
-        self._cache.step_planned(self._steps)
         self._estimate.stepped()
+        return self._planned(draft, gone)
+
+    def plan_urgent(self, now: float, most: int, seconds: float, leaving: set[int]) -> Plan | None:
+        """A step of `most` tokens and `seconds` at most, for whole prompts of those without a backlog, to be
+        done in the middle of one that is in flight; the slots that those let go are `leaving`. None: for
+        nobody."""
+        busy = leaving.union(self._gone)
+        others = [slot for slot in self._free_slots if slot in busy]
+        self._free_slots = [slot for slot in self._free_slots if slot not in busy]
+        draft = _Draft(min(most, self._max_batch_tokens), self._cache, urgent=True)
+        self._entrance.grown()
+        self._chunking.pause(seconds)
+        self._let_in(draft, now, fresh=True)
+        self._free_slots += others
+        if not draft.go_on:
+            return None
+        self._queue.step(now)
+        return self._planned(draft, [])
+
+    def _planned(self, draft: _Draft, gone: list[int]) -> Plan:
+        self.steps += 1
+        self._cache.step_planned(self.steps)
         self._counters.recomputed_tokens += draft.recomputed
-        step = Step(self._steps, gone, draft.new, draft.go_on)
-        return Plan(step, draft.work, self._max_batch_tokens - draft.budget, draft.features)
+        tokens = sum(go.n_tokens for go in draft.go_on)
+        step = Step(self.steps, gone, draft.new, draft.go_on, draft.urgent)
+        return Plan(step, draft.work, tokens, draft.features)
+
+    def is_long(self, features: Features) -> bool:
+        """Whether a step with these takes so long that another one beside it is worth what a step takes
+        anyhow."""
+        if not self._step_time.warm:
+            return False
+        return self._step_time.predict(features) > 2 * self._step_time.predict(Features())
 
     def done(self, work: Work) -> None:
         """A step with this part is done: its full blocks, and the state that it kept, may be shared."""
@@ -202,15 +239,14 @@ class Planner:
     def _may_pause(self) -> bool:
         """Whether a step without the streams is worth its while for the prompt of one who asks seldom: they
         are most of what the next step would take, and were not left out of the last one."""
-        if self._paused or not self._queue.has_fresh or not self._step_time.warm:
+        if self._paused or not self._queue.has_fresh:
             return False
         streams = [r for r in self.running if r.remaining == 1]
-        features = Features(decodes=len(streams), context=sum(r.computed for r in streams))
-        return self._step_time.predict(features) > 2 * self._step_time.predict(Features())
+        return self.is_long(Features(decodes=len(streams), context=sum(r.computed for r in streams)))
 
     def _let_fresh_in(self, draft: _Draft, now: float) -> bool:
         """Only those; whether there were any that could enter."""
-        self._chunking.pause()
+        self._chunking.pause(math.inf)
         self._let_in(draft, now, fresh=True)
         return bool(draft.go_on)
 
@@ -283,7 +319,9 @@ class Planner:
     # ---- those that wait
 
     def _let_in(self, draft: _Draft, now: float, fresh: bool = False) -> None:
-        while draft.budget and self._free_slots and (self._queue.has_fresh or not fresh):
+        while self._free_slots and len(self.running) < self._max_sequences:
+            if not draft.budget or (fresh and not self._queue.has_fresh):
+                return
             entry = self._entrance.choose(self.running, now)
             if entry is None:
                 return
@@ -293,6 +331,14 @@ class Planner:
             wanted = len(request.tokens) - len(entry.found) * self._cache.block_tokens
             allowed = self._chunking.take(min(wanted, draft.budget), len(request.tokens) - wanted)
             if not allowed:
+                return
+            aside: list[BlockId] | None = []
+            if draft.urgent:
+                # What is left of a longer one comes in order, and where it begins makes no difference.
+                whole = allowed == wanted
+                tokens = len(request.tokens)
+                aside = self._cache.set_aside(request.table, entry.found, tokens) if whole else None
+            if aside is None:
                 return
             self._enter(request, entry.found, now)
             draft.new.append(
@@ -305,6 +351,7 @@ class Planner:
                     state=request.table.state,
                 )
             )
+            request.table.blocks += aside
             n = min(allowed, self._room(request))
             self._cache.grow(request.table, request.computed + n)
             draft.add(request, n, list(request.table.blocks))

@@ -1,8 +1,7 @@
 """The scheduler: what the front ends and the engine say goes in, what is to be said to them comes out.
 
 No I/O, and no clock but the `now` (monotonic, in seconds) of each call. After each batch of messages the
-caller calls `advance`, which keeps two steps in flight: the engine computes step n while n + 1 lies in its
-socket, so that neither the round trip nor the planning shows in the time of a token.
+caller calls `advance`, which keeps the engine's steps planned ahead (`engine_life.py`).
 
 Every Submit is answered by exactly one terminal event: a request is known from `_accept` to `_end`, which
 alone sends one. Whatever happens to the engine, a known request either runs, or waits, or ends.
@@ -54,10 +53,6 @@ from ktransformers.scheduler.stats import Counters, Pace
 
 log = logging.getLogger(__name__)
 
-IN_FLIGHT = 2
-PLAN_SECONDS, PLAN_SHARE = 0.003, 0.1
-"""How long before its predicted end, at least and as a part of it, a step is followed by a plan of the next
-one, when that is put off."""
 AWAY_SECONDS = 60.0
 """An engine that has said nothing for so long is not coming back soon: who waits for it is told."""
 ASLEEP_SECONDS = 2.0
@@ -122,7 +117,7 @@ class Scheduler:
         self._expire(now)
         engine = self._engine
         if engine is not None and engine.alive and not engine.watchdog.condemned:
-            self._plan(engine, now)
+            engine.plan(now, self._ports.to_engine)
             if (moves := tiers.to_send(engine.cache, now)) is not None:
                 self._ports.to_engine(moves)
         self._fronts.flush()
@@ -139,29 +134,6 @@ class Scheduler:
         times = [at for at in (engine.plan_at, engine.cache.loads.next_timeout(now)) if at is not None]
         return min(times, default=None)
 
-    def _plan(self, engine: EngineLife, now: float) -> None:
-        engine.plan_at = None
-        while len(engine.in_flight) < IN_FLIGHT:
-            if engine.in_flight and (at := self._next_plan_at(engine)) > now:
-                engine.plan_at = at
-                return
-            plan = engine.planner.plan(now)
-            if plan is None:
-                return
-            if not engine.in_flight:
-                engine.watchdog.moved(now)
-                engine.began = now
-            engine.in_flight.append(plan)
-            self._ports.to_engine(plan.step)
-
-    def _next_plan_at(self, engine: EngineLife) -> float:
-        """The later, the more of those that ask seldom find a place in the next step. The engine waits if it
-        is done before its time, so this is done only where there is somebody to gain from it."""
-        if not (self._queue.hurry and engine.step_time.warm):
-            return -math.inf
-        seconds = engine.step_time.predict(engine.in_flight[0].features)
-        return engine.began + seconds - max(PLAN_SECONDS, PLAN_SHARE * seconds)
-
     def tick(self, now: float) -> None:
         """Once a second: what happens because nothing happens."""
         slept = now - self._ticked_at
@@ -174,9 +146,7 @@ class Scheduler:
         for peer in self._fronts.take_silent(now):
             self._lose_front(peer)
         if engine is not None and engine.alive:
-            # A step may have no tokens and only let slots go; it has to be done all the same.
-            in_hand = max(engine.in_flight[0].tokens, 1) if engine.in_flight else 0
-            if (due := engine.watchdog.check(now, in_hand)) is not None:
+            if (due := engine.watchdog.check(now, engine.in_hand)) is not None:
                 log.error("the engine hangs: %s; %s", due.name, self.status())
                 self._ports.signal_engine(engine.ready.pid, due)
         elif now - self._engine_said_at > AWAY_SECONDS:
@@ -431,13 +401,10 @@ class Scheduler:
 
     def _take_step(self, done: StepDone, now: float) -> None:
         engine = self._engine
-        if engine is None or not engine.in_flight or engine.in_flight[0].step.n != done.n:
+        plan = engine.done(done.n, now) if engine is not None else None
+        if engine is None or plan is None:
             self._condemn(f"step {done.n} was not the next one", now)
             return
-        plan = engine.in_flight.popleft()
-        engine.cache.step_done(done.n)
-        engine.watchdog.moved(now)
-        engine.began = now
         self._pace.measured(done.computed, done.seconds)
         self.counters.steps += 1
         self.counters.step_seconds += done.seconds
@@ -510,8 +477,7 @@ class Scheduler:
         self._detail = "engine restarting"
         if engine is None or not engine.alive:
             return
-        engine.alive = False
-        engine.in_flight.clear()
+        engine.end()
         self.counters.engine_restarts += 1
         victims = list(engine.planner.running)
         for request in reversed(victims):

@@ -57,6 +57,8 @@ class Machine:
     decode: float = 0.002
     context: float = 5e-7
     prompt_context: float = 2e-8
+    urgent_tokens: int = 256
+    """See Ready."""
     noise: float = 0.05
     """Each step's time is off by so much, as a standard deviation."""
 
@@ -74,6 +76,7 @@ class Machine:
             isa="simulated",
             steps=0,
             fingerprint=b"simulated",
+            urgent_tokens=self.urgent_tokens,
         )
 
 
@@ -218,7 +221,8 @@ class Simulation:
         self._returns: list[tuple[float, int, Arrival]] = []
         self._steps: deque[Step] = deque()
         self._done: StepDone | None = None
-        self._done_at = self._ticked = 0.0
+        self._urgent_done: StepDone | None = None
+        self._done_at = self._urgent_done_at = self._ticked = 0.0
         self._open: dict[str, _Open] = {}
         self._submitted = self._returned = 0
         self._prefixes: dict[tuple[str, int], list[int]] = {}
@@ -232,7 +236,16 @@ class Simulation:
         """As Ports."""
         if isinstance(message, Step):
             self._hash.update(msgspec.msgpack.encode(message))
-            self._steps.append(message)
+            if message.urgent:
+                self._interrupt(message)
+            else:
+                self._steps.append(message)
+
+    def _interrupt(self, step: Step) -> None:
+        """Do it in the middle of the step in hand, which takes so much longer."""
+        self._urgent_done = self._engine.step(step)
+        self._done_at += self._urgent_done.seconds
+        self._urgent_done_at = self.now + self._urgent_done.seconds
 
     def to_front(self, peer: bytes, message: FromScheduler) -> bool:
         """As Ports."""
@@ -265,8 +278,11 @@ class Simulation:
         """Go to the next thing that happens; False when nothing will."""
         if self._done is None and self._steps:
             self._done = self._engine.step(self._steps.popleft())
-            self._done_at = self.now + self._done.seconds
+            begin = self.now if self._urgent_done is None else self._urgent_done_at
+            self._done_at = begin + self._done.seconds
         times = [self._done_at] if self._done is not None else []
+        if self._urgent_done is not None:
+            times.append(self._urgent_done_at)
         if (wake_at := self.scheduler.wake_at(self.now)) is not None:
             times.append(wake_at)
         if self._next is not None:
@@ -289,6 +305,9 @@ class Simulation:
             self._submit(heapq.heappop(self._returns)[2])
         if self._done is not None and self._done_at <= self.now:
             done, self._done = self._done, None
+            self.scheduler.engine(done, self.now)
+        if self._urgent_done is not None and self._urgent_done_at <= self.now:
+            done, self._urgent_done = self._urgent_done, None
             self.scheduler.engine(done, self.now)
         self.scheduler.advance(self.now)
         return True

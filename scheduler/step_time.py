@@ -5,6 +5,7 @@
 by recursive least squares with slow forgetting. Pure: steps and times go in, predictions come out.
 """
 
+import math
 from dataclasses import dataclass
 
 WARM_STEPS, WARM_PROMPTS = 12, 4
@@ -17,6 +18,8 @@ FIRST_CHUNK = 64
 HURRY, PAUSE = 1 / 8, 1 / 2
 """Of the time that a step may take: while somebody is about who should not have to wait for long steps; and a
 step without the streams, for the prompt of such a one."""
+EMPTY_STEPS = 12
+"""What a step takes anyhow is not more than one in so many parts of it."""
 _SCALES = (1.0, 1 / 256, 1 / 16, 1 / 4096, 1 / (1 << 20))
 """So that all features are about 1: the matrix stays well conditioned."""
 _FORGET = 0.998
@@ -100,26 +103,34 @@ class Chunking:
     With streams it may last `slo` seconds. Without, nobody notices: then it is long enough that what a step
     takes anyhow is a small part of it. While somebody is about who asks seldom (`hurry`) it is much shorter,
     so that who comes next does not wait for it, but what a step takes anyhow stays a twelfth, and prompts
-    get as much of it as the streams do. With an `slo` of
-    0 there is no limit.
+    get as much of it as the streams do: if steps cannot be interrupted. With an `slo` of 0 there is no limit.
     """
 
-    def __init__(self, model: StepTime, slo: float) -> None:
+    def __init__(self, model: StepTime, slo: float, interruptible: bool) -> None:
         self._model = model
         self._slo = slo
+        self._interruptible = interruptible
         self._left: float | None = None
         self._most = MOST_CHUNK
+        self._least = LEAST_CHUNK
         self._taken = 0
 
-    def pause(self) -> None:
-        """A step without the streams, which they are to notice little of."""
+    @property
+    def longest_pause(self) -> float:
+        """Seconds that streams may sit out."""
+        return self._slo * PAUSE if self._slo > 0 else math.inf
+
+    def pause(self, seconds: float) -> None:
+        """A step without the streams, of so many seconds at most, which they are to notice little of."""
         self.begin(Features())
         if self._left is not None:
-            self._left = min(self._left, self._slo * PAUSE)
+            self._left = min(self._left, self.longest_pause, seconds - self._model.predict(Features()))
+            self._least = 0
 
     def begin(self, decodes: Features, hurry: bool = False) -> None:
         """A step with these decodes."""
-        self._left, self._most, self._taken = None, MOST_CHUNK, 0
+        hurry = hurry and not self._interruptible
+        self._left, self._most, self._taken, self._least = None, MOST_CHUNK, 0, LEAST_CHUNK
         if self._slo <= 0:
             return
         if not self._model.warm:
@@ -130,7 +141,7 @@ class Chunking:
         limit = self._slo if decodes.decodes else max(self._slo, 4 * base)
         if hurry:
             empty = self._model.predict(Features())
-            limit = min(limit, max(self._slo * HURRY, 2 * base, 12 * empty))
+            limit = min(limit, max(self._slo * HURRY, 2 * base, EMPTY_STEPS * empty))
         self._left = limit - base
 
     def take(self, wanted: int, context: int) -> int:
@@ -139,7 +150,7 @@ class Chunking:
         if self._left is not None:
             token = self._model.prompt_token(context + min(wanted, MOST_CHUNK) / 2)
             fits = max(0, int(self._left / token)) if token > 0 else MOST_CHUNK
-        fits = max(fits, LEAST_CHUNK - self._taken)
+        fits = max(fits, self._least - self._taken)
         n = max(0, min(wanted, fits, self._most - self._taken))
         if self._left is not None:
             self._left -= n * token

@@ -69,7 +69,7 @@ class ThreadPool {
   const ReadAhead* keep(ReadAhead ahead);
 
   // Exclusive use by one calling thread, kept on the CPU that no worker is pinned to. (Only for the duration: threads
-  // that the caller starts later must not inherit a mask of one CPU.)
+  // that the caller starts later must not inherit a mask of one CPU.) It may have another one within, between two jobs.
   class Session {
    public:
     explicit Session(ThreadPool& pool);
@@ -79,7 +79,7 @@ class ThreadPool {
 
    private:
     ThreadPool& pool_;
-    std::unique_lock<std::mutex> lock_;
+    std::unique_lock<std::recursive_mutex> lock_;
     bool pinned_ = false;
     std::vector<uint8_t> mask_;
   };
@@ -133,7 +133,7 @@ class ThreadPool {
   std::vector<std::thread> workers_;
   std::vector<int> nodes_, first_threads_;  // of each node, and all threads at the end
   std::vector<ThreadPlace> places_;         // of each thread
-  std::mutex session_;
+  std::recursive_mutex session_;
 };
 
 }  // namespace kt

@@ -6,7 +6,7 @@ from dataclasses import astuple, fields
 import numpy as np
 
 from ktransformers.engine import _kernels
-from ktransformers.engine.batch import F32, MAX_LOGPROBS, U8, Batch, Drawn, SamplingBatch
+from ktransformers.engine.batch import F32, MAX_LOGPROBS, U8, URGENT_TOKENS, Batch, Drawn, SamplingBatch
 from ktransformers.engine.executors.node_ranges import Cut, cuts
 from ktransformers.engine.program import LinearPart, Op, Pieces, Program, Tensor, WeightId, expert_weights
 from ktransformers.engine.weights import pages
@@ -68,6 +68,13 @@ class NativeExecutor:
             None if program.state is None else astuple(program.state),
             self.state_slots,
         )
+        # Experts in a file share one cache, which the step around would find changed.
+        alone = bool(mapped) or program.state is not None
+        self.urgent_tokens = 0 if alone else min(URGENT_TOKENS, max_tokens)
+        self._within: _kernels.Program | None = None
+        if self.urgent_tokens:
+            rows = min(max_rows, self.urgent_tokens)
+            self._within = self._program.within(self.urgent_tokens, rows)
 
     @property
     def block_bytes(self) -> int:
@@ -81,27 +88,17 @@ class NativeExecutor:
         """See engine.batch.Executor."""
         self._native().write_block(block, data)
 
-    def step(self, batch: Batch, sampling: SamplingBatch) -> Drawn:
+    def step(
+        self, batch: Batch, sampling: SamplingBatch, between: Callable[[], None] | None = None
+    ) -> Drawn:
         """See engine.batch.Executor. ValueError, with nothing done, for arrays that do not fit."""
-        rows = len(batch.logit_rows)
-        drawn = Drawn(
-            token=np.empty(rows, np.int32),
-            logprob=np.empty(rows, np.float32),
-            top_tokens=np.empty((rows, MAX_LOGPROBS), np.int32),
-            top_logprobs=np.empty((rows, MAX_LOGPROBS), np.float32),
-        )
-        b, s, d = batch, sampling, drawn
-        # fmt: off
-        self._native().step(
-            b.tokens, b.starts, b.context, b.block_starts, b.blocks, b.logit_rows,
-            b.slots, b.keep_slots, b.keep_at,
-            s.temperature, s.top_k, s.top_p, s.min_p, s.repetition, s.presence, s.frequency,
-            s.seed, s.position, s.logprobs, s.history_starts, s.history, s.history_output,
-            s.bias_starts, s.bias_tokens, s.bias_values,
-            d.token, d.logprob, d.top_tokens, d.top_logprobs,
-        )
-        # fmt: on
-        return drawn
+        return _step(self._native(), batch, sampling, between)
+
+    def urgent_step(self, batch: Batch, sampling: SamplingBatch) -> Drawn:
+        """See engine.batch.Executor. Errors: as `step`, also for a block that the step around it writes."""
+        if self._within is None:
+            raise RuntimeError("there are no urgent steps here")
+        return _step(self._within, batch, sampling, None)
 
     def logits(self, batch: Batch) -> F32:
         """The same step, but gives the logits [R, vocab]."""
@@ -127,12 +124,36 @@ class NativeExecutor:
 
     def close(self) -> None:
         """Free weights, KV and threads. A later step raises RuntimeError."""
-        self._program = None
+        self._program = self._within = None
 
     def _native(self) -> _kernels.Program:
         if self._program is None:
             raise RuntimeError("the executor is closed")
         return self._program
+
+
+def _step(
+    program: _kernels.Program, batch: Batch, sampling: SamplingBatch, between: Callable[[], None] | None
+) -> Drawn:
+    rows = len(batch.logit_rows)
+    drawn = Drawn(
+        token=np.empty(rows, np.int32),
+        logprob=np.empty(rows, np.float32),
+        top_tokens=np.empty((rows, MAX_LOGPROBS), np.int32),
+        top_logprobs=np.empty((rows, MAX_LOGPROBS), np.float32),
+    )
+    b, s, d = batch, sampling, drawn
+    # fmt: off
+    program.step(
+        b.tokens, b.starts, b.context, b.block_starts, b.blocks, b.logit_rows,
+        b.slots, b.keep_slots, b.keep_at,
+        s.temperature, s.top_k, s.top_p, s.min_p, s.repetition, s.presence, s.frequency,
+        s.seed, s.position, s.logprobs, s.history_starts, s.history, s.history_output,
+        s.bias_starts, s.bias_tokens, s.bias_values,
+        d.token, d.logprob, d.top_tokens, d.top_logprobs, between,
+    )
+    # fmt: on
+    return drawn
 
 
 def pack_weights(

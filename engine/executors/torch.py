@@ -173,6 +173,7 @@ class TorchExecutor:
         self.blocks = blocks
         self.block_tokens = block_tokens
         self.max_tokens = max_tokens
+        self.urgent_tokens = 0
         self._device = torch.device(device)
         self._program = program
         self._weights: list[torch.Tensor] = []
@@ -213,8 +214,14 @@ class TorchExecutor:
         out: F32 = self._run(batch).cpu().numpy()
         return out
 
-    def step(self, batch: Batch, sampling: SamplingBatch) -> Drawn:
-        """One step and its draws. ValueError as `logits`."""
+    def urgent_step(self, batch: Batch, sampling: SamplingBatch) -> Drawn:
+        """A step of a device is not interrupted."""
+        raise RuntimeError("there are no urgent steps here")
+
+    def step(
+        self, batch: Batch, sampling: SamplingBatch, between: Callable[[], None] | None = None
+    ) -> Drawn:
+        """One step and its draws; `between` is not called. ValueError as `logits`."""
         logits = np.ascontiguousarray(self.logits(batch))
         rows = len(logits)
         drawn = Drawn(

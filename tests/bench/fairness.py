@@ -212,6 +212,8 @@ def noisy(folder: Path, seconds: float) -> None:
 
 OVERLOAD = {"A": 1.0, "B": 1.0, "C": 1.0, "D": 1.0}
 MAX_WAITING = 32
+POOL_BYTES = 512 << 20
+"""Of KV: so few that all are in use before memory is looked at. A page is there when it is first used."""
 REQUEST = (60, 40)
 """Words and output tokens."""
 
@@ -263,10 +265,9 @@ async def probe(server: Server, seconds: float) -> list[float]:
 
 def overload(folder: Path, seconds: float) -> None:
     """Refusals, accepted requests, memory and recovery at ten times of what the server can do."""
-    with started(folder / "fair", OVERLOAD, max_waiting=MAX_WAITING) as server:
+    with started(folder / "fair", OVERLOAD, max_waiting=MAX_WAITING, device_bytes=POOL_BYTES) as server:
         before = asyncio.run(probe(server, 3.0))
         full = asyncio.run(capacity(server))
-        # The pool of KV is there from the beginning, its pages as they are first used.
         asyncio.run(overloaded(server, 10 * full, seconds / 6))
         begin_memory = server.memory()
         replies = asyncio.run(overloaded(server, 10 * full, seconds))

@@ -2,6 +2,7 @@
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ktransformers.engine.config import EngineConfig
@@ -42,7 +43,9 @@ class Stack:
         host_blocks: int = 0,
         disk: DiskStore | None = None,
         vocab: int = 49152,
+        urgent: bool = False,
     ) -> None:
+        """`urgent`: steps are interrupted, where `between` has submitted something."""
         self.woken = threading.Semaphore(0)
         host = HostBlocks(host_blocks, executor.block_bytes) if host_blocks else None
         self.moves = BlockMoves(executor, host, disk, self.woken.release)
@@ -50,6 +53,10 @@ class Stack:
         kept = executor.state_slots - SLOTS if executor.state_slots else -1
         limits = Limits(blocks, executor.block_tokens, 2048, SLOTS, chunk, vocab, kept)
         self.runner = Runner(executor, limits, self.moves.arriving)
+        self.runner.between = self._between if urgent else None
+        self.between: Callable[[], None] = lambda: None
+        self.urgent: Step | None = None
+        self.urgent_steps = 0
         config = SchedulerConfig(engine=EngineConfig(model="", cache=CacheConfig(prefix_reuse=reuse)))
         self.steps: deque[Step] = deque()
         self.answers: dict[str, Answer] = {}
@@ -70,6 +77,7 @@ class Stack:
             host_blocks=host_blocks,
             disk_bytes=disk.stats().cap if disk is not None else 0,
             kept_states=kept,
+            urgent_tokens=executor.urgent_tokens if urgent else 0,
         )
         self.scheduler.engine(ready, self.now)
         for piece in stored(disk) if disk is not None else ():
@@ -80,7 +88,26 @@ class Stack:
             self.moves.start(message)
             return
         assert isinstance(message, Step)
-        self.steps.append(message)
+        if message.urgent:
+            self.urgent = message
+        else:
+            self.steps.append(message)
+
+    def _between(self) -> None:
+        self.between()
+        self._do_urgent()
+
+    def _do_urgent(self) -> bool:
+        if self.urgent is None:
+            return False
+        step, self.urgent = self.urgent, None
+        self.urgent_steps += 1
+        done = self.runner.step(step)
+        assert isinstance(done, StepDone), done
+        self.scheduler.engine(done, self.now)
+        self.scheduler.advance(self.now)
+        self.scheduler.check()
+        return True
 
     def to_front(self, peer: bytes, message: FromScheduler) -> bool:
         assert not isinstance(message, Failed), message
@@ -113,6 +140,8 @@ class Stack:
 
     def step(self) -> bool:
         """A step, or what copies have ended when there is none; False: there is nothing to do."""
+        if self._do_urgent():
+            return True
         if self.steps:
             done = self.runner.step(self.steps.popleft())
             assert isinstance(done, StepDone), done

@@ -126,6 +126,28 @@ def test_forced_preemption(native_executor, prompts: Prompts, alone: dict[str, A
     assert stack.scheduler.status().preemptions > 0
 
 
+def test_in_the_middle_of_others(native_executor, prompts: Prompts, alone: dict[str, Answer]) -> None:
+    """Half of them come while steps of the other half are being computed, and do not wait for their end."""
+    stack = Stack(native_executor, chunk=512, urgent=True)
+    names = list(prompts)
+    later = names[25:]
+
+    def come() -> None:
+        if later and stack.scheduler.status().steps > 30:
+            name = later.pop()
+            stack.submit(name, *prompts[name])
+
+    stack.between = come
+    for name in names[:25]:
+        stack.submit(name, *prompts[name])
+        stack.step()
+    answers = stack.run()
+    for name in later:
+        stack.submit(name, *prompts[name])
+    check(stack.run() if later else answers, alone)
+    assert stack.urgent_steps >= 5
+
+
 # ---- from other tiers
 
 FEW = 32

@@ -34,6 +34,7 @@ class FakeExecutor:
     isa = "fake"
     weights_digest = (1,)
     state_slots = 0
+    urgent_tokens = 32
 
     def __init__(self, blocks: int, block_tokens: int, vocab: int = 1000, seconds: float = 0.0) -> None:
         self.blocks, self.block_tokens, self.vocab = blocks, block_tokens, vocab
@@ -42,7 +43,18 @@ class FakeExecutor:
         self.kv = np.full((blocks, block_tokens), -1, np.int64)
         self.batches: list[tuple[Batch, SamplingBatch]] = []
 
-    def step(self, batch: Batch, sampling: SamplingBatch) -> Drawn:
+    def step(
+        self, batch: Batch, sampling: SamplingBatch, between: Callable[[], None] | None = None
+    ) -> Drawn:
+        drawn = self._step(batch, sampling)
+        if between is not None:
+            between()
+        return drawn
+
+    def urgent_step(self, batch: Batch, sampling: SamplingBatch) -> Drawn:
+        return self._step(batch, sampling)
+
+    def _step(self, batch: Batch, sampling: SamplingBatch) -> Drawn:
         self.batches = [*self.batches[-20:], (batch, sampling)]
         if self.seconds:
             time.sleep(self.seconds)

@@ -174,7 +174,7 @@ def test_step_before_hello_is_refused(folder: Path) -> None:
     async def main() -> None:
         async with engine(folder) as (_, client):
             await until(client, Ready)
-            client.send(Step(1, [99], [], []))
+            client.send(Step(1, [999], [], []))
             assert isinstance(await answer(client), Fault)
             client.send(Step(2, [], [], []))
             assert await until(client, StepDone)

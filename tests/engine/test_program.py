@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ktransformers.engine import _kernels
-from ktransformers.engine.batch import Batch
+from ktransformers.engine.batch import URGENT_TOKENS, Batch
 from ktransformers.engine.executors.native import NativeExecutor
 from ktransformers.engine.program import (
     Add,
@@ -356,6 +356,46 @@ def test_bad_batches_are_refused_and_change_nothing(
     with pytest.raises(ValueError, match=f"^{name}"):
         ex.step(bad, small.sampling(len(bad.logit_rows)))
     np.testing.assert_array_equal(ex.logits(small.batch(good)), before)
+
+
+def test_a_program_within_another(small: ModuleType, llama: Llama) -> None:
+    """The same bits over the same KV; what is written by the step around it is refused."""
+    ex = small.executor(llama.program, max_tokens=256, max_rows=256)
+    tokens, blocks = text(70), [9, 3, 5, 1, 0]
+    last = small.batch(small.Part(tokens[60:], 60, blocks, rows=[9]))
+    for i in range(0, 60, 20):
+        part = small.Part(tokens[i : i + 20], i, blocks[: (i + 35) // 16], rows=[])
+        (ex.step if i else ex.urgent_step)(small.batch(part), small.sampling(0))
+    want = small.executor(llama.program).logits(small.batch(small.Part(tokens, 0, blocks)))[-1]
+    assert ex.urgent_step(last, small.sampling(1, temperature=0.0)).token[0] == want.argmax()
+    assert ex.urgent_tokens == URGENT_TOKENS == 256
+    with pytest.raises(ValueError, match=r"^tokens"):
+        ex.urgent_step(small.batch(small.Part(text(257), 0, list(range(17)), rows=[])), small.sampling(0))
+
+    # Long enough to be interrupted: each row sees all those before it.
+    refused: list[str] = []
+
+    def between() -> None:
+        try:
+            ex.urgent_step(last, small.sampling(1))
+        except ValueError as error:
+            refused.append(str(error))
+
+    rows = [small.Part(text(50, i), 0, [10 + 4 * i + j for j in range(4)]) for i in range(4)]
+    around = small.batch(*rows, small.Part(tokens[60:70], 60, blocks))
+    for _ in range(200):
+        ex.step(around, small.sampling(210), between)
+        if refused:
+            break
+    assert refused and "written twice" in refused[0]
+
+    def fails() -> None:
+        raise LookupError("this ends the step")
+
+    with pytest.raises(LookupError):
+        for _ in range(200):
+            ex.step(around, small.sampling(210), fails)
+    assert ex.urgent_step(last, small.sampling(1, temperature=0.0)).token[0] == want.argmax()
 
 
 def test_arrays_of_another_type_are_not_converted(small: ModuleType, ex: NativeExecutor) -> None:

@@ -206,13 +206,13 @@ def test_bad_go_fails_its_slot_alone(runner: Runner, fake: ModuleType, go: Go) -
 @pytest.mark.parametrize(
     "step",
     [
-        Step(9, [8], [], []),
+        Step(9, [16], [], []),
         Step(9, [-1], [], []),
         Step(9, [2**70], [], []),
-        Step(9, [], [seq(8, [1])], []),
+        Step(9, [], [seq(16, [1])], []),
         Step(9, [], [seq(0, [1])], []),
         Step(9, [], [seq(1, [1]), seq(1, [1])], []),
-        Step(9, [0], [], [Go(8, 1, [])]),
+        Step(9, [0], [], [Go(16, 1, [])]),
         Step(9, [0], [], [Go(0, 1, []), Go(0, 1, [])]),
         Step(9, [0], [], [Go(0, 0, [])]),
         Step(9, [0], [], [Go(0, -5, [])]),
@@ -227,6 +227,49 @@ def test_bad_step_is_a_fault_and_changes_nothing(runner: Runner, fake: ModuleTyp
     assert (answer.n, answer.kind) == (9, "bad_step")
     known = [1, 2, fake.next_token([1, 2])]
     assert done(runner.step(Step(10, [], [], [Go(0, 1, [])])))[0].token == fake.next_token(known)
+
+
+def test_an_urgent_step_in_the_middle_of_another(runner: Runner, fake: ModuleType) -> None:
+    """Both draw what they would alone, and the seconds of one are not those of the other."""
+    done(runner.step(Step(0, [], [seq(0, [1, 2]), seq(1, [3])], [Go(0, 2, [0]), Go(1, 1, [8])])))
+    urgent = Step(2, [], [seq(2, [5, 6, 7])], [Go(2, 3, [16])], urgent=True)
+    within: list[StepDone | Fault] = []
+
+    def between() -> None:
+        if not within:
+            begin = time.perf_counter()
+            while time.perf_counter() < begin + 0.02:
+                pass
+            runner._urgent_seconds += 0.01  # of another one
+            within.append(runner.step(urgent))
+
+    runner.between = between
+    around = runner.step(Step(1, [], [], [Go(0, 1, []), Go(1, 1, [])]))
+    assert isinstance(around, StepDone)
+    assert around.seconds > 0.009
+    assert done(within[0]) == [SlotToken(2, fake.next_token([5, 6, 7]))]
+    first = fake.generate([1, 2], 2), fake.generate([3], 2)
+    assert [t.token for t in around.tokens] == [tokens[1] for tokens in first]
+    after = done(runner.step(Step(3, [], [], [Go(0, 1, []), Go(1, 1, []), Go(2, 1, [])])))
+    expected = [fake.generate([1, 2], 3)[2], fake.generate([3], 3)[2], fake.generate([5, 6, 7], 2)[1]]
+    assert [t.token for t in after] == expected
+
+
+@pytest.mark.parametrize(
+    ("step", "why"),
+    [
+        (Step(9, [], [seq(2, [1])], [Go(2, 1, [16])]), "another step is in hand"),
+        (Step(9, [], [], [Go(0, 1, [])], urgent=True), "slot 0 is in the step in hand"),
+        (Step(9, [0], [], [], urgent=True), "slot 0 is in the step in hand"),
+        (Step(9, [], [seq(2, [1] * 33)], [Go(2, 33, [])], urgent=True), "more than 32 tokens"),
+    ],
+    ids=str,
+)
+def test_what_an_urgent_step_may_not(runner: Runner, fake: ModuleType, step: Step, why: str) -> None:
+    within: list[StepDone | Fault] = []
+    runner.between = lambda: within.append(runner.step(step))
+    assert len(done(runner.step(Step(0, [], [seq(0, [1, 2])], [Go(0, 2, [0])])))) == 1
+    assert isinstance(within[0], Fault) and why in within[0].message
 
 
 def test_unknown_slots_and_reset(runner: Runner) -> None:
@@ -296,7 +339,7 @@ def test_overhead_of_a_step(fake: ModuleType) -> None:
     """Python of one decode step, for 1 and for 64 sequences, without the executor."""
 
     class Nothing(fake.FakeExecutor):  # type: ignore[misc, name-defined]
-        def step(self, batch: Any, sampling: Any) -> Any:
+        def step(self, batch: Any, sampling: Any, between: Any = None) -> Any:
             return self.answer
 
     for n_seq in (1, 64):
@@ -324,6 +367,8 @@ def test_overhead_of_a_step(fake: ModuleType) -> None:
 class StatefulExecutor:
     """The fake's, with a state in each slot: the tokens so far."""
 
+    urgent_tokens = 0
+
     def __init__(self, fake: ModuleType) -> None:
         self.inner = fake.FakeExecutor(64, BT)
         self.block_tokens, self.state_slots = BT, 12
@@ -333,7 +378,7 @@ class StatefulExecutor:
     def copy_state(self, source: int, target: int) -> None:
         self.states[target] = list(self.states[source])
 
-    def step(self, batch: Any, sampling: Any) -> Any:
+    def step(self, batch: Any, sampling: Any, between: Any) -> Any:
         if self.fails:
             raise RuntimeError("in the middle")
         for s, slot in enumerate(batch.slots.tolist()):

@@ -28,6 +28,7 @@ from ktransformers.engine.protocol import (
     Stored,
     StoredBlock,
     ToEngine,
+    slots_for,
 )
 
 VOCAB = 1000
@@ -171,16 +172,24 @@ class FakeEngine:
         self._slots: dict[int, _Sequence] = {}
         self._states = [POISON] * max(ready.kept_states, 0)
         """Of each place the KV of the last token: as good a state as any."""
-        self._next = 1
+        self._last = 0
+        self._done: set[int] = set()
         self.mover = Mover(self)
 
     def step(self, step: Step) -> StepDone:
-        assert step.n == self._next
-        self._next += 1
+        assert step.n not in self._done
+        self._done.add(step.n)
+        if step.urgent:
+            assert not step.gone and sum(go.n_tokens for go in step.go_on) <= self.ready.urgent_tokens
+        else:
+            # What lies between were urgent ones, which are done before anything that is planned after them.
+            assert set(range(self._last + 1, step.n)) <= self._done
+            self._last = step.n
         for slot in step.gone:
             del self._slots[slot]
         for new in step.new:
-            assert new.slot not in self._slots and 0 <= new.slot < self.ready.max_sequences
+            assert new.slot not in self._slots
+            assert 0 <= new.slot < slots_for(self.ready.max_sequences, self.ready.urgent_tokens)
             assert 1 <= new.n_prompt <= len(new.tokens) < self.ready.max_len
             assert new.computed % self.ready.block_tokens == 0 and new.computed < len(new.tokens)
             assert len(new.tokens) - new.n_prompt < new.sampling.max_tokens
@@ -190,7 +199,7 @@ class FakeEngine:
             else:
                 assert new.state == -1
             self._slots[new.slot] = _Sequence(new)
-        assert len({go.slot for go in step.go_on}) == len(step.go_on)
+        assert len({go.slot for go in step.go_on}) == len(step.go_on) <= self.ready.max_sequences
         assert sum(go.n_tokens for go in step.go_on) <= self.ready.max_batch_tokens
         entered = {new.slot for new in step.new}
         drawn = []

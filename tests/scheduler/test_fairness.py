@@ -5,6 +5,7 @@ derivation leaves out is said where it matters. Each of the ten mistakes of othe
 mutated class, on which the property that it breaks has to fail.
 """
 
+import itertools
 import json
 import os
 import random
@@ -132,8 +133,9 @@ def check_preemption_bound(monkeypatch):
     """
     monkeypatch.setattr(entrance_module, "_RECOMPUTED_SHARE", 1.0)
     monkeypatch.setattr(scheduler_module, "FairQueue", unpredicting(FairQueue))
-    for seed in SEEDS:
-        m = Measured(HOARD, seed=seed, settings=TIGHT)
+    for seed, urgent_tokens in itertools.product(SEEDS, (0, 256)):
+        machine = replace(SMALL, urgent_tokens=urgent_tokens)
+        m = Measured(HOARD, seed=seed, settings=TIGHT, machine=machine)
         m.run(max(SECONDS, 200.0))
         bound = 2 * (m.theta() + m.largest_step + m.windows())
         assert m.gap <= bound, f"{units(m.gap):.0f} > {units(bound):.0f} units"
@@ -451,8 +453,10 @@ def check_no_laundering(how):
         m.move()
         if m.now >= 50.0:
             gains.append((m.work["cheat"] - m.work["honest"]) / UNIT)
-        # Now and then it drops all that it has, and is back at once under another key.
-        if rng.random() < 0.02:
+        # When it is in debt it drops all that it has, and is back at once under another key.
+        account = m.queue._tenants.members.get("cheat")
+        in_debt = account is not None and account.counter > m.queue._tenants.time + 100 * UNIT
+        if in_debt and rng.random() < 0.1:
             n += 1
             mine = [i for i, o in m._open.items() if o.arrival.tenant == "cheat"]
             how(m, mine, n)
@@ -483,8 +487,11 @@ class Forgets(FairQueue):
 
 
 def test_f8_no_laundering(monkeypatch):
+    """Without prediction: with it V* is beyond what was executed, and who lets go of what runs falls back."""
     check_no_laundering(cancel_and_return)
-    monkeypatch.setattr(scheduler_module, "FairQueue", Forgets)
+    monkeypatch.setattr(scheduler_module, "FairQueue", unpredicting(FairQueue))
+    check_no_laundering(cancel_and_return)
+    monkeypatch.setattr(scheduler_module, "FairQueue", unpredicting(Forgets))
     with pytest.raises(AssertionError, match="gained"):
         check_no_laundering(cancel_and_return)
 
@@ -736,13 +743,20 @@ def test_f23_without_a_limit_steps_are_long():
     assert sum(seconds > 0.125 for seconds in times) > 0.1 * len(times)
 
 
-def first_tokens(policy, flood=True):
+MEASURED = Machine(
+    slots=64, blocks=4096, max_len=8192, step=0.0022, prompt=0.00025, decode=0.00042, context=3.7e-7
+)
+"""The default model on two cores of 2025."""
+
+
+def first_tokens(policy, flood=True, machine=MEASURED):
     """Of a tenant that asks once a second, beside one that floods: 95 % are sooner; and all service."""
     arrivals = [Arrival(5.0 + i * 1.01, "seldom", 50, 20) for i in range(60)]
     if flood:
-        arrivals += [Arrival(0.0, "flood", 300, 100, again=True) for _ in range(60)]
+        count = machine.slots * 3 // 2
+        arrivals += [Arrival(0.0, "flood", 300, 100, again=True) for _ in range(count)]
     arrivals.sort(key=lambda arrival: arrival.seconds)
-    m = Simulation(iter(arrivals), policy, Machine())
+    m = Simulation(iter(arrivals), policy, machine)
     result = m.run(70.0)
     seldom = result.tenants["seldom"]
     assert len(seldom.ttft) >= (58 if policy == "fair" else 1)
@@ -753,9 +767,9 @@ def test_a_noisy_neighbour_is_hardly_noticed(monkeypatch):
     alone, _ = first_tokens("fair", flood=False)
     beside, service = first_tokens("fair")
     behind, whole = first_tokens("fifo")
-    assert beside <= 2.5 * alone, (alone, beside)
+    assert beside <= 1.2 * alone, (alone, beside)
     assert behind > 50 * alone
-    assert service >= 0.92 * whole
+    assert service >= 0.97 * whole
 
     # Virtual counters and all the rest, but steps as long as streams bear, and nobody first.
     plain = scheduler_module.Rules.of
@@ -766,9 +780,18 @@ def test_a_noisy_neighbour_is_hardly_noticed(monkeypatch):
     assert without > 5 * alone, (alone, without)
 
 
-def put_off(arrivals):
+def test_a_noisy_neighbour_where_steps_are_not_interrupted():
+    machine = Machine(urgent_tokens=0)
+    alone, _ = first_tokens("fair", flood=False, machine=machine)
+    beside, service = first_tokens("fair", machine=machine)
+    _, whole = first_tokens("fifo", machine=machine)
+    assert beside <= 2.5 * alone, (alone, beside)
+    assert service >= 0.92 * whole
+
+
+def put_off(arrivals, urgent_tokens=0):
     """How often a plan was put off, and the part of the time that the engine was in a step."""
-    m = Simulation(iter(arrivals), "fair", Machine())
+    m = Simulation(iter(arrivals), "fair", Machine(urgent_tokens=urgent_tokens))
     count, busy = 0, 0.0
     step = m._engine.step
 
@@ -792,6 +815,8 @@ def test_the_next_step_is_planned_late_only_for_somebodys_sake():
     assert count > 100
     # Times are predicted to 5 %, as they vary: hardly a step is done before the next one is planned.
     assert busy > 0.98, busy
+    count, busy = put_off(flood + seldom, urgent_tokens=256)
+    assert count == 0 and busy > 0.99
 
 
 # ---- F13 to F16

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from step_engine import BLOCK_BYTES
 from world import World
 
-from ktransformers.scheduler.scheduler import IN_FLIGHT
+from ktransformers.scheduler.engine_life import IN_FLIGHT
 
 PATTERNS = [[1, 2, 3, 4, 5, 6, 7, 8] * 5, [1, 2, 3, 4, 9, 9, 9, 9] * 5, [5] * 40]
 
@@ -27,12 +27,12 @@ class Machine(RuleBasedStateMachine):
         host_blocks=st.sampled_from([0, 3, 100]),
         disk_blocks=st.sampled_from([0, 5, 100]),
         kept_states=st.sampled_from([-1, -1, 0, 1, 3, 100]),
+        urgent_tokens=st.sampled_from([0, 1, 8, 64]),
     )
-    def start(
-        self, blocks, block_tokens, slots, budget, reuse, believed, host_blocks, disk_blocks, kept_states
-    ):
+    def start(self, blocks, block_tokens, slots, budget, reuse, believed, kept_states, **tiers):
         if kept_states >= 0:
-            host_blocks = disk_blocks = 0
+            # What the engine has not got together.
+            tiers |= {"host_blocks": 0, "disk_blocks": 0, "urgent_tokens": 0}
         self.w = World(
             reuse=reuse,
             blocks=blocks,
@@ -40,9 +40,10 @@ class Machine(RuleBasedStateMachine):
             max_len=48,
             max_sequences=slots,
             max_batch_tokens=budget,
-            host_blocks=host_blocks,
-            disk_bytes=disk_blocks * BLOCK_BYTES,
+            host_blocks=tiers["host_blocks"],
+            disk_bytes=tiers["disk_blocks"] * BLOCK_BYTES,
             kept_states=kept_states,
+            urgent_tokens=tiers["urgent_tokens"],
         )
         # 0: everybody is thought to stop at once, so that too many are let in and blocks run out.
         self.w.scheduler._estimate.prior = believed
@@ -75,10 +76,10 @@ class Machine(RuleBasedStateMachine):
     def cancel(self, which):
         self.w.cancel(f"r{1 + which % self.n}")
 
-    @rule(steps=st.integers(1, 8))
-    def engine_works(self, steps):
+    @rule(steps=st.integers(1, 8), urgent_late=st.booleans())
+    def engine_works(self, steps, urgent_late):
         for _ in range(steps):
-            self.w.engine_step()
+            self.w.engine_step(urgent_late)
             assert len(self.w.to_do) <= IN_FLIGHT
 
     @rule(which=st.lists(st.integers(0, 1 << 30), min_size=1, max_size=8), fails=st.integers(0, 3))

@@ -27,6 +27,8 @@ class World:
         self.disk = {}
         """Outlives an engine."""
         self.to_do: deque[Step] = deque()
+        self.urgent: Step | None = None
+        self.urgent_steps = 0
         self.signals = []
         self.gone_peers = set()
         self.statuses = []
@@ -46,7 +48,12 @@ class World:
             return
         if isinstance(message, Moves):
             self.engine.mover.take(message)
+        elif message.urgent:
+            assert self.urgent is None
+            self.urgent = message
+            self.urgent_steps += 1
         else:
+            assert self.urgent is None, "a step is planned while an urgent one is under way"
             self.to_do.append(message)
             assert len(self.to_do) <= 2
 
@@ -94,6 +101,7 @@ class World:
     def kill_engine(self):
         self.engine = None
         self.to_do.clear()
+        self.urgent = None
         self.scheduler.engine(Lost(), self.now)
         self.advance()
 
@@ -114,11 +122,15 @@ class World:
     def hello(self, peer=PEER):
         self.scheduler.front(peer, Hello(), self.now)
 
-    def engine_step(self):
-        """The engine does the oldest step; False when it has none."""
-        if not self.to_do:
+    def engine_step(self, urgent_late=False):
+        """The engine does the urgent step, or else the oldest; False when it has none."""
+        if self.urgent is not None and not (urgent_late and self.to_do):
+            step, self.urgent = self.urgent, None
+        elif self.to_do:
+            step = self.to_do.popleft()
+        else:
             return False
-        done = self.engine.step(self.to_do.popleft())
+        done = self.engine.step(step)
         self.now += 0.01
         self.hello()
         self.scheduler.engine(done, self.now)
