@@ -16,8 +16,8 @@ from ktransformers.engine.program import Program, expert_weights
 
 
 def speaking() -> ModuleType:
-    """The module tests/speaking.py."""
-    path = Path(__file__).parents[1] / "speaking.py"
+    """The module tests/speaking_folder.py."""
+    path = Path(__file__).parents[1] / "speaking_folder.py"
     spec = importlib.util.spec_from_file_location("speaking_folder", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

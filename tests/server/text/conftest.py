@@ -132,9 +132,9 @@ def spm(request: pytest.FixtureRequest) -> tuple[sentencepiece.SentencePieceProc
 
 @pytest.fixture(scope="session")
 def speaking() -> Any:
-    """The module tests/speaking.py."""
-    path = Path(__file__).parents[2] / "speaking.py"
-    spec = importlib.util.spec_from_file_location("speaking", path)
+    """The module tests/speaking_folder.py."""
+    path = Path(__file__).parents[2] / "speaking_folder.py"
+    spec = importlib.util.spec_from_file_location("speaking_folder", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

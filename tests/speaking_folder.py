@@ -5,7 +5,7 @@ same function: each MLP is cut in four, the router's weights are zero, all exper
 gives is scaled by their number. qwen3 norms queries and keys, which the default model does not, with norms of
 about the size that they have there: it still speaks, of other things, as qwen3moe does.
 
-    python tests/speaking.py llama|mixtral|qwen3|qwen3moe FOLDER
+    python tests/speaking_folder.py llama|mixtral|qwen3|qwen3moe FOLDER
 """
 
 import importlib.util
