@@ -47,6 +47,8 @@ _DISK_CLOSE_SECONDS = 2.0
 _NEWS_SECONDS = 0.002
 """Between two MovesDone: a thousand blocks may be copied in a second, and nobody waits for one alone."""
 _OVERDUE_POLL_SECONDS = 5.0
+_MOST_LATER = 1000
+"""Messages that wait for the end of a step; beyond that they stay in ZeroMQ's queue, urgent ones too."""
 _TICK_SECONDS = 0.001
 """What a poll can wait at least."""
 
@@ -167,7 +169,7 @@ class Service:
                 self._send(self._scheduler, news)
 
     def _in_mid_step(self, runner: Runner) -> None:
-        while (received := self._server.poll(0)) is not None:
+        while len(self._later) < _MOST_LATER and (received := self._server.poll(0)) is not None:
             peer, message = received
             if isinstance(message, Step) and message.urgent and peer == self._scheduler:
                 self._send(peer, runner.step(message))
