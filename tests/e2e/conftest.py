@@ -23,9 +23,6 @@ from ktransformers.engine.program import Program
 from ktransformers.server.text.model import TextModel
 from ktransformers.server.text.tokenizer import Tokenizer
 
-# Test files are no package (import-mode importlib); what they share lies beside them.
-sys.path.append(str(Path(__file__).parent))
-
 ROLES = ("engine", "scheduler", "server")
 
 

@@ -4,17 +4,16 @@ A small random Qwen3-Next with the production scheduler, runner and native execu
 chunk, the hit or the preemption, the bits are those of the request alone.
 """
 
-import importlib.util
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import checkpoints
 import httpx
 import pytest
+import speaking_folder
 from stack import SLOTS, Answer, Prompts, Stack, check
 
 from ktransformers.engine.executors.native import NativeExecutor
@@ -24,27 +23,9 @@ from ktransformers.engine.program import Program
 from ktransformers.engine.protocol import Sampling
 from ktransformers.engine.weights.gguf import read
 
-TESTS = Path(__file__).parents[1]
-
-
-def beside(path: str) -> ModuleType:
-    """A module of another folder of tests, under a name of its own."""
-    spec = importlib.util.spec_from_file_location(path.replace("/", "_"), TESTS / f"{path}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.fixture(scope="module")
-def checkpoints() -> ModuleType:
-    sys.modules["references"] = beside("engine/references")
-    return beside("engine/checkpoints")
-
-
-@pytest.fixture(scope="module")
-def program(checkpoints: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Program:
+def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     folder = tmp_path_factory.mktemp("model")
     case = checkpoints.QWEN3_NEXT
     checkpoints.build(replace(case, config={**case.config, "max_position_embeddings": 2048})).save_pretrained(
@@ -66,7 +47,7 @@ def executor(program: Program) -> NativeExecutor:
 
 
 @pytest.fixture(scope="module")
-def prompts(checkpoints: ModuleType) -> Prompts:
+def prompts() -> Prompts:
     """Some with a long common beginning; a half is sampled."""
     rng = random.Random(3)
 
@@ -169,7 +150,7 @@ def test_forced_preemption(executor: NativeExecutor) -> None:
 
 
 def test_served(
-    checkpoints: ModuleType, default_model: Path, start: Callable[..., Any], tmp_path: Path
+    default_model: Path, start: Callable[..., Any], tmp_path: Path
 ) -> None:
     """From a folder with the default model's tokenizer: twice the same answer, the second time by a hit."""
     text = read(default_model)
@@ -179,7 +160,7 @@ def test_served(
     checkpoints.build(
         replace(case, config={**case.config, "vocab_size": text.tokens, "max_position_embeddings": 2048})
     ).save_pretrained(folder)
-    beside("speaking").write_text(folder, text)
+    speaking_folder.write_text(folder, text)
     server = start(model=folder)
     prompt = "A lighthouse, and another one. " * 12
     ask = {"prompt": prompt, "max_tokens": 24, "temperature": 0, "model": folder.name}

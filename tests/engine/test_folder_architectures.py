@@ -1,14 +1,12 @@
 """Every architecture from a folder in Hugging Face's layout, as transformers itself writes it."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import test_architectures as gguf_tests
 import torch
 import transformers
 
@@ -19,19 +17,6 @@ from ktransformers.engine.models.folder import open_folder
 from ktransformers.engine.models.spec import ModelError
 from ktransformers.engine.program import Program
 
-
-def beside(name: str) -> ModuleType:
-    """A module beside this one; a fixture would come too late for the parameters."""
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"{name}_of_folders", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-gguf_tests = beside("test_architectures")
 CASES, CHUNKS, VOCAB = gguf_tests.CASES, gguf_tests.CHUNKS, gguf_tests.VOCAB
 
 

@@ -1,17 +1,16 @@
 """Models with experts from quantised folders: the same logits as from a folder with the weights that the
 integers and scales stand for (which test_expert_architectures.py compares with transformers)."""
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import test_expert_architectures as experts
+import test_folder_quantised as formats
 from safetensors.numpy import load_file
 
 from ktransformers.engine.batch import Batch
@@ -22,19 +21,6 @@ from ktransformers.engine.program import Experts, Program, expert_weights
 from ktransformers.engine.weights.files import FolderError
 from ktransformers.engine.weights.formats import FORMATS
 
-
-def beside(name: str) -> ModuleType:
-    """A module beside this one; a fixture would come too late for the parameters."""
-    spec = importlib.util.spec_from_file_location(f"{name}_quantised", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-experts = beside("test_expert_architectures")
-formats = beside("test_folder_quantised")
 Array = np.ndarray[Any, Any]
 Tensors = dict[str, Array]
 

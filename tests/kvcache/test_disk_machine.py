@@ -4,9 +4,9 @@ DISK_STEPS sets how many steps a run has, about (of itself a few thousand; `make
 """
 
 import os
-import sys
 
 import hypothesis.strategies as st
+import stored_blocks
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -26,7 +26,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     @initialize(cap=st.sampled_from([150_000, 400_000, 1 << 20]))
     def start(self, cap: int) -> None:
-        self.blocks = sys.modules["stored_blocks"]
+        self.blocks = stored_blocks
         self.cap = cap
         self.memory = self.blocks.in_memory()
         self.folder = self.memory.__enter__() / "kv"

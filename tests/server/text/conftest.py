@@ -128,14 +128,3 @@ def _sentencepiece(prefix: bool) -> tuple[sentencepiece.SentencePieceProcessor, 
 @pytest.fixture(scope="session", params=[True, False], ids=["prefix", "no_prefix"])
 def spm(request: pytest.FixtureRequest) -> tuple[sentencepiece.SentencePieceProcessor, dict[str, object]]:
     return _sentencepiece(request.param)
-
-
-@pytest.fixture(scope="session")
-def speaking() -> Any:
-    """The module tests/speaking_folder.py."""
-    path = Path(__file__).parents[2] / "speaking_folder.py"
-    spec = importlib.util.spec_from_file_location("speaking_folder", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

