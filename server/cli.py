@@ -196,7 +196,11 @@ def bench(
         str, typer.Option(help="Numbers of clients of a server to measure; empty is none.")
     ] = "1,16",
     peer_url: Annotated[
-        list[str] | None, typer.Option(help="Another server of the same model; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="Another server of the same model, [NAME=]URL; may be repeated. If it is on this machine it "
+            "stands still (SIGSTOP) while others are measured."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for JSON and plots.")] = Path("bench"),
 ) -> None:

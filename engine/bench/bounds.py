@@ -52,6 +52,8 @@ class Profile:
     """A load op by op. Times are the shortest of several steps: what disturbs one only makes it longer."""
 
     load: Load
+    limits: Limits
+    """That the bounds are of."""
     ops: list[Spent]
     drawing: float
     """Seconds of a step spent in drawing tokens from logits."""
@@ -75,7 +77,7 @@ def profile(bench: Bench, limits: Limits, load: Load, steps: int) -> Profile:
         nbytes = weight_bytes + row.kv_bytes * sequences
         flops = row.flops * (sequences if row.drawn else tokens)
         spent.append(Spent(row, seconds, nbytes, flops, limits.seconds(nbytes, flops, row.dot)))
-    return Profile(load, spent, drawing, plain)
+    return Profile(load, limits, spent, drawing, plain)
 
 
 def _profiled(bench: Bench, load: Load) -> list[float]:

@@ -73,7 +73,8 @@ class Target:
         if parts.scheme != "http" or not parts.hostname:
             raise ServerError(f"{url} is not a URL such as http://127.0.0.1:8000")
         self.url = url
-        self._host, self._port = parts.hostname, parts.port or 80
+        self._host, self.port = parts.hostname, parts.port or 80
+        self.local = self._host in ("127.0.0.1", "::1", "localhost")
         self._path = parts.path.rstrip("/").removesuffix("/v1")
         self._model = ""
         self._words = 0
@@ -176,13 +177,13 @@ class Target:
         data = b"" if body is None else json.dumps(body).encode()
         head = [
             f"{method} {self._path}{path} HTTP/1.1",
-            f"Host: {self._host}:{self._port}",
+            f"Host: {self._host}:{self.port}",
             "Content-Type: application/json",
             f"Content-Length: {len(data)}",
             "Connection: close",
         ]
         try:
-            reader, writer = await asyncio.open_connection(self._host, self._port, limit=_LINE_BYTES)
+            reader, writer = await asyncio.open_connection(self._host, self.port, limit=_LINE_BYTES)
             writer.write("\r\n".join(head).encode() + b"\r\n\r\n" + data)
             await writer.drain()
             status = (await reader.readline()).decode().strip()

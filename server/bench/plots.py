@@ -36,7 +36,7 @@ def _rates(report: Report, path: Path) -> Path:
         bars = axes.bar(places, heights, width, label=side)
         axes.bar_label(bars, fmt="{:.0f}", fontsize=7)
     at = range(len(report.rows))
-    bounds = [row.bound for row in report.rows]
+    bounds = [middle(row.bounds) or 0.0 for row in report.rows]
     axes.hlines(bounds, [i - 0.45 for i in at], [i + 0.45 for i in at], colors="black", label="bound")
     axes.set_yscale("log")
     axes.set_ylabel("tokens/s")

@@ -19,10 +19,12 @@ class Row:
     """One load, measured in rounds: each side once in each round."""
 
     name: str
-    bound: float
-    """Tokens per second that the machine would allow."""
     rates: dict[str, list[float | None]] = field(default_factory=dict)
     """Tokens per second of each side in each round; ours is the side "ktransformers"."""
+    limits: list[Limits] = field(default_factory=list)
+    """Of the machine in each round, taken just before ours: they drift within minutes on a shared host."""
+    bounds: list[float] = field(default_factory=list)
+    """Tokens per second that those would allow."""
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Report:
     cpu: str
     model: str
     limits: Limits
+    """When the run began."""
     load_average: float
     """Of the machine when the run began: what else it was doing."""
     rows: list[Row] = field(default_factory=list)
@@ -70,14 +73,18 @@ def headline(report: Report) -> str:
 
 
 def rows_table(rows: Sequence[Row]) -> Table:
-    """Rates as min/median/max, the best as a share of the bound, and medians of the ratios of the rounds."""
+    """Everything as min/median/max; shares of the bound and ratios are medians of those of the rounds."""
     peers = list(dict.fromkeys(side for row in rows for side in row.rates if side != OURS))
     table = Table("tokens/s", box=None, pad_edge=False)
-    for name in (OURS, "bound", "best of it", *(column for peer in peers for column in (peer, "ratio"))):
+    columns = [OURS, "read GB/s", "bound", "of it", *(column for peer in peers for column in (peer, "ratio"))]
+    for name in columns:
         table.add_column(escape(name), justify="right")
     for row in rows:
         ours = [rate for rate in row.rates[OURS] if rate is not None]
-        cells = [row.name, _spread(ours), f"{row.bound:.0f}", f"{max(ours) / row.bound:.0%}"]
+        reads = [limits.bandwidth / 1e9 for limits in row.limits]
+        share = ratio(row.rates[OURS], row.bounds)
+        cells = [row.name, _spread(ours), _spread(reads), _spread(row.bounds)]
+        cells.append("" if share is None else f"{share:.0%}")
         for peer in peers:
             rates = row.rates.get(peer, [])
             cells += [_spread([rate for rate in rates if rate is not None]), _ratio(row.rates[OURS], rates)]
@@ -200,6 +207,6 @@ def profile_table(profile: Profile) -> Table:
     bound = sum(line.bound for line in lines.values())
     table.caption = (
         f"{profile.load.name}: {whole * 1e3:.2f} ms op by op, {profile.step * 1e3:.2f} ms as it runs fused; "
-        f"bound {bound * 1e3:.2f} ms"
+        f"bound {bound * 1e3:.2f} ms at {profile.limits.bandwidth / 1e9:.0f} GB/s"
     )
     return table

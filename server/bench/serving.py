@@ -1,6 +1,7 @@
 """A server under closed-loop traffic, beside the engine alone and other servers under the same."""
 
 import asyncio
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from ktransformers.server.bench.clients import Measured, ServerError, Target, Traffic
-from ktransformers.server.bench.processes import Usage, usage
+from ktransformers.server.bench.processes import Usage, listener, signal_tree, usage
 
 _READY: Final = "Ready: "
 _IDLE_SECONDS: Final = 3.0
@@ -67,6 +68,49 @@ def started(model: Path, threads: int, log: Path) -> Iterator[tuple[str, int, fl
                 process.wait()
 
 
+@dataclass(frozen=True)
+class Peer:
+    """Another server. Its processes stand still while others are measured, if they are on this machine."""
+
+    name: str
+    target: Target
+    pid: int | None = None
+    """None: it never stands still."""
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Its turn."""
+        self.send(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self.send(signal.SIGSTOP)
+
+    def send(self, number: signal.Signals) -> None:
+        """To all of its processes."""
+        if self.pid is not None:
+            signal_tree(self.pid, number)
+
+
+def peer(named: str) -> Peer:
+    """The server at URL or NAME=URL. Errors: ServerError."""
+    name, _, url = named.rpartition("=")
+    target = Target(url)
+    return Peer(name or url, target, listener(target.port) if target.local else None)
+
+
+@contextmanager
+def asleep(peers: Sequence[Peer]) -> Iterator[None]:
+    """Peers stand still unless they are awake(): servers of one machine must not compete for its CPUs."""
+    try:
+        for other in peers:
+            other.send(signal.SIGSTOP)
+        yield
+    finally:
+        for other in peers:
+            other.send(signal.SIGCONT)
+
+
 def footprint(target: Target, pid: int, begin: float) -> tuple[float, float]:
     """Seconds from the start to the first token, and CPUs used when idle afterwards."""
     asyncio.run(target.open())
@@ -81,29 +125,33 @@ def footprint(target: Target, pid: int, begin: float) -> tuple[float, float]:
 def measure(
     traffic: Traffic,
     rounds: int,
-    name: str,
-    ours: tuple[Target, int],
-    peers: Sequence[tuple[str, Target]],
+    ours: tuple[str, Target, int],
+    peers: Sequence[Peer],
     alone: Callable[[Traffic], float],
 ) -> Serving:
-    """Each server once a round, and the engine alone; `ours` with its process number. Errors: ServerError."""
+    """Each server once a round, and the engine alone; `ours` with its process number. Errors: ServerError.
+
+    Peers are asleep() meanwhile. Ours is idle in their turns; its supervisor would replace what stands still.
+    """
     serving = Serving(traffic)
-    targets = [(name, ours[0]), *peers]
-    for _, target in targets:
-        asyncio.run(target.open())
-        asyncio.run(target.calibrate(traffic.prompt))
+    name, target, pid = ours
+    servers = [Peer(name, target), *peers]
     warm = replace(traffic, requests=1)
     alone(warm)
-    for _, target in targets:
-        asyncio.run(target.load(warm, -1))
+    for server in servers:
+        with server.awake():
+            asyncio.run(server.target.open())
+            asyncio.run(server.target.calibrate(traffic.prompt))
+            asyncio.run(server.target.load(warm, -1))
     for turn in range(rounds):
         serving.alone.append(alone(traffic))
-        for who, target in targets[:: 1 if turn % 2 else -1]:
-            before = usage(ours[1])
-            measured = asyncio.run(target.load(traffic, turn))
-            serving.rounds.setdefault(who, []).append(measured)
-            if target is ours[0]:
-                _note_cpu(serving, before, usage(ours[1]), measured.output_tokens)
+        for server in servers[:: 1 if turn % 2 else -1]:
+            before = usage(pid)
+            with server.awake():
+                measured = asyncio.run(server.target.load(traffic, turn))
+            serving.rounds.setdefault(server.name, []).append(measured)
+            if server.target is target:
+                _note_cpu(serving, before, usage(pid), measured.output_tokens)
     return serving
 
 

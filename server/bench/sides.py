@@ -1,11 +1,14 @@
 """Who is compared: other engines on the same file, each asked for the rate of one load at a time."""
 
 import json
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
+
+from ktransformers.server.bench.processes import signal_tree
 
 TIMEOUT_SECONDS = 900
 
@@ -32,13 +35,16 @@ class Side(Protocol):
 class WorkerSide:
     """A process that says what it is in a line of JSON, and then answers each line with another.
 
-    It gets the fields of a load and `seconds`, and answers {"rate": tokens per second, or null}.
+    It gets the fields of a load and `seconds`, and answers {"rate": tokens per second, or null}. Between
+    questions it stands still: threads that wait for work may spin, on CPUs that others are measured on.
     """
 
     def __init__(self, command: Sequence[str]) -> None:
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd="/")
+        self.pid = self._process.pid
         about = self._read()
+        signal_tree(self.pid, signal.SIGSTOP)
         self.name = str(about["engine"])
         self.about = about
 
@@ -47,15 +53,19 @@ class WorkerSide:
         return None if rate is None else float(rate)
 
     def close(self) -> None:
+        signal_tree(self.pid, signal.SIGCONT)
         self._process.stdin.close()  # type: ignore[union-attr]
         self._process.wait()
 
     def _ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        signal_tree(self.pid, signal.SIGCONT)
         try:
             print(json.dumps(question), file=self._process.stdin, flush=True)
         except OSError:
             raise SideError(f"a worker died with code {self._process.wait()}") from None
-        return self._read()
+        answer = self._read()
+        signal_tree(self.pid, signal.SIGSTOP)
+        return answer
 
     def _read(self) -> dict[str, Any]:
         for line in self._process.stdout or ():
@@ -75,7 +85,8 @@ class LlamaBench:
         self._program, self._model = program.absolute(), model.absolute()
         self._threads, self._options = threads, list(options)
         self._batched = self._program.with_name("llama-batched-bench")
-        self._has_depth = "--n-depth" in _run([str(self._program), "--help"])
+        said = _run([str(self._program), "--help"])
+        self._depth = next((option for option in ("--n-depth", "-gp") if option in said), None)
         self.name = " ".join([program.name, *options])
 
     def rate(self, load: Mapping[str, Any], seconds: float) -> float | None:
@@ -87,10 +98,14 @@ class LlamaBench:
         if load["kind"] == "prefill":
             what = ["-p", str(load["tokens"]), "-n", "0"]
         else:
-            deep = load["context"] > 1024
-            if deep and not self._has_depth:
-                return None
-            what = ["-p", "0", "-n", "64", *(["-d", str(load["context"])] if self._has_depth else [])]
+            deep = str(load["context"])
+            match self._depth:
+                case "--n-depth":
+                    what = ["-p", "0", "-n", "64", "-d", deep]
+                case "-gp":  # of ik_llama.cpp: as many tokens after a prompt that is not timed
+                    what = ["-p", "0", "-n", "0", "-gp", f"{deep},64"]
+                case _:
+                    return None
         output = _run([*base, *what, *self._options])
         results, _ = json.JSONDecoder().raw_decode(output, output.index("[\n"))
         return float(results[-1]["avg_ts"])

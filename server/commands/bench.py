@@ -1,7 +1,7 @@
 """`ktransformers bench`: what this machine can do, and how much of it we and others make of a model."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -42,6 +42,8 @@ PeerOf = Callable[[Path, int], Side]
 
 _PROFILED = (LOADS[0], *LOADS[2:])
 _PROFILE_PROMPTS, _PROFILE_STEPS = 5, 30
+_LIMIT_SECONDS = 0.05
+"""Of each limit that is measured beside a figure."""
 _LEAST_REQUESTS = 48
 """Of all clients in a round: enough that its beginning and end are a small part of it."""
 _WIDTH = 160
@@ -70,7 +72,7 @@ class Options:
     clients: tuple[int, ...] = (1, 16)
     """Numbers of closed-loop clients of a server; () is no server."""
     peer_urls: tuple[str, ...] = ()
-    """Other servers of the same model."""
+    """Other servers of the same model: URL or NAME=URL."""
     out: Path = Path("bench")
     """A folder for JSON and plots."""
 
@@ -96,15 +98,17 @@ def run(options: Options) -> int:
     )
     console.print(headline(report), markup=False)
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.profile:
-        _profile(console, report, model, loads)
-    elif options.engine:
-        _compare(console, report, model, loads, options)
-    if options.clients and not options.random and not options.profile:
-        try:
-            _serve(console, report, model, options)
-        except ServerError as error:
-            console.print(str(error), markup=False)
+    try:
+        peers = [serving.peer(url) for url in options.peer_urls]
+        with serving.asleep(peers):
+            if options.profile:
+                _profile(console, report, model, loads)
+            elif options.engine:
+                _compare(console, report, model, loads, options)
+            if options.clients and not options.random and not options.profile:
+                _serve(console, report, model, peers, options)
+    except ServerError as error:
+        console.print(str(error), markup=False)
     report.write(options.out / "bench.json")
     written = [options.out / "bench.json", *draw(report, options.out)]
     console.print(f"written: {', '.join(map(str, written))}", markup=False)
@@ -112,11 +116,12 @@ def run(options: Options) -> int:
 
 
 def _profile(console: Console, report: Report, model: Path, loads: list[Load]) -> None:
-    with _loaded(console, model, report.limits.threads, loads) as bench:
+    threads = report.limits.threads
+    with _loaded(console, model, threads, loads) as bench:
         for load in loads:
             if load in _PROFILED and bench.fits(load):
                 steps = _PROFILE_PROMPTS if load.kind == "prefill" else _PROFILE_STEPS
-                report.profiles.append(profile(bench, report.limits, load, steps))
+                report.profiles.append(profile(bench, measure(threads), load, steps))
                 console.print(profile_table(report.profiles[-1]))
 
 
@@ -129,16 +134,17 @@ def _compare(console: Console, report: Report, model: Path, loads: list[Load], o
             stack.callback(sides[-1].close)
         for load in loads:
             if bench.fits(load):
-                row = Row(load.name, bound(bench.program, report.limits, load))
-                _measure(console, row, load, sides, options)
+                row = _measure(console, load, sides, threads, options)
+                row.bounds = [bound(bench.program, limits, load) for limits in row.limits]
                 report.rows.append(row)
                 report.write(options.out / "bench.json")
     console.print(rows_table(report.rows))
 
 
-def _serve(console: Console, report: Report, model: Path, options: Options) -> None:
+def _serve(
+    console: Console, report: Report, model: Path, peers: Sequence[serving.Peer], options: Options
+) -> None:
     threads = report.limits.threads
-    peers = [(url, Target(url)) for url in options.peer_urls]
     largest = Traffic(clients=max(options.clients))
     room = Load("decode", streams=largest.clients, context=largest.prompt + largest.output)
     with started(model, threads, options.out / "server.log") as (url, pid, begin):
@@ -150,7 +156,7 @@ def _serve(console: Console, report: Report, model: Path, options: Options) -> N
                 traffic = Traffic(clients=clients, requests=max(1, _LEAST_REQUESTS // clients))
                 with console.status(f"{clients} clients"):
                     alone = partial(_alone, bench)
-                    measured = serving.measure(traffic, options.rounds, OURS, (ours, pid), peers, alone)
+                    measured = serving.measure(traffic, options.rounds, (OURS, ours, pid), peers, alone)
                     report.serving.append(measured)
         report.footprint = serving.Footprint(first, idle, usage(pid).peak_bytes)
     console.print(serving_table(report.serving))
@@ -177,12 +183,17 @@ class _Ours:
         """Who made the bench closes it."""
 
 
-def _measure(console: Console, row: Row, load: Load, sides: list[Side], options: Options) -> None:
-    """Every side once a round, and another one first in each round; before that once to warm up."""
-    fields = asdict(load)
+def _measure(console: Console, load: Load, sides: list[Side], threads: int, options: Options) -> Row:
+    """Every side once a round, another one first in each, and the limits just before ours.
+
+    Before that every side once to warm up.
+    """
+    row, fields = Row(load.name), asdict(load)
     for turn in range(-1, options.rounds):
         for side in (*sides[turn % len(sides) :], *sides[: turn % len(sides)]):
             with console.status(f"{load.name}, round {turn + 1} of {options.rounds}: {side.name}"):
+                if turn >= 0 and side.name == OURS:
+                    row.limits.append(measure(threads, seconds=_LIMIT_SECONDS))
                 try:
                     rate = side.rate(fields, options.seconds if turn >= 0 else 0.0)
                 except SideError as error:
@@ -190,6 +201,7 @@ def _measure(console: Console, row: Row, load: Load, sides: list[Side], options:
                     rate = None
             if turn >= 0:
                 row.rates.setdefault(side.name, []).append(rate)
+    return row
 
 
 def _model(console: Console, options: Options) -> Path:

@@ -7,27 +7,39 @@ import time
 
 import llama_cpp as lib
 
-CONTEXT, STREAMS = 8192, 32
+LONGEST = 4096
 STEP_TOKENS = 512
 ROUND = 64
 """As in engine/bench/loads.py."""
 
 
 class Engine:
+    """A context for each number of streams, each with KV of its own, as in llama-batched-bench."""
+
     def __init__(self, path: str, threads: int) -> None:
         lib.llama_backend_init()
         self.model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
         if not self.model:
             raise SystemExit(f"llama.cpp cannot load {path}")
+        self.vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
+        self.threads = threads
+        self.context = None
+        self.streams = 0
+        self.filled = -1
+
+    def open(self, streams: int, context: int) -> None:
+        if self.streams == streams:
+            return
+        if self.context is not None:
+            lib.llama_free(self.context)
         params = lib.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = CONTEXT, STREAMS
+        params.n_seq_max = streams
+        params.n_ctx = streams * (LONGEST if streams == 1 else context) + streams * ROUND
         params.n_batch = params.n_ubatch = STEP_TOKENS
-        params.kv_unified = True
-        params.n_threads = params.n_threads_batch = threads
+        params.n_threads = params.n_threads_batch = self.threads
         self.context = lib.llama_init_from_model(self.model, params)
         self.memory = lib.llama_get_memory(self.context)
-        self.vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
-        self.filled: tuple[int, int] | None = None
+        self.streams, self.filled = streams, -1
 
     def token(self, i: int) -> int:
         return (i * 7919 + 13) % self.vocab
@@ -45,26 +57,29 @@ class Engine:
             raise SystemExit(f"llama_decode: {code}")
         lib.llama_synchronize(self.context)
 
-    def prompt(self, tokens: int, sequence: int) -> None:
+    def prompt(self, tokens: int) -> None:
         for begin in range(0, tokens, STEP_TOKENS):
             end = min(begin + STEP_TOKENS, tokens)
-            self.step([(self.token(i), i, sequence, i == tokens - 1) for i in range(begin, end)])
+            self.step([(self.token(i), i, 0, i == tokens - 1) for i in range(begin, end)])
 
     def prefill(self, tokens: int, seconds: float) -> float:
-        self.filled = None
+        self.open(1, tokens)
+        self.filled = -1
         begin, done = time.perf_counter(), 0
         while done == 0 or time.perf_counter() - begin < seconds:
             lib.llama_memory_clear(self.memory, True)
-            self.prompt(tokens, 0)
+            self.prompt(tokens)
             done += tokens
         return done / (time.perf_counter() - begin)
 
     def decode(self, streams: int, context: int, seconds: float) -> float:
-        if self.filled != (streams, context):
+        self.open(streams, context)
+        if self.filled != context:
             lib.llama_memory_clear(self.memory, True)
-            for s in range(streams):
-                self.prompt(context, s)
-            self.filled = (streams, context)
+            self.prompt(context)
+            for s in range(1, streams):
+                lib.llama_memory_seq_cp(self.memory, 0, s, -1, -1)  # a copy: nothing is shared
+            self.filled = context
         begin, steps = time.perf_counter(), 0
         while steps < 4 or time.perf_counter() - begin < seconds:
             at = context + steps % ROUND

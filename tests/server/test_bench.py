@@ -3,9 +3,13 @@
 import asyncio
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -15,7 +19,7 @@ from rich.console import Console
 from ktransformers.engine.bench.synthetic import Shape, write
 from ktransformers.engine.limits import Limits
 from ktransformers.server.bench.clients import Measured, ServerError, Target, Traffic, quantile
-from ktransformers.server.bench.processes import usage
+from ktransformers.server.bench.processes import listener, usage
 from ktransformers.server.bench.report import (
     OURS,
     Report,
@@ -25,7 +29,7 @@ from ktransformers.server.bench.report import (
     rows_table,
     serving_table,
 )
-from ktransformers.server.bench.serving import Footprint, Serving
+from ktransformers.server.bench.serving import Footprint, Peer, Serving, asleep, measure, peer
 from ktransformers.server.bench.sides import LlamaBench, SideError, WorkerSide
 from ktransformers.server.commands import bench
 
@@ -94,6 +98,75 @@ def test_a_server_that_is_not_there() -> None:
         Target("ftp://host")
 
 
+@contextmanager
+def in_a_thread(fake: FakeServer) -> Iterator[str]:
+    """The URL of a server beside this thread."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        start = asyncio.run_coroutine_threadsafe(asyncio.start_server(fake.handle, "127.0.0.1", 0), loop)
+        yield f"http://127.0.0.1:{start.result().sockets[0].getsockname()[1]}"
+        loop.call_soon_threadsafe(start.result().close)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def test_servers_take_turns() -> None:
+    ours, other = FakeServer(), FakeServer()
+    traffic = Traffic(clients=2, requests=2, prompt=20, output=5)
+    seen = []
+
+    def alone(traffic: Traffic) -> float:
+        seen.append((len(ours.prompts), len(other.prompts)))
+        return 100.0
+
+    with in_a_thread(ours) as our_url, in_a_thread(other) as url:
+        peers = [Peer("other", Target(url))]
+        serving = measure(traffic, 2, (OURS, Target(our_url), os.getpid()), peers, alone)
+    assert [len(serving.rounds[name]) for name in (OURS, "other")] == [2, 2] and serving.alone == [100, 100]
+    assert seen == [(0, 0), (2, 2), (6, 6)]  # a request of each client to warm up, then rounds
+    assert ours.prompts == other.prompts
+
+
+def state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+
+def test_peers_stand_still_but_in_their_turn() -> None:
+    code = (
+        "import os, socket, time\n"
+        "server = socket.create_server(('127.0.0.1', 0))\n"
+        "child = os.fork()\n"
+        "if child: print(server.getsockname()[1], child, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        port, child = map(int, process.stdout.readline().split())
+        try:
+            assert listener(port) == process.pid
+            found = peer(f"name=http://127.0.0.1:{port}/v1")
+            assert (found.name, found.pid) == ("name", process.pid)
+
+            def wait_for(states: str) -> None:
+                while not {state(process.pid), state(child)} <= set(states):
+                    assert process.poll() is None
+
+            with asleep([found]):
+                wait_for("T")
+                with found.awake():
+                    wait_for("SR")
+                wait_for("T")
+            wait_for("SR")
+        finally:
+            os.kill(child, signal.SIGKILL)
+            process.kill()
+    assert peer("http://192.0.2.1:80").pid is None  # elsewhere
+
+
 def test_quantile() -> None:
     assert [quantile([3, 1, 2], share) for share in (0, 0.5, 0.95, 1)] == [1, 2, 3, 3]
     assert quantile([], 0.5) == 0
@@ -129,6 +202,8 @@ def test_workers(tmp_path: Path) -> None:
     )
     side = WorkerSide([str(program)])
     assert side.name == "other" and side.rate({"tokens": 8}, 0.5) == 4.0
+    while state(side.pid) != "T":
+        pass  # it stands still until the next question
     with pytest.raises(SideError, match="died with code 0"):
         side.rate({"tokens": 0}, 0.5)
     side.close()
@@ -166,6 +241,21 @@ def test_llama_bench(tmp_path: Path) -> None:
         LlamaBench(tmp_path / "absent", Path("m.gguf"), 2)
 
 
+def test_llama_bench_of_forks(tmp_path: Path) -> None:
+    """ik_llama.cpp's has another option for a depth; older ones have none, and decode from nothing."""
+    text = (
+        "import sys\n"
+        "a = sys.argv\n"
+        "if '--help' in a: print(HELP); sys.exit()\n"
+        "print('[\\n {\"avg_ts\": %s}\\n]' % a[a.index('-gp') + 1].split(',')[0])\n"
+    )
+    one = {"kind": "decode", "streams": 1, "context": 128}
+    fork = script(tmp_path / "fork", text.replace("HELP", "'  -gp <pp,tg>  (default: )'"))
+    assert LlamaBench(fork, Path("m.gguf"), 2).rate(one, 0.5) == 128
+    old = script(tmp_path / "old", text.replace("HELP", "'  -p, --n-prompt <n>'"))
+    assert LlamaBench(old, Path("m.gguf"), 2).rate(one, 0.5) is None
+
+
 def text_of(*things: object) -> str:
     console = Console(width=160, highlight=False)
     with console.capture() as capture:
@@ -175,9 +265,12 @@ def text_of(*things: object) -> str:
 
 
 def test_tables() -> None:
-    rows = [Row("decode 1", 200.0, {OURS: [50.0, 100.0, 150.0], "other": [25.0, None, 50.0]})]
+    rates: dict[str, list[float | None]] = {OURS: [50.0, 100.0, 150.0], "other": [25.0, None, 50.0]}
+    # The share is the median of 1/2, 1/4 and 1/2, not the best or the middle rate's.
+    rows = [Row("decode 1", rates, [LIMITS] * 3, [100.0, 400.0, 300.0])]
     shown = text_of(rows_table(rows))
-    assert "50.0/100.0/150.0" in shown and "75%" in shown and "2.50" in shown
+    assert "50.0/100.0/150.0" in shown and "100/300/400" in shown and "50%" in shown and "2.50" in shown
+    assert "2.0/2.0/2.0" in shown  # GB/s
     assert ratio([1.0], [None]) is None
 
     def measured(rate: float) -> Measured:
@@ -211,7 +304,8 @@ def test_the_command(tmp_path: Path, profile: bool, capsys: pytest.CaptureFixtur
         assert "Attention" in printed and "of it" in printed
     else:
         assert {r["name"] for r in report["rows"]} >= {"prefill 512", "decode 32 at 128"}
-        assert all(len(r["rates"][OURS]) == 2 for r in report["rows"])
+        assert all(len(r["rates"][OURS]) == len(r["bounds"]) == len(r["limits"]) == 2 for r in report["rows"])
+        assert all(bound > 0 for r in report["rows"] for bound in r["bounds"])
         assert "decode 1 at 4096" not in printed
 
 
