@@ -1,6 +1,7 @@
 """`python -m ktransformers.server CONFIG.json`: the API process. The supervisor starts it."""
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -115,6 +116,9 @@ async def _serve(config: ServerConfig, directory: Directory, limiter: Limiter) -
     scheduler.start(server.fail)
     admin = asyncio.create_task(_serve_admin(service, admin_listener))
     public = asyncio.create_task(PublicPrefixes(generator, directory).run())
+    # What was made until now stays for good: a collection that looks at all of it would hold everybody up.
+    gc.collect()
+    gc.freeze()
     try:
         await server.serve([listener])
     finally:

@@ -28,6 +28,7 @@ from ktransformers.server.deltas import (
 )
 from ktransformers.server.errors import RequestError
 from ktransformers.server.metrics import Metrics
+from ktransformers.server.refusals import Refusals
 from ktransformers.server.tenants.directory import narrowed
 from ktransformers.server.tenants.ledger import Ledger
 from ktransformers.server.tenants.limits import Limiter
@@ -43,9 +44,6 @@ SEEDS = 1 << 63
 QUEUE_PATIENCE = 15.0
 """Seconds that a stream's status waits for its first token: after that the client is told that it is in the
 queue, for the sake of proxies that give up on a silent server after a minute."""
-REFUSAL_SECONDS = 0.25
-"""So long what the scheduler has refused a tenant is refused to it again without asking."""
-_MOST_REFUSALS = 1024
 
 log = logging.getLogger("ktransformers.server.generation")
 
@@ -127,8 +125,7 @@ class Generator:
         self._deadline = request_timeout
         self._open: set[str] = set()
         self._stopped = False
-        self._refusals: dict[str, tuple[float, RequestError]] = {}
-        """By tenant: until when, and how, its requests are refused as its last one was."""
+        self._refusals = Refusals()
 
     def check_model(self, name: str, caller: Caller) -> None:
         """Raises RequestError unless `name` is the served model's, with or without Ollama's tag, or
@@ -148,15 +145,7 @@ class Generator:
         just refused it. Raises RequestError."""
         with self._rejections(caller):
             self._limiter.check(caller.limits)
-            until, error = self._refusals.get(caller.tenant, (0.0, None))
-            if error is not None and time.monotonic() < until:
-                raise error
-
-    def _remember(self, tenant: str, error: RequestError) -> None:
-        """The scheduler will refuse the tenant's next request, too, unless something has ended meanwhile."""
-        if len(self._refusals) >= _MOST_REFUSALS:
-            self._refusals.clear()
-        self._refusals[tenant] = (time.monotonic() + REFUSAL_SECONDS, error)
+            self._refusals.check(caller.tenant)
 
     @contextmanager
     def _rejections(self, caller: Caller) -> Iterator[None]:
@@ -301,9 +290,14 @@ class Generator:
         ends = submit.sampling.stop_tokens
         counted = Counted(self.metrics, account, prompt, len(submit.tokens))
         self._open.add(submit.id)
+        self._refusals.join(account.tenant)
+        waits = True
         try:
             async with aclosing(self.scheduler.submit(submit)) as events:
                 async for event in events:
+                    if waits:
+                        waits = False
+                        self._refusals.leave(account.tenant)
                     counted.event(event)
                     tokens, finish = event.tokens, event.finish
                     if finish == "cancelled":
@@ -338,13 +332,16 @@ class Generator:
             code = "rate_limit_exceeded" if error.code == "rate_limited" else error.code
             counted.fail(code)
             failure = RequestError(code, error.message, retry_after=error.retry_after)
-            if code in ("rate_limit_exceeded", "overloaded"):
-                self._remember(account.tenant, failure)
+            if waits and code in ("rate_limit_exceeded", "overloaded"):
+                waits = False
+                self._refusals.refused(account.tenant, failure, error.retry_after)
             raise failure from None
         except RequestError as error:
             counted.fail(error.code)
             raise
         finally:
+            if waits:
+                self._refusals.leave(account.tenant)
             counted.leave()
             self._open.discard(submit.id)
 

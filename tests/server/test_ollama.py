@@ -8,7 +8,7 @@ import pytest
 from fastapi import FastAPI
 
 from ktransformers.scheduler.client import RequestFailed
-from ktransformers.server import generation
+from ktransformers.server import refusals
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 GENERATE: dict[str, Any] = {"model": "tiny", "prompt": "hi"}
@@ -189,7 +189,7 @@ async def test_context_of_the_request(app: FastAPI, connect, scheduler) -> None:
 @pytest.mark.anyio
 @ROUTES
 async def test_failures(app: FastAPI, connect, scheduler, path: str, monkeypatch) -> None:
-    monkeypatch.setattr(generation, "REFUSAL_SECONDS", 0.0)
+    monkeypatch.setattr(refusals, "REFUSAL_SECONDS", 0.0)
     scheduler.failure = RequestFailed("overloaded", "full", 1)
     async with connect(app) as client:
         answer = await client.post(path, json=request_of(path))

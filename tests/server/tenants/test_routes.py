@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 
 from ktransformers.scheduler.client import RequestFailed
-from ktransformers.server import generation
+from ktransformers.server import refusals
 from ktransformers.server.auth import Role, declared_role, declared_scope
 from ktransformers.server.config import ConfigError
 from ktransformers.server.routing import GuardedRoute
@@ -276,7 +276,7 @@ async def test_the_scheduler_may_say_that_it_is_the_tenants_own_limit(
     office, connect, scheduler, monkeypatch
 ) -> None:
     """Too many of its answers wait: 429, where a full server is 503; neither uses up a request."""
-    monkeypatch.setattr(generation, "REFUSAL_SECONDS", 0.0)
+    monkeypatch.setattr(refusals, "REFUSAL_SECONDS", 0.0)
     _, key = office.tenant("alice", Limits(max_waiting=1, requests_per_minute=1))
     office.follow()
     async with connect(office.app()) as client:
@@ -301,7 +301,7 @@ async def test_what_was_just_refused_is_refused_before_it_is_read(
     _, bob = office.tenant("bob")
     office.follow()
     path = "/v1/chat/completions"
-    monkeypatch.setattr(generation, "REFUSAL_SECONDS", 60.0)
+    monkeypatch.setattr(refusals, "REFUSAL_SECONDS", 60.0)
     async with connect(office.app()) as client:
         scheduler.failure = RequestFailed("overloaded", "full", 7.0)
         assert (await client.post(path, json=CHAT, headers=bearer(alice))).status_code == 503
