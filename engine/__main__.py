@@ -21,8 +21,10 @@ import msgspec
 from ktransformers.engine.child import die_with_parent
 from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.disk_tier import open_disk
-from ktransformers.engine.load import Plan, build_executor, fingerprint, open_model, plan
+from ktransformers.engine.executors.build import build_executor
+from ktransformers.engine.load import fingerprint, open_model
 from ktransformers.engine.logs import start_logging
+from ktransformers.engine.plan import Plan, plan
 from ktransformers.engine.runner import Limits
 from ktransformers.engine.service import Engine, Load, Service
 from ktransformers.kvcache.stores.disk import DiskStore

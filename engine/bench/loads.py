@@ -10,8 +10,10 @@ import numpy.typing as npt
 
 from ktransformers.engine.batch import Batch, SamplingBatch
 from ktransformers.engine.config import EngineConfig
+from ktransformers.engine.executors.build import Progress, build_executor
 from ktransformers.engine.executors.native import NativeExecutor
-from ktransformers.engine.load import Progress, block_bytes, build_executor, open_model, plan
+from ktransformers.engine.load import open_model
+from ktransformers.engine.plan import block_bytes, plan
 from ktransformers.kvcache.config import CacheConfig
 
 STEP_TOKENS: Final = 512

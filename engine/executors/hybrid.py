@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 import torch
@@ -29,7 +28,7 @@ from ktransformers.engine.executors.torch_experts import experts
 from ktransformers.engine.executors.torch_limits import DTYPES
 from ktransformers.engine.placement.place import ExpertsPlace, Placement, moved, swaps
 from ktransformers.engine.placement.rules import CpuFormat
-from ktransformers.engine.placement.statistics import ExpertStatistics
+from ktransformers.engine.placement.statistics import Records
 from ktransformers.engine.program import (
     Add,
     Experts,
@@ -55,26 +54,6 @@ _SAVE_SECONDS: Final = 60.0
 _SWAPS: Final = 2
 """Most experts of a layer that change places at once: each is read, dequantised and copied between two steps.
 """
-
-
-@dataclass(frozen=True)
-class Records:
-    """Where counts of chosen experts are kept."""
-
-    statistics: ExpertStatistics
-    path: Path | None
-    """None: they are forgotten."""
-    model: str
-    """Its identity, in hexadecimal."""
-
-    def save(self) -> None:
-        """What cannot be kept costs what was learnt."""
-        if self.path is None:
-            return
-        try:
-            self.statistics.save(self.path, self.model)
-        except OSError as error:
-            log.warning("statistics of experts are not kept: %s: %s", self.path, error)
 
 
 def hybrid_executor(

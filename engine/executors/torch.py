@@ -176,23 +176,9 @@ class TorchExecutor:
         self.urgent_tokens = 0
         self._device = torch.device(device)
         self._program = program
-        self._weights: list[torch.Tensor] = []
         self._elsewhere = elsewhere
-        theirs = set() if elsewhere is None else expert_weights(program)
-        total = sum(w.data.nbytes for i, w in enumerate(program.weights) if i not in theirs)
-        done = 0
-        digests = [] if elsewhere is None else list(elsewhere.digests)
-        pool = _kernels.ThreadPool(threads or 1)
-        for i, weight in enumerate(program.weights):
-            if i in theirs:
-                self._weights.append(torch.empty(0))
-                continue
-            digests.append(_kernels.digest(pool, weight.read()))
-            dtype = torch.float32 if dtypes is None else dtypes[i]
-            self._weights.append(torch.from_numpy(dequantise(weight)).to(self._device, dtype))
-            done += weight.data.nbytes
-            progress(done, total)
-        self.weights_digest = tuple(digests)
+        self._weights: list[torch.Tensor] = []
+        self.weights_digest = self._load(dtypes, _kernels.ThreadPool(threads or 1), progress)
         c = program.cache
         cells = blocks * block_tokens
         # Zeroed, so that nothing of another process or an earlier model can be read from it.
@@ -208,6 +194,29 @@ class TorchExecutor:
         self._values: list[torch.Tensor] = []
         self._angles: dict[WeightId, tuple[torch.Tensor, torch.Tensor]] = {}
         """cos and sin [T, 1, pairs] of this step's positions, for each set of frequencies."""
+
+    def _load(
+        self,
+        dtypes: Sequence[torch.dtype] | None,
+        pool: _kernels.ThreadPool,
+        progress: Callable[[int, int], None],
+    ) -> tuple[int, ...]:
+        """Put all weights but those elsewhere on the device; digests of all."""
+        program, elsewhere = self._program, self._elsewhere
+        theirs = set() if elsewhere is None else expert_weights(program)
+        digests = [] if elsewhere is None else list(elsewhere.digests)
+        total = sum(w.data.nbytes for i, w in enumerate(program.weights) if i not in theirs)
+        done = 0
+        for i, weight in enumerate(program.weights):
+            if i in theirs:
+                self._weights.append(torch.empty(0))
+                continue
+            digests.append(_kernels.digest(pool, weight.read()))
+            dtype = torch.float32 if dtypes is None else dtypes[i]
+            self._weights.append(torch.from_numpy(dequantise(weight)).to(self._device, dtype))
+            done += weight.data.nbytes
+            progress(done, total)
+        return tuple(digests)
 
     def logits(self, batch: Batch) -> F32:
         """One step; logits [R, vocab]. ValueError for a batch that names what does not exist."""

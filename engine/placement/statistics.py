@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -78,3 +79,23 @@ class ExpertStatistics:
         counts = {name: c.tolist() for name, c in self._counts.items()}
         new.write_bytes(msgspec.json.encode(_File(_VERSION, model, counts)))
         os.replace(new, path)
+
+
+@dataclass(frozen=True)
+class Records:
+    """Where counts of chosen experts are kept."""
+
+    statistics: ExpertStatistics
+    path: Path | None
+    """None: they are forgotten."""
+    model: str
+    """Its identity, in hexadecimal."""
+
+    def save(self) -> None:
+        """What cannot be kept costs what was learnt."""
+        if self.path is None:
+            return
+        try:
+            self.statistics.save(self.path, self.model)
+        except OSError as error:
+            log.warning("statistics of experts are not kept: %s: %s", self.path, error)

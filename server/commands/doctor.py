@@ -133,7 +133,8 @@ def _huge_pages() -> Finding:
 
 
 def _model(config: ServerConfig) -> Iterator[Finding]:
-    from ktransformers.engine.load import open_model, plan
+    from ktransformers.engine.load import open_model
+    from ktransformers.engine.plan import plan
 
     try:
         path = resolve(config.scheduler.engine.model)

@@ -11,9 +11,10 @@ from rich.table import Table
 from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.explain import Row, explain
 from ktransformers.engine.limits import measure
-from ktransformers.engine.load import CannotFit, Facts, Plan, open_model, plan
+from ktransformers.engine.load import Facts, open_model
 from ktransformers.engine.machine import cpus
 from ktransformers.engine.placement.predict import PlacedRow, measure_device, predict
+from ktransformers.engine.plan import CannotFit, Plan, plan
 from ktransformers.engine.program import Program
 
 
@@ -96,7 +97,8 @@ def _placed(
     with console.status("measuring this machine"):
         host, device = measure(planned.threads), measure_device(config.torch_device, planned.threads)
     sizes = {"tokens": tokens, "context": context}
-    rows = predict(program, hybrid.placement, hybrid.statistics, device, host, **sizes)
+    statistics = hybrid.records.statistics
+    rows = predict(program, hybrid.placement, statistics, device, host, **sizes)
     peaks = ", ".join(f"{rate / 1e9:.0f} {name}" for name, rate in device.peaks.items())
     console.print(
         f"[bold]{escape(facts.name)}[/] ({facts.spec.architecture}), {escape(Path(config.model).name)}: "
@@ -106,8 +108,8 @@ def _placed(
     )
     console.print(_placed_table(rows, every_op))
     console.print(escape(str(hybrid.placement)), soft_wrap=True)
-    known = f"{hybrid.statistics.total:,.0f} choices counted"
-    console.print(f"  of experts: {known if hybrid.statistics.total else 'nothing known yet, all alike'}")
+    known = f"{statistics.total:,.0f} choices counted"
+    console.print(f"  of experts: {known if statistics.total else 'nothing known yet, all alike'}")
     seconds = sum(row.seconds for row in rows) / tokens
     console.print(f"Predicted for one sequence: {seconds * 1e3:.2f} ms a token, {1 / seconds:.1f} tokens/s")
     _print_needs(console, planned)

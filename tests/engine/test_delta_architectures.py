@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from ktransformers.engine import _kernels
 from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.executors.native import NativeExecutor
-from ktransformers.engine.load import open_model, plan
+from ktransformers.engine.load import open_model
 from ktransformers.engine.models.decoder import compile_program
 from ktransformers.engine.models.folder import open_folder
 from ktransformers.engine.models.spec import ModelError
+from ktransformers.engine.plan import plan
 from ktransformers.engine.program import Program, StateShape
 from ktransformers.engine.weights.gguf import read
 from ktransformers.kvcache.config import CacheConfig

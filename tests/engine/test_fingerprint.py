@@ -11,7 +11,9 @@ import pytest
 from ktransformers.engine import _kernels
 from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.disk_tier import MOST, own_size
-from ktransformers.engine.load import build_executor, fingerprint, open_model, plan
+from ktransformers.engine.executors.build import build_executor
+from ktransformers.engine.load import fingerprint, open_model
+from ktransformers.engine.plan import plan
 from ktransformers.engine.weights.gguf import read
 from ktransformers.kvcache.config import CacheConfig
 

@@ -20,12 +20,12 @@ from ktransformers.engine import _kernels
 from ktransformers.engine.batch import Batch
 from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.executors.beside import ByThread
-from ktransformers.engine.executors.hybrid import Records, hybrid_executor, split
+from ktransformers.engine.executors.hybrid import hybrid_executor, split
 from ktransformers.engine.executors.torch import TorchExecutor
 from ktransformers.engine.load import open_model
 from ktransformers.engine.placement.place import Placement, experts_name, experts_ops, moved, place
 from ktransformers.engine.placement.rules import Policy, Rule, Rules
-from ktransformers.engine.placement.statistics import ExpertStatistics
+from ktransformers.engine.placement.statistics import ExpertStatistics, Records
 from ktransformers.engine.program import Program
 
 F32 = npt.NDArray[np.float32]

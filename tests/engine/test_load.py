@@ -13,17 +13,12 @@ from ktransformers.engine import machine
 from ktransformers.engine.bench.loads import batch
 from ktransformers.engine.bench.synthetic import Shape, write
 from ktransformers.engine.config import EngineConfig
+from ktransformers.engine.executors.build import build_executor
 from ktransformers.engine.executors.native import NativeExecutor
 from ktransformers.engine.executors.torch import TorchExecutor
-from ktransformers.engine.load import (
-    CannotFit,
-    Facts,
-    block_bytes,
-    build_executor,
-    open_model,
-    plan,
-)
+from ktransformers.engine.load import Facts, open_model
 from ktransformers.engine.models.spec import ModelError
+from ktransformers.engine.plan import CannotFit, block_bytes, plan
 from ktransformers.engine.program import Program
 from ktransformers.kvcache.config import CacheConfig, KvFormat
 
@@ -179,10 +174,9 @@ def test_the_host_tier_is_part_of_the_plan(config: EngineConfig, model: tuple[Pr
 def test_torch_is_asked_for_by_name(
     config: EngineConfig, model: tuple[Program, Facts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned = plan(config, *model)
-    monkeypatch.setattr("ktransformers.engine.load.find_spec", lambda name: None)
+    monkeypatch.setattr("ktransformers.engine.plan.find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"'torch' needs torch and gguf: pip install 'kt"):
-        build_executor(config, model[0], planned, lambda done, total: None)
+        plan(config, *model)
 
 
 def test_a_head_that_kernels_cannot_compute_is_refused(tmp_path: Path) -> None:

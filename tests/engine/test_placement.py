@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ktransformers.engine import _kernels
 from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.limits import Limits
-from ktransformers.engine.load import CannotFit, Facts, open_model, plan, usable
+from ktransformers.engine.load import Facts, open_model
 from ktransformers.engine.models.spec import ModelError
 from ktransformers.engine.placement.place import (
     Placement,
@@ -26,6 +26,7 @@ from ktransformers.engine.placement.place import (
 from ktransformers.engine.placement.predict import DeviceLimits, PlacedRow, chances, predict
 from ktransformers.engine.placement.rules import PlacementError, Rule, Rules, read_rules
 from ktransformers.engine.placement.statistics import ExpertStatistics
+from ktransformers.engine.plan import CannotFit, plan, usable
 from ktransformers.engine.program import CacheShape, Experts, Linear, LinearPart, Program, Tensor
 from ktransformers.kvcache.config import CacheConfig
 
@@ -356,7 +357,7 @@ def test_auto(model: tuple[str, Program, Facts]) -> None:
     here = []
     for available in (500 << 20, 600 << 20, 800 << 20, 16 << 30):
         made = plan(config, program, facts, available)
-        assert made.hybrid is not None and made.hybrid.statistics_file is None
+        assert made.hybrid is not None and made.hybrid.records.path is None
         assert sum(n for _, n in made.needs) <= usable(available)
         here.append(sum(len(p.on_device) for p in made.hybrid.placement.experts))
     assert here == sorted(here) and 0 < here[1] < here[2] and here[-1] == 120
@@ -369,10 +370,10 @@ def test_statistics_of_the_model_are_read(model: tuple[str, Program, Facts], tmp
     cache = CacheConfig(cache_dir=str(tmp_path / "kv"))
     config = config_of(path, tmp_path, "memory_bytes = 450_000_000", cache=cache, max_sequences=1)
     before = plan(config, program, facts, 16 << 30).hybrid
-    assert before is not None and before.statistics_file is not None
-    assert before.statistics_file.parent == tmp_path / "kv-experts"
-    before.statistics.add("blk.9.experts", np.array([0, 0, 0, 500]))
-    before.statistics.save(before.statistics_file, before.model)
+    assert before is not None and before.records.path is not None
+    assert before.records.path.parent == tmp_path / "kv-experts"
+    before.records.statistics.add("blk.9.experts", np.array([0, 0, 0, 500]))
+    before.records.save()
     after = plan(config, program, facts, 16 << 30).hybrid
     assert after is not None and 3 in after.placement.experts[9].on_device
     assert 3 not in before.placement.experts[9].on_device
