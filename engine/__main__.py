@@ -34,8 +34,10 @@ log = logging.getLogger("ktransformers.engine")
 
 EXIT_CONFIG = 1
 EXIT_INTERNAL = 70
-NICE = 5
-"""Of computing: it takes all CPUs, and what asks and answers should not wait for a turn of its own."""
+NICE = 10
+"""More than the others': computing takes all CPUs, and who asks and answers should not wait for a turn of its
+own. At 5 the kernel lets a thread finish its time slice (3 ms) before one that wakes up, if that one has not
+slept for long. Much further up, other programs of the session would leave it almost nothing."""
 _PROGRESS_LOG_SECONDS = 5.0
 _BAR_AFTER_SECONDS = 0.7
 
@@ -61,7 +63,9 @@ def run(config: EngineConfig, load: Load) -> int:
         service = Service(config.socket)
         signal.signal(signal.SIGTERM, lambda *_: service.stop())
         # This thread, and those that load and compute, which it starts from now on; not the socket's.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        thread = threading.get_native_id()
+        nice = os.getpriority(os.PRIO_PROCESS, thread) + NICE
+        os.setpriority(os.PRIO_PROCESS, thread, nice)
         service.run(load)
     except MemoryError:
         hint = "free memory, or lower device_bytes, context, max_batch_tokens or max_sequences"

@@ -34,7 +34,7 @@ QUEUE: Final = 1024
 _ORDER: Final[tuple[Tier, ...]] = ("device", "host", "disk")
 _FLUSH_SECONDS: Final = 1.0
 _NICE: Final = 5
-"""The threads of a step go first where there are no CPUs to spare."""
+"""More than the threads of a step: they go first where there are no CPUs to spare."""
 
 
 class Move(Protocol):
@@ -172,7 +172,8 @@ class Mover:
     # ---- in the threads
 
     def _run(self, worker: _Worker, targets: tuple[Tier, ...]) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICE)
         while not self._closed:
             if (work := self._next(worker, targets)) is not None:
                 self._do(worker, *work)

@@ -334,7 +334,7 @@ class Generator:
             failure = RequestError(code, error.message, retry_after=error.retry_after)
             if waits and code in ("rate_limit_exceeded", "overloaded"):
                 waits = False
-                self._refusals.refused(account.tenant, failure, error.retry_after)
+                self._refusals.refused(account.tenant, failure)
             raise failure from None
         except RequestError as error:
             counted.fail(error.code)

@@ -4,8 +4,8 @@ The scheduler alone decides who waits; this spares the asking, and what it takes
 rendering it, encoding it. So it has to let through whoever might be let in:
 
 - Who is refused while others of the tenant's requests wait has its share of a full queue. The next place for
-  it is the one that a request of its own leaves: for each that does, one may ask at once. Others may have
-  left as well; whether they have is asked at the time that the refusal told the client to come again.
+  it is the one that a request of its own leaves: for each that does, one may ask. Others may have left as
+  well; whether they have, one of its requests asks now and then.
 - Who has nothing waiting is not kept from asking for longer than a moment.
 """
 
@@ -18,7 +18,7 @@ from ktransformers.server.errors import RequestError
 REFUSAL_SECONDS = 0.25
 """So long what the scheduler has refused a tenant without a place is refused to it again without asking."""
 IN_LINE_SECONDS = 5.0
-"""At most so long to one that has places."""
+"""How often one of a tenant that has places asks, although none of its own has left one."""
 _MOST = 1024
 
 
@@ -46,9 +46,12 @@ class Refusals:
         line = self._lines.get(tenant)
         if line is None or line.error is None or line.places:
             return
-        if self._clock() < line.until:
+        now = self._clock()
+        if now < line.until:
             # It is raised again and again, and would keep the frames of each time.
             raise line.error.with_traceback(None)
+        if line.waiting:
+            line.places, line.until = 1, now + IN_LINE_SECONDS
 
     def join(self, tenant: str) -> None:
         """One of its requests asks for a place."""
@@ -66,12 +69,10 @@ class Refusals:
         line.waiting -= 1
         line.places += 1
 
-    def refused(self, tenant: str, error: RequestError, retry_after: float) -> None:
-        """One that joined got no place, or lost it to another tenant; its client was told to come again in so
-        many seconds."""
+    def refused(self, tenant: str, error: RequestError) -> None:
+        """One that joined got no place, or lost it to another tenant."""
         line = self._lines[tenant]
         line.waiting -= 1
         line.places = 0
         line.error = error
-        seconds = min(retry_after, IN_LINE_SECONDS) if line.waiting else 0.0
-        line.until = self._clock() + max(seconds, REFUSAL_SECONDS)
+        line.until = self._clock() + (IN_LINE_SECONDS if line.waiting else REFUSAL_SECONDS)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 import pytest
 import uvloop
 
+from ktransformers.engine.__main__ import NICE
 from ktransformers.engine.channel import Back, Lost
 from ktransformers.engine.client import EngineClient
 from ktransformers.engine.protocol import (
@@ -123,6 +125,22 @@ def test_good_child(folder: Path) -> None:
             assert "Max core file size        0                    0" in (proc / "limits").read_text()
             process.send_signal(signal.SIGTERM)
             assert process.wait(5) == 0
+
+    run(main())
+
+
+@pytest.mark.parametrize("own", [0, 3, 19])
+def test_computing_gives_way_however_the_server_was_started(folder: Path, own: int) -> None:
+    """What answers goes on as it is; a nice value that is only raised needs no privilege."""
+
+    async def main() -> None:
+        async with engine(folder, ["nice", "-n", str(own), *FAKE]) as (process, client):
+            await until(client, Ready)
+            threads = Path(f"/proc/{process.pid}/task").iterdir()
+            nice = {int(t.name): os.getpriority(os.PRIO_PROCESS, int(t.name)) for t in threads}
+            before = os.getpriority(os.PRIO_PROCESS, 0) + own
+            assert nice[process.pid] == min(before + NICE, 19)
+            assert min(nice.values()) == min(before, 19)  # the socket's thread
 
     run(main())
 

@@ -2,8 +2,6 @@
 
 import traceback
 
-import pytest
-
 from ktransformers.server.errors import RequestError
 from ktransformers.server.refusals import IN_LINE_SECONDS, REFUSAL_SECONDS, Refusals
 
@@ -27,9 +25,9 @@ def asks(refusals: Refusals, tenant: str = "a") -> bool:
     return True
 
 
-def refuse(refusals: Refusals, retry_after: float = 3.0) -> None:
+def refuse(refusals: Refusals) -> None:
     refusals.join("a")
-    refusals.refused("a", FULL, retry_after)
+    refusals.refused("a", FULL)
 
 
 def test_who_has_nothing_waiting_asks_again_soon() -> None:
@@ -42,16 +40,18 @@ def test_who_has_nothing_waiting_asks_again_soon() -> None:
     assert asks(refusals)
 
 
-@pytest.mark.parametrize(("told", "stands"), [(1.0, 1.0), (0.0, REFUSAL_SECONDS), (90.0, IN_LINE_SECONDS)])
-def test_who_is_in_line_asks_when_it_was_told_to(told: float, stands: float) -> None:
+def test_who_is_in_line_lets_one_ask_now_and_then() -> None:
     clock = Clock()
     refusals = Refusals(clock)
     refusals.join("a")
-    refuse(refusals, told)
-    clock.now += stands - 0.01
-    assert not asks(refusals)
-    clock.now += 0.02
-    assert asks(refusals)
+    refuse(refusals)
+    for _ in range(3):
+        clock.now += IN_LINE_SECONDS - 0.01
+        assert not asks(refusals)
+        clock.now += 0.02
+        assert asks(refusals) and asks(refusals)  # it is asked before and after the body is read
+        refusals.join("a")
+        assert not asks(refusals)
 
 
 def test_a_place_that_its_own_request_leaves_is_asked_for_once() -> None:
@@ -89,5 +89,5 @@ def test_a_flood_leaves_nothing_behind() -> None:
     refusals.join("waits")
     for i in range(5000):
         refusals.join(f"t{i}")
-        refusals.refused(f"t{i}", FULL, 1.0)
+        refusals.refused(f"t{i}", FULL)
     assert len(refusals._lines) <= 1025 and "waits" in refusals._lines
