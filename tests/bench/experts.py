@@ -5,14 +5,17 @@
 
 Router and experts are the ops of a step of the native executor, timed by its own profile (presenting the
 input, both fork-joins). Tokens choose evenly at random, other ones in every step, so that the weights come
-from memory. The best of many steps; the bound is the longer of reading the chosen experts once and computing.
+from memory: each chosen expert is read once. Each round measures the limits, us and kt-kernel (1 and 2
+threads) in turns, each the best of a fraction of a second: what disturbs only makes it longer, and a limit of
+another minute is another machine's. Figures are medians over the rounds, ratios those of each round's ratio.
 """
 
 import argparse
-import json
 import os
-import subprocess
+import statistics
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from ktransformers.engine import limits as machine_limits
 from ktransformers.engine.bench.loads import batch, greedy
 from ktransformers.engine.bench.synthetic import Pools, noise
 from ktransformers.engine.executors.native import NativeExecutor
+from ktransformers.engine.limits import Limits
 from ktransformers.engine.program import (
     CacheShape,
     Embed,
@@ -35,9 +39,11 @@ from ktransformers.engine.program import (
     Tensor,
 )
 from ktransformers.engine.weights.formats import FORMATS
+from ktransformers.server.bench.sides import WorkerSide
 
 NUMBERS = {fmt.name: number for number, fmt in FORMATS.items()}
 VOCAB = 4096
+LIMIT_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,22 @@ class Shape:
 
 
 SHAPES = {"qwen3": Shape(2048, 768, 128, 8), "deepseek": Shape(7168, 2048, 32, 8)}
-CASE = ("layer", "format", "tokens", "ms", "bound", "share")
-MEASURED = ("GB/s", "GOPS", "of peak", "router", "kt-kernel", "ratio")
-ROW = "{:9} {:6} {:>6} {:>8} {:>7} {:>6} {:>6} {:>6} {:>8} {:>7} {:>10} {:>6}"
+COLUMNS = (
+    "layer",
+    "format",
+    "tokens",
+    "ms",
+    "router",
+    "GB/s",
+    "of",
+    "share",
+    "GOPS",
+    "of",
+    "share",
+    "kt-kernel",
+    "ratio",
+)
+ROW = "{:9} {:6} {:>6} {:>8} {:>7} {:>6} {:>6} {:>6} {:>6} {:>6} {:>6} {:>10} {:>6}"
 PEER_FORMATS = {"Q4_0": "int4", "Q4_K": "int4", "Q8_0": "int8", "BF16": "bf16"}
 
 
@@ -102,38 +121,111 @@ def chosen(program: Program, shape: Shape, tokens: npt.NDArray[np.int32]) -> int
     return len(np.unique(np.argsort(-logits, axis=1)[:, : shape.top]))
 
 
-def measure(
-    ex: NativeExecutor, program: Program, shape: Shape, n: int, steps: int
-) -> tuple[float, float, int]:
-    """Seconds of the router and of the experts in the best step, and the experts that it read."""
-    best, route, read = float("inf"), 0.0, 0
-    table = np.arange(-(-n // 16), dtype=np.int32)
-    for step in range(steps):
-        tokens = ((np.arange(n) + step * n) % VOCAB).astype(np.int32)
-        ex.set_profiling(True)
-        ex.step(batch([(tokens, 0, table)]), greedy(1))
-        ex.set_profiling(False)
-        seconds = ex.profile()[3][1]
-        if seconds < best:
-            best, route, read = seconds, ex.profile()[2][1], chosen(program, shape, tokens)
-    return best, route, read
+@dataclass(frozen=True)
+class Step:
+    """The best of some steps; all in seconds but `read`."""
+
+    experts: float
+    router: float
+    read: int
+    """Different experts that its tokens chose."""
 
 
-def peer(python: str, shape: Shape, kind: str, tokens: list[int]) -> dict[int, float]:
-    """Milliseconds of kt-kernel, the better of one and two threads, by tokens."""
-    script = str(Path(__file__).with_name("experts_ktkernel.py"))
-    best: dict[int, float] = {}
-    for threads in (1, 2):
-        args = [shape.hidden, shape.ffn, shape.experts, shape.top, threads, ",".join(map(str, tokens))]
-        done = subprocess.run(
-            [python, script, PEER_FORMATS[kind], *map(str, args)], capture_output=True, text=True
+@dataclass(frozen=True)
+class Round:
+    """What one round has measured."""
+
+    step: Step
+    limits: Limits
+    peer: float | None
+    """Seconds of kt-kernel's best forward, with one thread or two."""
+
+
+class Layer:
+    """A layer on the native executor."""
+
+    def __init__(self, shape: Shape, kind: str, given: argparse.Namespace, most: int) -> None:
+        self.shape, self.program, self._at = shape, layer(shape, kind), 0
+        self.executor = NativeExecutor(
+            self.program,
+            isa=given.isa,
+            threads=given.threads,
+            blocks=64,
+            max_tokens=most,
+            max_rows=1,
+            pretended_nodes=given.pretended_nodes,
         )
-        if done.returncode:
-            print(f"kt-kernel: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-            return {}
-        for n, ms in json.loads(done.stdout[done.stdout.rindex("{") : done.stdout.rindex("}") + 1]).items():
-            best[int(n)] = min(ms, best.get(int(n), float("inf")))
-    return best
+
+    def best(self, n: int, seconds: float) -> Step:
+        """The best step of n tokens in so many seconds, of two at least."""
+        table = np.arange(-(-n // 16), dtype=np.int32)
+        best, begin, steps = Step(float("inf"), 0.0, 0), time.perf_counter(), 0
+        while steps < 2 or time.perf_counter() - begin < seconds:
+            tokens = ((np.arange(n) + self._at) % VOCAB).astype(np.int32)
+            self._at, steps = self._at + n, steps + 1
+            self.executor.set_profiling(True)
+            self.executor.step(batch([(tokens, 0, table)]), greedy(1))
+            self.executor.set_profiling(False)
+            profile = self.executor.profile()
+            if profile[3][1] < best.experts:
+                best = Step(profile[3][1], profile[2][1], chosen(self.program, self.shape, tokens))
+        return best
+
+    def nbytes(self, experts: int) -> int:
+        """Of so many experts."""
+        return sum(self.program.weights[w].data.nbytes for w in (3, 4, 5)) * experts // self.shape.experts
+
+    def ops(self, n: int) -> int:
+        """Operations for n tokens."""
+        return 6 * n * self.shape.top * self.shape.hidden * self.shape.ffn
+
+
+def peers(python: str, shape: Shape, kind: str) -> list[WorkerSide]:
+    """kt-kernel with one thread and with two."""
+    script = str(Path(__file__).with_name("experts_ktkernel.py").absolute())
+    sizes = [str(n) for n in (shape.hidden, shape.ffn, shape.experts, shape.top)]
+    return [WorkerSide([python, script, PEER_FORMATS[kind], *sizes, str(threads)]) for threads in (1, 2)]
+
+
+def measure(own: Layer, others: list[WorkerSide], n: int, given: argparse.Namespace) -> list[Round]:
+    """The rounds of n tokens, kt-kernel's turn before ours in every other one."""
+    rounds = []
+    for i in range(given.rounds):
+
+        def peer() -> float | None:
+            load = {"tokens": n}
+            rates = [side.rate(load, given.seconds) for side in others]
+            return min((n / rate for rate in rates if rate), default=None)
+
+        before = peer() if i % 2 else None
+        limits = machine_limits.measure(given.threads, isa=given.isa, seconds=LIMIT_SECONDS)
+        step = own.best(n, given.seconds)
+        rounds.append(Round(step, limits, before if i % 2 else peer()))
+    return rounds
+
+
+def cells(own: Layer, n: int, dot: machine_limits.Dot, rounds: list[Round]) -> list[str]:
+    """The columns from ms on."""
+
+    def middle(figure: Callable[[Round], float]) -> float:
+        return statistics.median(map(figure, rounds))
+
+    def reading(r: Round) -> float:
+        return own.nbytes(r.step.read) / r.step.experts
+
+    ops = own.ops(n)
+    out = [f"{middle(lambda r: r.step.experts) * 1e3:.2f}", f"{middle(lambda r: r.step.router) * 1e3:.3f}"]
+    out += [f"{middle(reading) / 1e9:.1f}", f"{middle(lambda r: r.limits.bandwidth) / 1e9:.1f}"]
+    out.append(f"{middle(lambda r: reading(r) / r.limits.bandwidth):.0%}")
+    out += [
+        f"{middle(lambda r: ops / r.step.experts) / 1e9:.0f}",
+        f"{middle(lambda r: r.limits.peaks[dot]) / 1e9:.0f}",
+    ]
+    out.append(f"{middle(lambda r: ops / r.step.experts / r.limits.peaks[dot]):.0%}")
+    if any(r.peer is None for r in rounds):
+        return [*out, "", ""]
+    out.append(f"{middle(lambda r: r.peer or 0.0) * 1e3:.2f}")
+    return [*out, f"{middle(lambda r: (r.peer or 0.0) / r.step.experts):.2f}"]
 
 
 def main() -> int:
@@ -141,47 +233,30 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", default=",".join(SHAPES))
-    parser.add_argument("--formats", default="Q4_0,Q4_K,Q8_0,BF16")
+    parser.add_argument("--formats", default=",".join(PEER_FORMATS))
     parser.add_argument("--tokens", default="1,8,64,512")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--steps", type=int, default=0, help="0: as many as a format needs")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.2, help="of each side in a round")
     parser.add_argument("--isa")
     parser.add_argument("--pretended-nodes", type=int, default=0, help="cut experts for as many NUMA nodes")
     parser.add_argument("--kt-python", help="a python with kt-kernel")
     given = parser.parse_args()
-    limits = machine_limits.measure(given.threads, isa=given.isa)
-    rate, load = limits.bandwidth / 1e9, os.getloadavg()[0]
-    print(f"{limits.isa}, {limits.threads} threads, {rate:.1f} GB/s, load {load:.1f}")
-    print(ROW.format(*CASE, *MEASURED))
+    isa = given.isa or _kernels.isas()[0]
+    print(f"{isa}, {given.threads} threads, {given.rounds} rounds, load {os.getloadavg()[0]:.1f}")
+    print(ROW.format(*COLUMNS))
     counts = [int(n) for n in given.tokens.split(",")]
     for name in given.shapes.split(","):
-        shape = SHAPES[name]
         for kind in given.formats.split(","):
-            program = layer(shape, kind)
-            ex = NativeExecutor(
-                program,
-                isa=given.isa,
-                threads=given.threads,
-                blocks=64,
-                max_tokens=max(counts),
-                max_rows=1,
-                pretended_nodes=given.pretended_nodes,
-            )
-            others = peer(given.kt_python, shape, kind, counts) if given.kt_python else {}
-            dot = _kernels.activation(limits.isa, NUMBERS[kind])
+            others = peers(given.kt_python, SHAPES[name], kind) if given.kt_python else []
+            own = Layer(SHAPES[name], kind, given, max(counts))
+            dot = _kernels.activation(isa, NUMBERS[kind])
             for n in counts:
-                steps = given.steps or max(4, min(60, 3000 // n))
-                seconds, route, read = measure(ex, program, shape, n, steps)
-                nbytes = sum(program.weights[w].data.nbytes for w in (3, 4, 5)) * read // shape.experts
-                ops = 6 * n * shape.top * shape.hidden * shape.ffn
-                bound = limits.seconds(nbytes, ops, dot)
-                cells = [f"{seconds * 1e3:.2f}", f"{bound * 1e3:.2f}", f"{bound / seconds:.0%}"]
-                cells += [f"{nbytes / seconds / 1e9:.1f}", f"{ops / seconds / 1e9:.0f}"]
-                cells += [f"{ops / seconds / limits.peaks[dot]:.0%}", f"{route * 1e3:.3f}"]
-                peer_ms = others.get(n)
-                cells += [f"{peer_ms:.2f}", f"{peer_ms / seconds / 1e3:.2f}"] if peer_ms else ["", ""]
-                print(ROW.format(name, kind, n, *cells), flush=True)
-            ex.close()
+                rounds = measure(own, others, n, given)
+                print(ROW.format(name, kind, n, *cells(own, n, dot, rounds)), flush=True)
+            own.executor.close()
+            for side in others:
+                side.close()
     return 0
 
 
