@@ -218,7 +218,7 @@ def test_llama_bench(tmp_path: Path) -> None:
         "if '--help' in a: print('-d, --n-depth <n>'); sys.exit()\n"
         "if '-n' in a and '99' in a: sys.exit('bad model')\n"
         "rate = 100 if a[a.index('-n') + 1] == '0' else int(a[a.index('-d') + 1])\n"
-        "print('[\\n {\"avg_ts\": %d}\\n]' % rate); print('bye', file=sys.stderr)\n",
+        "print('[\\n {\"samples_ts\": [9, %d]}\\n]' % rate); print('bye', file=sys.stderr)\n",
     )
     side = LlamaBench(program, Path("m.gguf"), 2)
     assert side.rate({"kind": "prefill", "tokens": 512}, 0.5) == 100
@@ -247,7 +247,7 @@ def test_llama_bench_of_forks(tmp_path: Path) -> None:
         "import sys\n"
         "a = sys.argv\n"
         "if '--help' in a: print(HELP); sys.exit()\n"
-        "print('[\\n {\"avg_ts\": %s}\\n]' % a[a.index('-gp') + 1].split(',')[0])\n"
+        "print('[\\n {\"samples_ts\": [9, %s]}\\n]' % a[a.index('-gp') + 1].split(',')[0])\n"
     )
     one = {"kind": "decode", "streams": 1, "context": 128}
     fork = script(tmp_path / "fork", text.replace("HELP", "'  -gp <pp,tg>  (default: )'"))
