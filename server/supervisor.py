@@ -51,6 +51,16 @@ class Restarts:
     """This many within `window_seconds`, and there is no restart until the first of them is older."""
     window_seconds: float = 300.0
 
+    def delay(self, child: "Child", now: float) -> float:
+        """Seconds until the restart of a child that has just died."""
+        child.quick_deaths = child.quick_deaths + 1 if now - child.started < self.settled_seconds else 1
+        child.deaths.append(now)
+        while now - child.deaths[0] > self.window_seconds:
+            child.deaths.popleft()
+        if len(child.deaths) >= self.deaths:
+            return child.deaths[-self.deaths] + self.window_seconds - now
+        return min(self.first_seconds * 2.0 ** (child.quick_deaths - 1), self.most_seconds)
+
 
 DEFAULT_RESTARTS = Restarts()
 
@@ -147,12 +157,13 @@ class Supervisor:
                 code = await process.wait()
                 how = _how(code)
                 _kill_group(process.pid)  # what it may have started
+                self._reap_orphans()  # what ended while its own end was not yet taken
             if self._stopping:
                 return
             if code == EXIT_CONFIG and not self._ready:
                 self._finish(EXIT_CONFIG)
                 return
-            delay = self._delay(child)
+            delay = self._restarts.delay(child, time.monotonic())
             if len(child.deaths) >= self._restarts.deaths and not self._ready:
                 log.error("%s %s again and again: giving up", child.role, how)
                 self._finish(EXIT_INTERNAL)
@@ -172,6 +183,7 @@ class Supervisor:
             )
         finally:
             self._starting -= 1
+            self._reap_orphans()  # what ended meanwhile
         return child.process
 
     def _reap_orphans(self) -> None:
@@ -185,17 +197,6 @@ class Supervisor:
             if ended is None or ended.si_pid in children:
                 return
             os.waitpid(ended.si_pid, os.WNOHANG)
-
-    def _delay(self, child: Child) -> float:
-        """Seconds until the restart of a child that has just died."""
-        now, rules = time.monotonic(), self._restarts
-        child.quick_deaths = child.quick_deaths + 1 if now - child.started < rules.settled_seconds else 1
-        child.deaths.append(now)
-        while now - child.deaths[0] > rules.window_seconds:
-            child.deaths.popleft()
-        if len(child.deaths) >= rules.deaths:
-            return child.deaths[-rules.deaths] + rules.window_seconds - now
-        return min(rules.first_seconds * 2.0 ** (child.quick_deaths - 1), rules.most_seconds)
 
     # ---- beginning and end
 

@@ -22,13 +22,13 @@ from ktransformers.engine.config import EngineConfig
 from ktransformers.scheduler.config import SchedulerConfig
 from ktransformers.server.config import ConfigError, ServerConfig
 from ktransformers.server.run_folder import run_folder, write_configurations
-from ktransformers.server.supervisor import Restarts, Supervisor, check_listening, commands
+from ktransformers.server.supervisor import Child, Restarts, Supervisor, check_listening, commands
 
 T = TypeVar("T")
 PR_SET_CHILD_SUBREAPER = 36
-FAST = Restarts(first_seconds=0.05, settled_seconds=1.0, window_seconds=3.0)
+FAST = Restarts(first_seconds=0.05)
 
-IDLE = "import os, signal; signal.signal(signal.SIGTERM, lambda *_: os._exit(0)); signal.pause()"
+IDLE = "import os, signal; signal.signal(signal.SIGTERM, lambda *_: (ended(), os._exit(0))); signal.pause()"
 READY = """
     import http.server, signal, sys
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -41,6 +41,7 @@ READY = """
     def stop(*args):
         import time
         time.sleep(float(sys.argv[2]))
+        ended()
         sys.exit(int(sys.argv[3]))
     signal.signal(signal.SIGTERM, stop)
     http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
@@ -53,7 +54,7 @@ def make_config(**changes: Any) -> ServerConfig:
 
 
 class Trial:
-    """A supervisor over scripts, which note their pids in a file."""
+    """A supervisor over scripts, which note their pids in a file, and the order in which they end."""
 
     def __init__(self, folder: Path, drain_seconds: float = 0.0, drain_code: int = 0, **scripts: str) -> None:
         self.folder = folder
@@ -68,6 +69,7 @@ class Trial:
     def command(self, role: str, text: str, arguments: list[str]) -> list[str]:
         file = self.folder / f"{role}.py"
         note = f"import os\nopen({str(self.folder / role)!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
+        note += f"def ended(): open({str(self.folder / 'ended')!r}, 'a').write('{role} ')\n"
         file.write_text(note + textwrap.dedent(text))
         return [sys.executable, "-S", str(file), *arguments]
 
@@ -87,7 +89,7 @@ class Trial:
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     async def limited() -> T:
-        return await asyncio.wait_for(main, 20)
+        return await asyncio.wait_for(main, 120)
 
     return asyncio.run(limited())
 
@@ -122,7 +124,7 @@ def test_children_are_in_groups_of_their_own_and_take_their_children_along(tmp_p
     async def main() -> None:
         child = f"""
             import subprocess, sys
-            p = subprocess.Popen([sys.executable, "-c", {IDLE!r}])
+            p = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
             open({str(tmp_path / "grandchild")!r}, "w").write(str(p.pid))
             {IDLE}
         """
@@ -175,26 +177,24 @@ def test_orphans_are_reaped(tmp_path: Path) -> None:
         libc.prctl(PR_SET_CHILD_SUBREAPER, 0)
 
 
-@pytest.mark.parametrize(
-    ("drain_seconds", "drain_code", "expected"), [(0.2, 0, 0), (0.1, 75, 75), (0.1, 70, 70)]
-)
-def test_exit_code_of_a_drain(tmp_path: Path, drain_seconds: float, drain_code: int, expected: int) -> None:
+@pytest.mark.parametrize("code", [0, 75, 70])
+def test_exit_code_of_a_drain(tmp_path: Path, code: int) -> None:
     async def main() -> int:
-        trial = Trial(tmp_path, drain_seconds, drain_code)
+        trial = Trial(tmp_path, drain_seconds=0.1, drain_code=code)
         task = trial.run()
         await trial.urls.get()
+        for role in ("engine", "scheduler"):
+            await trial.starts(role, 1)
         os.kill(os.getpid(), signal.SIGTERM)
-        await asyncio.sleep(0.05)
-        # The API first: the others serve its last requests.
-        assert alive(trial.pids("engine")[0])
-        assert alive(trial.pids("scheduler")[0])
         return await task
 
-    assert run(main()) == expected
+    assert run(main()) == code
+    # The API first: the others serve its last requests.
+    assert (tmp_path / "ended").read_text() == "server scheduler engine "
 
 
 def test_an_engine_that_hangs_does_not_stop_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ktransformers.server.supervisor.STOP_SECONDS", 0.3)
+    monkeypatch.setattr("ktransformers.server.supervisor.STOP_SECONDS", 2.0)
 
     async def main() -> None:
         trial = Trial(tmp_path)
@@ -234,8 +234,9 @@ def test_what_cannot_be_started_for_now_is_tried_again(
 
 
 def test_a_hung_api_or_scheduler_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("PROBE", 0.05), ("GRACE", 0.2), ("ANSWER", 0.2)):
+    for name, value in (("PROBE", 0.05), ("GRACE", 0.2), ("ANSWER", 1.0)):
         monkeypatch.setattr(f"ktransformers.server.supervisor.{name}_SECONDS", value)
+    monkeypatch.setattr("ktransformers.server.supervisor.HUNG_PROBES", 3)
     mute, full = tmp_path / "mute", tmp_path / "full"
     server = READY.replace(
         "def do_GET(self):",
@@ -326,25 +327,22 @@ def test_gives_up_on_a_child_that_never_lets_it_be_ready(tmp_path: Path) -> None
     run(main())
 
 
-def test_circuit_opens_and_closes(tmp_path: Path) -> None:
-    """After five deaths in a row it waits until they are old; the backoff doubles before that."""
-
-    async def main() -> None:
-        trial = Trial(tmp_path)
-        task = trial.run()
-        await trial.urls.get()
-        pauses = []
-        for n in range(5):
-            pid = await trial.starts("engine", n + 1)
-            os.kill(pid, signal.SIGKILL)
-            killed = time.monotonic()
-            await trial.starts("engine", n + 2)
-            pauses.append(time.monotonic() - killed)
-        assert pauses[0] < pauses[3] < 1.2 < pauses[4]
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert await task == 0
-
-    run(main())
+def test_the_circuit_opens_and_closes() -> None:
+    """The pause doubles; after five deaths in a row it lasts until the first of them is old."""
+    rules, child, now = Restarts(), Child("engine", ["x"]), 1000.0
+    pauses = []
+    for _ in range(6):
+        child.started = now
+        now += 1.0  # it lives for a second
+        pauses.append(rules.delay(child, now))
+        now += pauses[-1]
+    assert pauses[:4] == [0.5, 1.0, 2.0, 4.0]
+    fifth = 1001.0 + 4 + sum(pauses[:4])
+    assert pauses[4] == 1001.0 + rules.window_seconds - fifth
+    second = 1001.0 + 1.0 + pauses[0]
+    assert pauses[5] == second + rules.window_seconds - (1001.0 + rules.window_seconds + 1.0)
+    child.started, now = now, now + rules.window_seconds + 1.0  # settled: as if nothing had been
+    assert rules.delay(child, now) == rules.first_seconds
 
 
 def test_port_is_checked_before_anything_starts() -> None:
