@@ -74,8 +74,9 @@ class Directory:
         self._jobs: queue.SimpleQueue[tuple[Callable[[Store], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if store is not None:
+            seen = store.database.version()  # before the view: what comes between the two is looked at again
             self.view = _view(store)
-            self._thread = threading.Thread(target=self._run, args=(store,), name="tenants", daemon=True)
+            self._thread = threading.Thread(target=self._run, args=(store, seen), name="tenants", daemon=True)
             self._thread.start()
 
     @classmethod
@@ -120,8 +121,8 @@ class Directory:
 
     # ---- the store's thread
 
-    def _run(self, store: Store) -> None:
-        seen, next_look, next_day = store.database.version(), time.monotonic() + LOOK_SECONDS, 0.0
+    def _run(self, store: Store, seen: int) -> None:
+        next_look, next_day = time.monotonic() + LOOK_SECONDS, 0.0
         while True:
             if time.monotonic() >= next_look:
                 seen = self._look(store, seen)
