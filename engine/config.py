@@ -13,7 +13,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     model: str
     """Path of a GGUF file, or of a folder in Hugging Face's layout."""
-    executor: Annotated[str, Meta(pattern=r"\A(native|torch(:[a-z]+(:[0-9]{1,3})?)?)\Z")] = "native"
+    executor: Annotated[
+        str,
+        Meta(
+            pattern=r"\A(native|torch(:[a-z]+(:[0-9]{1,3})?)?)\Z",
+            description="native, torch, or torch on a device, such as torch:cuda or torch:cuda:0",
+        ),
+    ] = "native"
     """native; torch, which is torch:cpu; or torch on another of its devices, as in torch:cuda:0."""
     threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
     """Compute threads; None is one for each CPU this process may run on."""

@@ -69,11 +69,12 @@ def parse_load(text: str) -> list[Load]:
     name, _, copies = name.partition("*")
     known = {f.name: f.type for f in fields(Load)}
     values: dict[str, Any] = {}
+    del known["name"]
     try:
         for item in filter(None, rest.split(",")):
             key, _, value = item.partition("=")
-            if key not in known or key == "name":
-                raise WorkloadError(f"{text!r}: unknown key {key!r} (keys: {', '.join(sorted(known))})")
+            if key not in known:
+                raise ValueError(f"unknown key {key!r} (keys: {', '.join(sorted(known))})")
             kind = known[key]
             values[key] = value == "true" if kind is bool else kind(value)  # type: ignore[operator]
         count = int(copies or 1)

@@ -8,9 +8,7 @@ machine is the operator.
 import dataclasses
 import hashlib
 import hmac
-import os
 import re
-import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -23,6 +21,7 @@ from starlette.datastructures import Headers
 from ktransformers.scheduler.protocol import PRIORITIES, Tenant
 from ktransformers.server.config import ConfigError, ServerConfig, is_loopback
 from ktransformers.server.errors import RequestError
+from ktransformers.server.key_file import read_key_file
 from ktransformers.server.tenants.directory import Directory, View
 from ktransformers.server.tenants.limits import Subjects
 from ktransformers.server.tenants.records import READ, READ_ALL, Key, Project
@@ -132,7 +131,7 @@ class Keys:
     def load(cls, config: ServerConfig, directory: Directory | None = None) -> "Keys":
         """Keys of the key file and of the store. Raises ConfigError; among others when there are none
         although the address listened on can be reached from other machines."""
-        keys = [] if config.api_key_file is None else _read_key_file(Path(config.api_key_file))
+        keys = [] if config.api_key_file is None else read_key_file(Path(config.api_key_file))
         found = cls(keys, directory)
         if not keys and not found.directory.view.in_use and not is_loopback(config.host):
             raise ConfigError(
@@ -241,26 +240,3 @@ def _unknown() -> RequestError:
         "missing, unknown or expired API key; send it as 'Authorization: Bearer KEY'",
         headers={"WWW-Authenticate": "Bearer"},
     )
-
-
-def _read_key_file(path: Path) -> list[tuple[str, str]]:
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC), encoding="ascii") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if not stat.S_ISREG(mode):
-                raise ConfigError(f"API key file {path}: not a regular file")
-            if stat.S_IMODE(mode) & 0o077:
-                raise ConfigError(f"API key file {path}: others can read it; chmod 600 {path}")
-            lines = [line.strip() for line in file]
-    except OSError as error:
-        raise ConfigError(f"API key file {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"API key file {path}: not ASCII text") from None
-    keys = []
-    for line in lines:
-        if line and not line.startswith("#"):
-            name, _, key = line.rpartition(":")
-            keys.append((name.strip(), key.strip()))
-    if not keys:
-        raise ConfigError(f"API key file {path}: no key in it")
-    return keys

@@ -58,6 +58,13 @@ def _list(text: str | None) -> list[str] | None:
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
+def _counts(text: str) -> tuple[int, ...]:
+    counts = _list(text) or []
+    if not all(count.isdecimal() and int(count) for count in counts):
+        raise typer.BadParameter(f"{text!r}: numbers from 1 on, by commas", param_hint="--clients")
+    return tuple(map(int, counts))
+
+
 def _option(text: str) -> Any:
     return typer.Option(help=text, show_default=False)
 
@@ -219,7 +226,7 @@ def bench(
         profile=profile,
         peers=tuple(partial(LlamaBench, program) for program in llama_bench or ()),
         engine=engine,
-        clients=tuple(int(count) for count in _list(clients) or ()),
+        clients=_counts(clients),
         peer_urls=tuple(peer_url or ()),
         out=out,
     )

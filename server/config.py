@@ -10,7 +10,7 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -101,7 +101,8 @@ def load_config(
         try:
             values[table][name] = msgspec.convert(value, field.type, strict=strict)
         except msgspec.ValidationError as error:
-            raise ConfigError(f"setting {name!r} ({source}): {_lower_first(str(error))}") from None
+            what = _choices(field.type) or _lower_first(str(error))
+            raise ConfigError(f"setting {name!r} ({source}): {what}") from None
     engine = {**values["engine"], "cache": values["cache"]}
     scheduler = {**values["scheduler"], "engine": engine}
     config = msgspec.convert({**values["server"], "scheduler": scheduler}, ServerConfig)
@@ -145,6 +146,8 @@ def _file_settings(file: Path) -> Iterator[tuple[str, Any, str, bool]]:
     known = settings()
     for table, content in document.items():
         if table not in TABLES or not isinstance(content, dict):
+            if table in known:
+                raise ConfigError(f"{file}: setting {table!r} belongs into table [{known[table][0]}]")
             raise ConfigError(f"{file}: unknown table or setting {table!r} (tables: {', '.join(TABLES)})")
         for name, value in content.items():
             if name not in known or known[name][0] != table:
@@ -160,6 +163,14 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _choices(kind: Any) -> str:
+    """What a setting of few values may be; "" for one of another kind."""
+    if get_origin(kind) is Literal:
+        return f"must be one of {', '.join(get_args(kind))}"
+    described = (meta.description for meta in getattr(kind, "__metadata__", ()) if meta.description)
+    return next((f"must be {text}" for text in described), "")
 
 
 def _lower_first(text: str) -> str:

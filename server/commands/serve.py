@@ -26,6 +26,7 @@ from ktransformers.server.config import (
     load_config,
     tenants_dir,
 )
+from ktransformers.server.key_file import read_key_file
 from ktransformers.server.library import resolve
 from ktransformers.server.run_folder import run_folder, write_configurations
 from ktransformers.server.supervisor import Supervisor, check_listening, commands
@@ -39,6 +40,8 @@ def run(file: Path | None, overrides: Mapping[str, Any]) -> int:
     """Serve until told to stop; the exit code. Errors: ConfigError, before anything is started."""
     begin = time.monotonic()
     config = check_listening(settle(file, overrides))
+    if config.api_key_file is not None:
+        read_key_file(Path(config.api_key_file))  # what is wrong with it is said before a model is loaded
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # What a dead child leaves behind is ours to end, not process 1's, which may not care.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1)

@@ -100,7 +100,7 @@ class Store:
             (name_or_id, name_or_id),
         ).fetchone()
         if row is None:
-            raise Missing(f"there is no tenant {name_or_id[:80]!r}")
+            raise Missing(f"there is no tenant {name_or_id[:80]!r}: `ktransformers tenants list` shows them")
         return to_project(row)
 
     def project_by_id(self, id: str) -> Project:  # noqa: A002

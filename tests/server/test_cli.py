@@ -58,16 +58,16 @@ def test_help_and_version_are_quick(home: Path) -> None:
     seconds = []
     for arguments in (["--help"], ["--help"], ["serve", "--help"]):
         begin = time.perf_counter()
-        done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=30)
+        done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120)
         seconds.append(time.perf_counter() - begin)
         assert done.returncode == 0
         assert "serve" in done.stdout
     print(f"--help: {min(seconds):.2f} s")
-    done = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.split()[0].strip(",")) == (0, "ktransformers")
     code = "import sys; sys.argv = ['x', '--help']\nimport ktransformers.server.cli as cli\n"
     code += "try: cli.main()\nexcept SystemExit: print(*sorted(sys.modules), file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     loaded = done.stderr.split()
     heavy = {"numpy", "zmq", "fastapi", "uvicorn", "torch", "tokenizers", "jinja2", "asyncio", "msgspec"}
     assert "typer" in loaded
@@ -96,7 +96,13 @@ BAD_SETTINGS: dict[str, tuple[list[str], str]] = {
     "port too high": (["serve", "--port", "70000"], "port"),
     "no keys but open": (["serve", "--host", "0.0.0.0"], "api_key_file"),
     "threads": (["serve", "--threads", "0"], "threads"),
-    "log level": (["serve", "--log-level", "loud"], "log_level"),
+    "log level": (["serve", "--log-level", "loud"], "one of debug, info, warning, error"),
+    "executor": (["serve", "--executor", "tpu"], "such as torch:cuda"),
+    "no key file": (["serve", "{model}", "--port", "0", "--api-key-file", "{home}/none"], "no such file"),
+    "open key file": (["serve", "{model}", "--port", "0", "--api-key-file", "{home}/text.gguf"], "chmod 600"),
+    "a setting without table": (["serve", "--config", "{home}/table.toml"], "into table [server]"),
+    "simulate": (["simulate", "--tenants", "a:foo=1"], "ktransformers: 'a:foo=1': unknown key 'foo'"),
+    "bench": (["bench", "{model}", "--clients", "1,x"], "--clients"),
     "no such file": (["serve", "--config", "none.toml"], "none.toml"),
     "broken TOML": (["serve", "--config", "{home}/broken.toml"], "broken.toml"),
     "unknown key": (["serve", "--config", "{home}/unknown.toml"], "prot"),
@@ -115,6 +121,7 @@ def test_what_is_wrong_is_said_in_a_line(said: Said, home: Path, name: str) -> N
     (home / "model.gguf").write_bytes(b"GGUF")
     (home / "broken.toml").write_text("[server\n")
     (home / "unknown.toml").write_text("[server]\nprot = 1\n")
+    (home / "table.toml").write_text("port = 1\n")
     (home / "type.toml").write_text('[server]\nport = "x"\n')
     arguments, expected = BAD_SETTINGS[name]
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -327,4 +334,4 @@ def test_ctrl_c_cancels_the_answer_and_keeps_what_came(url: str, capsys: pytest.
     assert answer.finish == "stopped"
     assert answer.text.startswith("forever ..")
     assert "stopped" in capsys.readouterr().out
-    assert Fake.cancelled.wait(5)
+    assert Fake.cancelled.wait(60)
