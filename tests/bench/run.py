@@ -23,6 +23,7 @@ from urllib.request import urlopen
 
 from ktransformers.server.bench.sides import LlamaBench, WorkerSide
 from ktransformers.server.commands import bench
+from ktransformers.server.config import cache_dir
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -69,11 +70,11 @@ def llamacpp_server(python: str, model: Path, threads: int, slots: int) -> Itera
         process.wait()
 
 
-def vllm_model(out: Path) -> Path:
-    """The default model as vLLM reads it: a folder in BF16, made once."""
-    folder = out / "default-model-bf16"
+def vllm_model() -> Path:
+    """The default model as vLLM reads it: a folder in BF16, made once and kept in the cache folder."""
+    folder = cache_dir() / "bench" / "default-model-bf16"
     if not folder.exists():
-        part = out / "default-model-bf16.part"
+        part = folder.with_name(f"{folder.name}.part")
         script = ROOT / "tests" / "engine" / "speaking_folder.py"
         subprocess.run([sys.executable, str(script), "llama", str(part)], check=True)
         part.rename(folder)
@@ -98,7 +99,8 @@ def vllm_server(python: str, folder: Path, threads: int) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--model", str(folder), "--dtype", "bfloat16", "--max-model-len", "2048"]
+    command += ["--model", str(folder), "--dtype", "bfloat16", "--max-model-len", "4224"]
+    command += ["--max-num-seqs", "32", "--max-num-batched-tokens", "2048"]
     environment = os.environ | vllm_environment(threads)
     with folder.with_name("vllm.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd="/")
@@ -168,11 +170,11 @@ def main() -> int:
     options = given.llama_bench_options.split()
     peers += [partial(LlamaBench, program, options=options) for program in given.llama_bench]
     if given.vllm_python and not given.no_engine:
-        peers.append(partial(vllm, given.vllm_python, vllm_model(given.out)))
+        peers.append(partial(vllm, given.vllm_python, vllm_model()))
     with ExitStack() as stack:
         urls = list(given.peer_url)
         if given.vllm_python and clients:
-            vllm_serves = vllm_server(given.vllm_python, vllm_model(given.out), given.threads)
+            vllm_serves = vllm_server(given.vllm_python, vllm_model(), given.threads)
             urls.append(stack.enter_context(vllm_serves))
         if given.peer_server:
             venv = ROOT / "build" / "peer-server"

@@ -13,7 +13,10 @@ ROUND = 64
 
 
 class Engine:
-    """In processes of its own, as vLLM runs on CPUs; no prefix is shared."""
+    """In processes of its own, as vLLM runs on CPUs; no prefix is shared.
+
+    Sizes are those that run.py gives its server, so that both use what was compiled once.
+    """
 
     def __init__(self, folder: str) -> None:
         self.engine = LLMEngine.from_engine_args(
@@ -23,6 +26,7 @@ class Engine:
                 skip_tokenizer_init=True,
                 max_model_len=LONGEST + 2 * ROUND,
                 max_num_seqs=STREAMS,
+                max_num_batched_tokens=2048,
                 enable_prefix_caching=False,
             )
         )
@@ -54,7 +58,7 @@ class Engine:
         while done < 4 * streams or (done < ROUND * streams and time.perf_counter() - begin < seconds):
             done += len(self.engine.step())
         rate = done / (time.perf_counter() - begin)
-        self.engine.abort_request(names)
+        self.engine.abort_request(names, internal=True)
         return rate
 
 
