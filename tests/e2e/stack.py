@@ -149,7 +149,7 @@ class Stack:
             self.scheduler.front(b"front", Hello(), self.now)
             self.scheduler.engine(done, self.now)
         elif any(True for _ in self.cache.moves.under_way):
-            assert self.woken.acquire(timeout=20)
+            assert self.woken.acquire(timeout=120)
         else:
             return False
         if (news := self.moves.news()) is not None:
@@ -164,6 +164,13 @@ class Stack:
             pass
         assert self.scheduler.open_requests == 0 and self.scheduler.status().blocks_used == 0
         return self.answers
+
+    def expect_short_answers(self, n: int) -> None:
+        """Let the scheduler see so many: it lets in more than fits, and what follows outgrows the pool."""
+        for i in range(n):
+            self.submit(f"short {i}", [i + 1], Sampling(temperature=0.0, max_tokens=1))
+        self.run()
+        self.answers.clear()
 
     def close(self) -> None:
         """End the mover's threads. The disk is the caller's."""

@@ -114,12 +114,8 @@ def test_prefix_hits(native_executor, prompts: Prompts, alone: dict[str, Answer]
 
 
 def test_forced_preemption(native_executor, prompts: Prompts, alone: dict[str, Answer]) -> None:
-    """Many short answers make the scheduler expect more of them; those that follow outgrow the pool."""
     stack = Stack(native_executor, chunk=512, blocks=40)
-    for i in range(200):
-        stack.submit(f"short {i}", [i + 1], Sampling(temperature=0.0, max_tokens=1))
-    stack.run()
-    stack.answers.clear()
+    stack.expect_short_answers(200)
     for name, (tokens, sampling) in prompts.items():
         stack.submit(name, tokens, sampling)
     check(stack.run(), alone)
@@ -229,10 +225,7 @@ def test_hits_on_disk_through_the_host(
 
 def test_preemption_with_a_swap(native_executor, some: Prompts, expected: dict[str, Answer]) -> None:
     stack = Stack(native_executor, chunk=128, blocks=FEW, host_blocks=1024)
-    for i in range(60):
-        stack.submit(f"short {i}", [i + 1], Sampling(temperature=0.0, max_tokens=1))
-    stack.run()
-    stack.answers.clear()
+    stack.expect_short_answers(60)
     for name, (tokens, sampling) in some.items():
         stack.submit(name, tokens, sampling)
     check(stack.run(), expected)

@@ -77,12 +77,8 @@ def together(executor: NativeExecutor, prompts: Prompts, alone: dict[str, Answer
 
 
 def preempted(executor: NativeExecutor, prompts: Prompts, alone: dict[str, Answer]) -> None:
-    """Short answers make the scheduler expect more of them; those that follow outgrow the pool."""
     stack = Stack(executor, chunk=CHUNK, blocks=FEW, vocab=VOCAB)
-    for i in range(60):
-        stack.submit(f"short {i}", [i + 1], Sampling(temperature=0.0, max_tokens=1))
-    stack.run()
-    stack.answers.clear()
+    stack.expect_short_answers(60)
     for name, (tokens, sampling) in prompts.items():
         stack.submit(name, tokens, sampling)
     check(stack.run(), alone)

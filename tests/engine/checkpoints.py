@@ -112,6 +112,15 @@ def randomise(case: Case, model: Any) -> Any:
     return model
 
 
+def theirs(model: Any, tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """transformers' logits of every position."""
+    with torch.no_grad():
+        out: np.ndarray[Any, np.dtype[np.float32]] = model(
+            torch.from_numpy(tokens)[None].long(), use_cache=False
+        ).logits[0].numpy()
+    return out
+
+
 def i32(values: object) -> np.ndarray[Any, np.dtype[np.int32]]:
     return np.array(values, np.int32)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import CHUNKS, LENGTHS, QWEN3_NEXT, VOCAB, Driver, build, load, torch_executor
+from checkpoints import CHUNKS, LENGTHS, QWEN3_NEXT, VOCAB, Driver, build, load, theirs, torch_executor
 from converters import convert
 from safetensors.torch import load_file, save_file
 
@@ -57,12 +57,6 @@ def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sequences() -> list[I32]:
     rng = np.random.default_rng(1)
     return [rng.integers(0, VOCAB, n).astype(np.int32) for n in LENGTHS]
-
-
-def theirs(model: Any, tokens: I32) -> F32:
-    with torch.no_grad():
-        out: F32 = model(torch.from_numpy(tokens)[None].long(), use_cache=False).logits[0].numpy()
-    return out
 
 
 @pytest.fixture(scope="module")

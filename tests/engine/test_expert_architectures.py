@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import CHUNKS, LENGTHS, VOCAB, Case, Driver, build, load, rope, torch_executor
+from checkpoints import CHUNKS, LENGTHS, VOCAB, Case, Driver, build, load, rope, theirs, torch_executor
 from converters import convert
 from safetensors.torch import load_file, save_file
 
@@ -367,13 +367,6 @@ def program(name: str, model: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 def sequences() -> list[np.ndarray[Any, Any]]:
     rng = np.random.default_rng(1)
     return [rng.integers(0, VOCAB, n).astype(np.int32) for n in LENGTHS]
-
-
-def theirs(model: Any, tokens: np.ndarray[Any, Any]) -> F32:
-    """transformers' logits of every position."""
-    with torch.no_grad():
-        out: F32 = model(torch.from_numpy(tokens)[None].long(), use_cache=False).logits[0].numpy()
-    return out
 
 
 @pytest.fixture(scope="module")
