@@ -41,7 +41,7 @@ def client() -> httpx.AsyncClient:
     return httpx.AsyncClient(timeout=240, limits=httpx.Limits(max_connections=None))
 
 
-def drained(server, seconds: float = 10) -> dict[str, float]:
+def drained(server, seconds: float = 60) -> dict[str, float]:
     """Metrics once nothing runs or waits any more."""
     deadline = time.monotonic() + seconds
     while True:

@@ -55,13 +55,13 @@ class Server:
                 stderr=log if output is None else output,
                 start_new_session=True,
             )
-        self.wait_ready(60)
+        self.wait_ready(120)
 
     def command(self, *arguments: str) -> str:
         """What `ktransformers …` prints for this server's user."""
         command = [sys.executable, "-m", "ktransformers.server.cli", *arguments]
         done = subprocess.run(
-            command, env=self.environment, cwd=self.log.parent, capture_output=True, text=True, timeout=60
+            command, env=self.environment, cwd=self.log.parent, capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -80,7 +80,7 @@ class Server:
 
     def ready(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/readyz", timeout=2).status_code == 200
+            return httpx.get(f"{self.url}/readyz", timeout=10).status_code == 200
         except httpx.HTTPError:
             return False
 
@@ -97,7 +97,7 @@ class Server:
 
     def metrics(self) -> dict[str, float]:
         """Unlabelled series by name; labelled ones as name{label="value"}."""
-        text = httpx.get(f"{self.url}/metrics", timeout=10).text
+        text = httpx.get(f"{self.url}/metrics", timeout=60).text
         found = {}
         for line in text.splitlines():
             if match := re.fullmatch(r"([a-zA-Z_:]+(?:\{.*\})?) ([0-9.eE+\-naif]+)", line):
@@ -108,7 +108,7 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(45)
+                self.process.wait(120)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 raise AssertionError(

@@ -93,7 +93,7 @@ def test_a_thousand_clients_vanish(server) -> None:
     reply = httpx.post(
         f"{server.url}/v1/completions",
         json={"model": "default", "prompt": "1, 2, 3,", "max_tokens": 4},
-        timeout=30,
+        timeout=120,
     )
     assert reply.status_code == 200
 
@@ -134,7 +134,7 @@ def test_kill_mid_stream(start, victim: str) -> None:
             await asyncio.sleep(1.0)
             server.role(victim).send_signal(signal.SIGKILL)
             seen: list[int] = []
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 120
             while time.monotonic() < deadline:
                 code = (await http.get(f"{server.url}/readyz")).status_code
                 if not seen or seen[-1] != code:
@@ -151,7 +151,7 @@ def test_kill_mid_stream(start, victim: str) -> None:
     reply = httpx.post(
         f"{server.url}/v1/completions",
         json={"model": "default", "prompt": "1, 2, 3,", "max_tokens": 4},
-        timeout=30,
+        timeout=120,
     )
     assert reply.status_code == 200
     assert drained(server)["ktransformers_kv_blocks_used"] == 0
@@ -161,9 +161,9 @@ def test_an_idle_server_burns_nothing(server) -> None:
     drained(server)
     time.sleep(2)
     before = {p.pid: sum(p.cpu_times()[:2]) for p in server.processes()}
-    time.sleep(30)
+    time.sleep(15)
     spent = {
         p.name() + str(p.cmdline()[1:3]): sum(p.cpu_times()[:2]) - before.get(p.pid, 0.0)
         for p in server.processes()
     }
-    assert sum(spent.values()) < 0.30, f"CPU seconds in 30 s: {spent}"
+    assert sum(spent.values()) < 0.15, f"CPU seconds in 15 s: {spent}"

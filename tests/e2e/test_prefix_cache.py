@@ -31,7 +31,7 @@ def ask(server: Any, prompt: str) -> tuple[str, int, int]:
 
 def stored(server: Any, blocks: int) -> None:
     """Wait until so many blocks are on disk: they are written beside the steps."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while server.metrics().get(STORED, 0) < blocks:
         assert time.monotonic() < deadline, server.log.read_text()[-4000:]
         time.sleep(0.1)
@@ -59,7 +59,7 @@ def test_a_known_prompt_after_a_death(start: Callable[..., Any], prompt: str, ro
     stored(server, (tokens - 1) // 16)
     process = server.role(role)
     process.send_signal(signal.SIGKILL)
-    process.wait(10)
+    process.wait(60)
     deadline = time.monotonic() + 60
     while not server.ready():
         assert time.monotonic() < deadline

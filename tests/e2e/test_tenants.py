@@ -30,7 +30,7 @@ def office(start):
     server = start(admin_port=port)
     admin_key = server.command("tenants", "admin-key").strip()  # the listener opens once there is one
     admin = openai.OpenAI(admin_api_key=admin_key, base_url=f"http://127.0.0.1:{port}/v1")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while True:
         try:
             admin.admin.organization.projects.list()
@@ -49,8 +49,15 @@ def new_tenant(organization, name: str, **limits: int) -> tuple[str, dict[str, s
 
 
 def ledger(organization, project: str) -> dict[str, int]:
-    """Sums over the ledger, when the last second is in it."""
-    time.sleep(1.2)
+    """Sums over the ledger, when the last second is in it: nothing comes any more."""
+    before: dict[str, int] = {}
+    while (now := ledger_now(organization, project)) != before:
+        before = now
+        time.sleep(1.2)
+    return now
+
+
+def ledger_now(organization, project: str) -> dict[str, int]:
     page = organization.usage.completions(
         start_time=int(time.time()) - 86400, bucket_width="1d", limit=3, project_ids=[project]
     )
@@ -192,14 +199,16 @@ def test_kill_9_loses_at_most_the_last_second(office) -> None:
     async def load() -> float:
         async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
             tasks = [asyncio.create_task(stream(client)) for _ in range(4)]
-            await asyncio.sleep(2.5)
+            while len(arrived) < 60:
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(1.5)
             killed = time.monotonic()
             os.kill(server.role("server").pid, signal.SIGKILL)
             await asyncio.gather(*tasks)
             return killed
 
     killed = asyncio.run(load())
-    server.wait_ready(30)
+    server.wait_ready(120)
     used = ledger(organization, project)
     before = sum(at < killed - 1.0 for at in arrived)
     print(f"{len(arrived)} tokens arrived, {before} a second before the end; the ledger has {used['output']}")
@@ -223,7 +232,7 @@ def test_what_the_command_line_changes_holds_soon(start) -> None:
     def until(status: int, **request) -> float:
         begin = time.monotonic()
         while httpx.get(url, **request).status_code != status:
-            assert time.monotonic() - begin < 20.0
+            assert time.monotonic() - begin < 60.0
             time.sleep(0.02)
         return time.monotonic() - begin
 

@@ -49,7 +49,7 @@ def folder() -> Iterator[Path]:
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    return uvloop.run(asyncio.wait_for(main, 60))
+    return uvloop.run(asyncio.wait_for(main, 200))
 
 
 @asynccontextmanager
@@ -111,7 +111,7 @@ def test_loading_ready_steps_shutdown(folder: Path, fake: ModuleType) -> None:
             assert (await until(client, Ready)).steps == 50
             client.send(Shutdown())
             assert await until(client, Lost) == Lost()
-            assert process.wait(5) == 0
+            assert process.wait(60) == 0
 
     run(main())
 
@@ -124,7 +124,7 @@ def test_good_child(folder: Path) -> None:
             assert int((proc / "oom_score_adj").read_text()) >= 200
             assert "Max core file size        0                    0" in (proc / "limits").read_text()
             process.send_signal(signal.SIGTERM)
-            assert process.wait(5) == 0
+            assert process.wait(60) == 0
 
     run(main())
 
@@ -150,7 +150,7 @@ def test_sigterm_while_loading(folder: Path) -> None:
         async with engine(folder, model="fake:30") as (process, client):
             await until(client, Loading)
             process.send_signal(signal.SIGTERM)
-            assert process.wait(5) == 0
+            assert process.wait(60) == 0
 
     run(main())
 
@@ -231,7 +231,7 @@ def test_what_cannot_be_used_is_said_in_one_line(folder: Path, name: str) -> Non
     file = folder / "engine.json"
     if text:
         file.write_text(text)
-    done = subprocess.run([*command, str(file)], capture_output=True, text=True, timeout=20)
+    done = subprocess.run([*command, str(file)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stderr
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1

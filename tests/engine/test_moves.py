@@ -98,7 +98,7 @@ class Rig:
                 found[moved.id] = moved
             if len(found) >= count:
                 return found
-            assert self.woken.acquire(timeout=20)
+            assert self.woken.acquire(timeout=120)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -319,7 +319,7 @@ async def draw(client: Client[FromEngine], n: int, computed: int, blocks: list[i
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    uvloop.run(asyncio.wait_for(main, 60))
+    uvloop.run(asyncio.wait_for(main, 200))
 
 
 PROMPT = list(range(100, 140))
@@ -338,7 +338,7 @@ def test_blocks_outlive_the_engine(folder: Path, fake: ModuleType) -> None:
             stores = [move(i, "device", i, "disk", -1, i + 1) for i in range(2)]
             assert await moved(client, *stores) == {0: True, 1: True}
             process.send_signal(signal.SIGTERM)
-            assert process.wait(10) == 0
+            assert process.wait(60) == 0
         async with engine(folder) as (_, client):
             stored = await until(client, Stored)
             assert [block.key for block in stored.blocks] == [name(1).key, name(2).key]
@@ -458,7 +458,7 @@ def test_a_disk_that_fails_costs_misses_only(folder: Path, fake: ModuleType, shi
                 assert await moved(client, *asked) == {i: False, 100 + i: False}
                 assert await draw(client, i, 0, [3, 4, 5]) == want
             process.send_signal(signal.SIGTERM)
-            assert process.wait(10) == 0
+            assert process.wait(60) == 0
 
     run(main())
 
@@ -475,7 +475,7 @@ def test_ends_with_copies_under_way(folder: Path, fake: ModuleType, how: str) ->
             else:
                 await until(client, MovesDone)
                 process.send_signal(signal.SIGTERM)
-            assert process.wait(10) == 0
+            assert process.wait(60) == 0
         store = DiskStore.open(folder / "kv", fake.FINGERPRINT, 128, 1 << 24)
         buffer = bytearray(128)
         for entry in store.entries():

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 
 import pytest
 
@@ -81,7 +82,7 @@ def world(test):
             client.start()
             await channel.say(Back())
             try:
-                await asyncio.wait_for(test(client, channel, clock), 10)
+                await asyncio.wait_for(test(client, channel, clock), 60)
             finally:
                 await client.close()
 
@@ -256,8 +257,10 @@ async def test_a_reader_that_catches_up_is_forgiven(client, channel, clock):
 @world
 async def test_hello_once_a_second(client, channel, clock):
     channel.sent.clear()
-    await asyncio.sleep(1.2)
-    assert len(channel.of(Hello)) == 1
+    begin = time.monotonic()
+    while len(channel.of(Hello)) < 2:
+        await asyncio.sleep(0.01)
+    assert time.monotonic() - begin > 0.99  # no second one before; a busy machine may be later
 
 
 def test_what_cannot_go_on_is_said():
@@ -266,7 +269,7 @@ def test_what_cannot_go_on_is_said():
         client = SchedulerClient(channel, Clock())
         client.start(failed.set)
         channel.news.put_nowait(Tokens(None))
-        await asyncio.wait_for(failed.wait(), 5)
+        await asyncio.wait_for(failed.wait(), 60)
         await client.close()
 
     asyncio.run(main())

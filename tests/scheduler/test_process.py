@@ -72,7 +72,7 @@ async def connected(processes: Processes):
         await client.close()
 
 
-async def until(true, seconds: float = 10.0) -> None:
+async def until(true, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it does not come"
@@ -114,7 +114,7 @@ def test_leaving_a_stream_cancels_it(start):
             async with contextlib.aclosing(client.submit(request(0, max_tokens=400))) as stream:
                 async for _ in stream:
                     break
-            await until(lambda: client.status is not None and client.status.running == 0, 3)
+            await until(lambda: client.status is not None and client.status.running == 0)
             assert client.status is not None and client.status.blocks_used == 0
 
     asyncio.run(main())
@@ -128,7 +128,7 @@ def test_the_engine_dies_in_the_middle(start):
             await until(lambda: client.status is not None and client.status.generated_tokens > 0)
             processes.engine.kill()
             processes.engine.wait()
-            await until(lambda: client.status is not None and not client.status.ready, 1)
+            await until(lambda: client.status is not None and not client.status.ready)
             waiting = asyncio.create_task(collect(client, request(1)))
             assert (await begun)[1] == "engine_restarted"
             processes.start_engine()
@@ -162,10 +162,10 @@ def test_sigterm_drains_and_exits_0(start):
             begun = asyncio.create_task(collect(client, request(0, max_tokens=300)))
             await until(lambda: client.status is not None and client.status.generated_tokens > 0)
             processes.scheduler.terminate()
-            await until(lambda: client.status is not None and client.status.draining, 2)
+            await until(lambda: client.status is not None and client.status.draining)
             assert (await collect(client, request(1)))[1] == "draining"
             assert (await begun)[1] == "length"
-            await until(lambda: processes.scheduler.poll() == 0, 3)
+            await until(lambda: processes.scheduler.poll() == 0)
 
     asyncio.run(main())
 
@@ -177,10 +177,10 @@ def test_a_second_sigterm_cuts_off_and_exits_75(start):
             begun = asyncio.create_task(collect(client, request(0, max_tokens=400)))
             await until(lambda: client.status is not None and client.status.generated_tokens > 0)
             processes.scheduler.terminate()
-            await until(lambda: client.status is not None and client.status.draining, 2)
+            await until(lambda: client.status is not None and client.status.draining)
             processes.scheduler.terminate()
             assert (await begun)[1] == "draining"
-            await until(lambda: processes.scheduler.poll() == 75, 3)
+            await until(lambda: processes.scheduler.poll() == 75)
 
     asyncio.run(main())
 
@@ -189,7 +189,7 @@ def test_bad_configuration_is_one_line_and_exit_1(tmp_path):
     config = tmp_path / "bad.json"
     config.write_text('{"engine": {"model": "x"}, "max_waiting": 0}')
     command = [sys.executable, "-m", "ktransformers.scheduler", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1 and "max_waiting" in done.stderr
 
@@ -221,7 +221,7 @@ def test_the_parent_takes_its_scheduler_along(start, tmp_path):
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
     socket = Path(processes.socket).with_name("t.sock")
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not socket.exists():
         assert time.monotonic() < end
         time.sleep(0.02)

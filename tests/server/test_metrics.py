@@ -97,7 +97,8 @@ async def test_leaving_is_counted(make, connect, scheduler) -> None:
     app = make()
     service = app.state.service
     task = asyncio.create_task(service.generator.start([[1]], ChatRequest(**CHAT).to_parameters(), LOCAL))
-    await asyncio.sleep(0.01)
+    while not scheduler.submits:
+        await asyncio.sleep(0)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert 'request_success_total{finished_reason="cancelled"} 1.0' in service.metrics.render().decode()

@@ -68,10 +68,10 @@ def process(folder: Path, port: int) -> Iterator[subprocess.Popen[str]]:
 
 
 def wait_alive(url: str, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            if httpx.get(f"{url}/livez", timeout=1).status_code == 200:
+            if httpx.get(f"{url}/livez", timeout=10).status_code == 200:
                 return
         except httpx.HTTPError:
             time.sleep(0.02)
@@ -88,7 +88,7 @@ def test_without_a_scheduler_it_lives_but_is_not_ready(process: subprocess.Popen
     assert httpx.get(f"{url}/v1/models", headers=headers).json()["data"][0]["id"].startswith("smollm2")
     httpx.post(f"{url}/v1/chat/completions", json=CHAT, headers={"Authorization": "Bearer canary-wrong-key"})
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and not err
     lines = [json.loads(line) for line in out.splitlines()]
     assert any("/v1/chat/completions" in line["message"] for line in lines)
@@ -114,7 +114,7 @@ def test_what_cannot_be_used_is_one_line(folder: Path) -> None:
             cases.append({"port": 1})
         for settings in cases:
             process = start(folder, **settings)
-            _, err = process.communicate(timeout=30)
+            _, err = process.communicate(timeout=120)
             assert process.returncode == 1, settings
             assert err.count("\n") == 1 and err.startswith("ktransformers.server: "), err
             assert "too-open-key" not in err
@@ -124,5 +124,5 @@ def test_a_bad_configuration_file(folder: Path) -> None:
     for content in (b"", b"{}", b'{"scheduler": 1}', b"\xff"):
         (folder / "c.json").write_bytes(content)
         command = [sys.executable, "-m", "ktransformers.server", str(folder / "c.json")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 1 and done.stderr.count("\n") == 1

@@ -19,7 +19,7 @@ from ktransformers.server.api.encoding import encode
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 20) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
@@ -83,20 +83,18 @@ def test_a_reader_that_stops_is_cut_off(make, served, scheduler, monkeypatch: py
     with served(make()) as port:
         connection = post(port, "/v1/completions", body)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        wait_for(lambda: scheduler.left, 10)
+        wait_for(lambda: scheduler.left)
         connection.close()
 
 
 def test_a_server_answers_health_while_it_streams(make, served, scheduler) -> None:
-    scheduler.reply, scheduler.pause = "x" * 200, 0.001
+    scheduler.reply, scheduler.pause = "x" * 1_000_000, 0.001
     with served(make()) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
         connections = [post(port, "/v1/chat/completions", CHAT | {"stream": True}) for _ in range(16)]
-        slowest = 0.0
+        wait_for(lambda: len(scheduler.submits) == 16)
         for _ in range(50):
-            begin = time.monotonic()
             assert client.get("/livez").status_code == 200
-            slowest = max(slowest, time.monotonic() - begin)
-        assert slowest < 1
+        assert not scheduler.left  # nobody had to be cut off for it
         for connection in connections:
             connection.close()
 
@@ -113,7 +111,7 @@ def test_a_server_answers_health_while_it_streams(make, served, scheduler) -> No
 def test_a_head_that_cannot_be_is_400(make, served, head: bytes) -> None:
     with served(make()) as port:
         with socket.create_connection(("127.0.0.1", port)) as connection:
-            connection.settimeout(5)
+            connection.settimeout(60)
             connection.sendall(head)
             assert connection.recv(4096).startswith(b"HTTP/1.1 400")
             while connection.recv(4096):
@@ -126,7 +124,7 @@ def test_a_head_that_does_not_come(make, served, monkeypatch: pytest.MonkeyPatch
     with served(make()) as port:
         for sent in (b"", b"GET /livez HTTP/1.1\r\nHost: loc"):
             with socket.create_connection(("127.0.0.1", port)) as connection:
-                connection.settimeout(5)
+                connection.settimeout(60)
                 connection.sendall(sent)
                 assert connection.recv(4096) == b""
 
@@ -232,6 +230,9 @@ def test_who_leaves_the_queue_cancels(make, served, scheduler, monkeypatch) -> N
     scheduler.pause = 30
     with served(make()) as port:
         connection = post(port, "/v1/chat/completions", CHAT | {"stream": True})
-        assert b": in the queue" in connection.recv(4096) + connection.recv(4096)
+        connection.settimeout(60)
+        received = b""
+        while b": in the queue" not in received:
+            received += connection.recv(4096)
         connection.close()
         wait_for(lambda: scheduler.left == [submit.id for submit in scheduler.submits])

@@ -45,7 +45,7 @@ def test_a_tenant_from_beginning_to_end(both, office) -> None:
     (key,) = organization.projects.api_keys.list(project.id).data
     assert key.id == account.api_key.id and key.owner.service_account.id == account.id
     assert key.redacted_value == f"kt-…{account.api_key.value[-4:]}"
-    assert abs(key.expires_at - time.time() - 3600) < 10
+    assert abs(key.expires_at - time.time() - 3600) < 60
     assert organization.projects.api_keys.retrieve(key.id, project_id=project.id).id == key.id
 
     # Replace it without a gap.
@@ -94,7 +94,7 @@ def test_a_tenant_from_beginning_to_end(both, office) -> None:
         user(url, second.value).chat.completions.create(model="tiny", messages=CHAT)
     assert organization.projects.model_permissions.delete(project.id).deleted
 
-    time.sleep(1.2)
+    time.sleep(1.2)  # the ledger promises a second
     usage = organization.usage.completions(
         start_time=int(time.time()) - 60, bucket_width="1d", group_by=["project_id", "model"]
     )

@@ -92,9 +92,12 @@ async def test_answers_that_are_cut_off_count_as_far_as_they_came(office, schedu
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=bearer(value)) as client:
 
             async def one(number: int) -> None:
-                await asyncio.sleep(number * 0.005)
-                body = CHAT | {"stream": rng.random() < 0.5}
+                said = f"number {number}."
+                body = {"model": "tiny", "messages": [{"role": "user", "content": said}]}
+                body["stream"] = rng.random() < 0.5
                 request = asyncio.create_task(client.post("/v1/chat/completions", json=body))
+                while not any(said.encode() in bytes(submit.tokens) for submit in scheduler.submits):
+                    await asyncio.sleep(0.002)
                 await asyncio.sleep(rng.random() * 0.1)
                 request.cancel()
                 await asyncio.gather(request, return_exceptions=True)
@@ -106,7 +109,10 @@ async def test_answers_that_are_cut_off_count_as_far_as_they_came(office, schedu
             scheduler.failure, scheduler.fail_after = RequestFailed("overloaded", "full"), 0
             answer = await client.post("/v1/chat/completions", json=CHAT)
             assert answer.status_code == 503
-            await asyncio.sleep(1.2)  # the ledger promises a second
+            end = time.monotonic() + 60
+            while sum(row.output for row in office.store.usage.between(0, 1 << 40, True)) < read["tokens"]:
+                assert time.monotonic() < end, "the ledger promises a second"
+                await asyncio.sleep(0.05)
     requests, prompt, _, output = sums(office)[key]
     assert (prompt, output) == (read["prompts"], read["tokens"])
     print(f"{requests} requests, {output} tokens, {len(scheduler.left)} were left")
@@ -152,4 +158,4 @@ async def test_the_last_use_of_a_key_is_kept(office, connect) -> None:
         await client.get("/v1/models", headers=bearer(value))
     await office.ledger.close()
     (key,) = office.store.keys(project.id)
-    assert key.last_used_at is not None and abs(key.last_used_at - time.time()) < 5
+    assert key.last_used_at is not None and abs(key.last_used_at - time.time()) < 60

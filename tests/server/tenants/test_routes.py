@@ -253,7 +253,7 @@ async def test_a_change_holds_within_a_second(office, connect) -> None:
                 answer = await client.request(method, path, headers=bearer(key), **request)
                 if answer.status_code == status:
                     return time.monotonic() - begin
-                assert time.monotonic() - begin < 20.0
+                assert time.monotonic() - begin < 60.0
                 await asyncio.sleep(0.01)
 
         await until(200)
