@@ -38,7 +38,7 @@ def build_peer(venv: Path, module: str, *install: str) -> str:
     What is compiled is compiled for this machine, or for AVX2 where KT_MAX_ISA says so.
     """
     python = venv / "bin" / "python"
-    probe = [python, "-c", f"import {module}"]
+    probe = [str(python), "-c", f"import {module}"]
     if not python.exists() or subprocess.run(probe, capture_output=True).returncode:
         print(f"Installing {install[0]} into {venv} (minutes)", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", venv], check=True)
