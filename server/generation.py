@@ -133,7 +133,8 @@ class Generator:
         tell a model that is not there from one that is kept from the caller."""
         known = name.removesuffix(":latest") in (self.model_name.removesuffix(":latest"), DEFAULT_MODEL)
         if not known or not caller.may_use(self.model_name):
-            raise RequestError("model_not_found", f"model '{name[:256]}' not found", "model")
+            what = f"model '{name[:256]}' not found; /v1/models lists those that are here"
+            raise RequestError("model_not_found", what, "model")
 
     def admit(self, name: str, caller: Caller) -> None:
         """The same for a request that is to be answered: refused here, it costs nothing."""
