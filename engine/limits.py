@@ -37,12 +37,15 @@ class Limits:
         return max(nbytes / self.bandwidth, flops / self.peaks[dot])
 
 
-def measure(threads: int, *, isa: str | None = None, seconds: float = 0.2, scaling: bool = False) -> Limits:
-    """Measure the table `isa` (None: the best one), about `seconds` for each figure.
+def measure(
+    threads: int | None, *, isa: str | None = None, seconds: float = 0.2, scaling: bool = False
+) -> Limits:
+    """Measure the table `isa` (None: the best one) on `threads` (None: one for each CPU), about `seconds` for
+    each figure.
 
     `scaling` also measures reading with fewer threads: powers of two. MemoryError.
     """
-    isa = isa or _kernels.isas()[0]
+    isa, threads = isa or _kernels.isas()[0], threads or machine.cpus()
     pool = _kernels.ThreadPool(threads)
     size = read_bytes()
     reads = {}

@@ -36,9 +36,7 @@ EXCEPTIONS = {
         "engine.load",
         "engine.plan",
         "engine.config",
-        "engine.machine",
         "engine.placement.predict",
-        "engine.program",
     ),
     "server.commands.doctor": (
         "engine.load",

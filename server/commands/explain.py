@@ -11,11 +11,9 @@ from rich.table import Table
 from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.explain import Row, explain
 from ktransformers.engine.limits import measure
-from ktransformers.engine.load import Facts, open_model
-from ktransformers.engine.machine import cpus
+from ktransformers.engine.load import open_model
 from ktransformers.engine.placement.predict import PlacedRow, measure_device, predict
 from ktransformers.engine.plan import CannotFit, Plan, plan
-from ktransformers.engine.program import Program
 
 
 @dataclass
@@ -42,12 +40,11 @@ def run(config: EngineConfig, tokens: int, context: int, every_op: bool) -> int:
     """Print the table; the exit code. Errors: OSError, ValueError (GgufError, ModelError)."""
     # A pipe has no width: wide enough for a line an op.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
-    program, facts = open_model(config)
     if config.placement:
-        return _placed(console, config, program, facts, tokens, context, every_op)
-    threads = config.threads or cpus()
+        return _placed(console, config, tokens, context, every_op)
+    program, facts = open_model(config)
     with console.status("measuring this machine"):
-        limits = measure(threads)
+        limits = measure(config.threads)
     kv_format = config.cache.kv_format
     rows = explain(program, limits, tokens=tokens, context=context, kv_format=kv_format)
     lines = _merge(rows, every_op)
@@ -55,7 +52,7 @@ def run(config: EngineConfig, tokens: int, context: int, every_op: bool) -> int:
     console.print(
         f"[bold]{escape(facts.name)}[/] ({facts.spec.architecture}), {escape(Path(config.model).name)}: "
         f"a step of {tokens} tokens after {context}; this machine reads {limits.bandwidth / 1e9:.1f} GB/s "
-        f"and computes {peaks} GOP/s with {threads} threads ({limits.isa})"
+        f"and computes {peaks} GOP/s with {limits.threads} threads ({limits.isa})"
     )
     console.print(_table(lines))
     seconds = sum(row.seconds for row in rows)
@@ -76,16 +73,9 @@ def _print_needs(console: Console, planned: Plan) -> None:
     console.print(f"  longest sequence {planned.max_len} tokens, {planned.blocks} blocks")
 
 
-def _placed(
-    console: Console,
-    config: EngineConfig,
-    program: Program,
-    facts: Facts,
-    tokens: int,
-    context: int,
-    every_op: bool,
-) -> int:
+def _placed(console: Console, config: EngineConfig, tokens: int, context: int, every_op: bool) -> int:
     """What is where, and what a step takes; the exit code."""
+    program, facts = open_model(config)
     try:
         planned = plan(config, program, facts)
     except CannotFit as error:
