@@ -1,11 +1,10 @@
-// The Python module: converts arguments and releases the GIL; no logic. engine/_kernels.pyi is its documentation.
+// The Python module: pools, weights, experts, limits of the machine.
 #include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <array>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -15,35 +14,18 @@
 #include <string>
 #include <vector>
 
+#include "bindings.h"
 #include "cpu/dispatch.h"
 #include "ops/digest.h"
 #include "ops/host_experts.h"
 #include "ops/limits.h"
 #include "ops/linear.h"
 #include "ops/requantise.h"
-#include "program.h"
 #include "weight.h"
 
 namespace py = pybind11;
 
 namespace kt {
-namespace {
-
-constexpr int kMaxThreads = 1024;
-
-template <class T>
-using Array = py::array_t<T, py::array::c_style>;
-
-// Views of arguments that are bound with noconvert: a silent copy would lose what is written to it.
-template <class T>
-std::span<const T> view(const Array<T>& array) {
-  return {array.data(), static_cast<size_t>(array.size())};
-}
-
-template <class T>
-std::span<T> writable(Array<T>& array) {
-  return {array.mutable_data(), static_cast<size_t>(array.size())};
-}
 
 const KernelTable& table_of(const std::string& isa) {
   const KernelTable* table = find_table(isa);
@@ -51,122 +33,9 @@ const KernelTable& table_of(const std::string& isa) {
   return *table;
 }
 
-// The fields of one op in order, each converted with an error that says which it was.
-class Fields {
- public:
-  Fields(std::string where, const py::tuple& values, size_t next) : where_(std::move(where)), values_(values), next_(next) {}
+namespace {
 
-  template <class T>
-  T get(const char* field) {
-    if (next_ >= values_.size()) throw std::invalid_argument(where_ + ": " + field + ": is missing");
-    try {
-      return values_[next_++].cast<T>();
-    } catch (const py::cast_error&) {
-      throw std::invalid_argument(where_ + ": " + field + ": wrong type");
-    }
-  }
-  void end() const {
-    if (next_ != values_.size()) throw std::invalid_argument(where_ + ": too many fields");
-  }
-  const std::string& where() const { return where_; }
-
- private:
-  std::string where_;
-  const py::tuple& values_;
-  size_t next_;
-};
-
-op::Linear linear_of(Fields& f) {
-  op::Linear linear{f.get<int64_t>("x"), {}};
-  const auto parts = f.get<std::vector<py::tuple>>("parts");
-  for (size_t i = 0; i < parts.size(); ++i) {
-    Fields p(f.where() + ": parts[" + std::to_string(i) + "]", parts[i], 0);
-    const auto weight = p.get<int64_t>("weight");
-    const auto bias = p.get<std::optional<int64_t>>("bias");
-    linear.parts.push_back({weight, bias.value_or(op::kNone), p.get<int64_t>("out")});
-    p.end();
-  }
-  linear.precise = f.get<bool>("precise");
-  return linear;
-}
-
-op::Act act_named(const std::string& where, const std::string& act) {
-  if (act == "silu") return op::Act::kSilu;
-  if (act == "gelu_tanh") return op::Act::kGeluTanh;
-  if (act == "sigmoid") return op::Act::kSigmoid;
-  if (act == "relu") return op::Act::kRelu;
-  if (act == "swiglu_oai") return op::Act::kSwigluOai;
-  throw std::invalid_argument(where + "act: '" + act + "' is not known");
-}
-
-op::Act act_of(Fields& f) { return act_named(f.where() + ": ", f.get<std::string>("act")); }
-
-op::Score score_of(Fields& f) {
-  const auto score = f.get<std::string>("score");
-  if (score == "softmax") return op::Score::kSoftmax;
-  if (score == "sigmoid") return op::Score::kSigmoid;
-  if (score == "softmax_top") return op::Score::kSoftmaxTop;
-  throw std::invalid_argument(f.where() + ": score: '" + score + "' is not known");
-}
-
-op::GroupScore group_score_of(Fields& f) {
-  const auto score = f.get<std::string>("group_score");
-  if (score == "max") return op::GroupScore::kMax;
-  if (score == "top2") return op::GroupScore::kTop2;
-  throw std::invalid_argument(f.where() + ": group_score: '" + score + "' is not known");
-}
-
-// Braces evaluate from left to right, so fields are read in order.
-Op op_of(const std::string& kind, Fields& f) {
-  const auto id = [&f](const char* field) { return f.get<int64_t>(field); };
-  const auto optional = [&f](const char* field) { return f.get<std::optional<int64_t>>(field).value_or(op::kNone); };
-  const auto number = [&f](const char* field) { return f.get<float>(field); };
-  if (kind == "Embed") return op::Embed{id("table"), id("out"), number("scale")};
-  if (kind == "RmsNorm") return op::RmsNorm{id("x"), id("weight"), id("out"), id("group"), number("eps")};
-  if (kind == "Linear") return linear_of(f);
-  if (kind == "Rope")
-    return op::Rope{id("x"),           id("heads"), id("head_dim"), id("inv_freq"), f.get<bool>("interleaved"),
-                    number("scale"), id("offset")};
-  if (kind == "HeadLinear") return op::HeadLinear{id("x"), id("weight"), id("out"), id("heads")};
-  if (kind == "MlaAttention")
-    return op::MlaAttention{id("q_latent"), id("q"),     id("latent"), id("rope"),
-                            id("out"),      id("layer"), id("heads"),  number("scale")};
-  if (kind == "ShortConv") return op::ShortConv{id("x"), id("weight"), id("out"), id("layer")};
-  if (kind == "DeltaRule")
-    return op::DeltaRule{id("qkv"),   id("a"),       id("b"),       id("decay"), id("bias"), id("out"),
-                         id("layer"), id("k_heads"), id("v_heads"), id("k_dim"), id("v_dim")};
-  if (kind == "PositionScale") return op::PositionScale{id("x"), id("span"), number("scale")};
-  if (kind == "Attention")
-    return op::Attention{id("q"),           id("k"),           id("v"),        id("out"),       id("layer"),
-                         id("heads"),       id("kv_heads"),    id("head_dim"), number("scale"), id("window"),
-                         number("softcap"), optional("sinks"), id("chunk")};
-  if (kind == "Gated") return op::Gated{id("gate"), id("up"), id("out"), act_of(f)};
-  if (kind == "Route")
-    return op::Route{id("logits"), optional("bias"),  id("out"),         id("experts"),           id("top"),      score_of(f),
-                     id("groups"), id("top_groups"), group_score_of(f), f.get<bool>("normalise"), number("scale")};
-  if (kind == "Experts")
-    return op::Experts{id("x"),         id("route"),           id("out"),           id("gate"),
-                       id("up"),        id("down"),            optional("gate_bias"), optional("up_bias"),
-                       optional("down_bias"), id("experts"),   id("top"),           act_of(f),
-                       number("alpha"), number("limit"),       f.get<bool>("weigh_input")};
-  if (kind == "Add") return op::Add{id("a"), id("b"), id("out")};
-  if (kind == "GatherRows") return op::GatherRows{id("x"), id("out")};
-  if (kind == "Logits") return op::Logits{id("x"), id("weight"), id("out"), number("softcap"), f.get<bool>("precise")};
-  throw std::invalid_argument(f.where() + ": unknown kind");
-}
-
-std::vector<Op> ops_of(const std::vector<py::tuple>& tuples) {
-  std::vector<Op> ops;
-  for (const py::tuple& values : tuples) {
-    const std::string where = "op " + std::to_string(ops.size());
-    Fields first(where, values, 0);
-    const auto kind = first.get<std::string>("kind");
-    Fields f(where + " (" + kind + ")", values, 1);
-    ops.push_back(op_of(kind, f));
-    f.end();
-  }
-  return ops;
-}
+constexpr int kMaxThreads = 1024;
 
 std::shared_ptr<ThreadPool> make_pool(int threads, int pretended_nodes) {
   if (threads < 1 || threads > kMaxThreads) throw std::invalid_argument("threads: must be in 1 .. 1024");
@@ -335,13 +204,6 @@ uint64_t weight_digest(const Weight& weight, ThreadPool& pool) {
   return digest(pool, samples.data(), samples.size());
 }
 
-KvFormat kv_format_of(const std::string& name) {
-  if (name == "f16") return KvFormat::kF16;
-  if (name == "int8") return KvFormat::kInt8;
-  if (name == "latent") return KvFormat::kLatent;
-  throw std::invalid_argument("kv_format: '" + name + "' is not known");
-}
-
 Activation kind_of(const std::string& name) {
   if (name == "int8") return Activation::kInt8;
   if (name == "bf16") return Activation::kBF16;
@@ -398,107 +260,6 @@ std::pair<uintptr_t, uintptr_t> host_task(HostExperts& host, int64_t layer, int6
   return {reinterpret_cast<uintptr_t>(&HostExperts::run_task), reinterpret_cast<uintptr_t>(host.task(layer, rows))};
 }
 
-// The arrays of a step, in the order of the Python signature.
-using I32 = Array<int32_t>;
-using I64 = Array<int64_t>;
-using F32 = Array<float>;
-
-Batch batch_of(const I32& tokens, const I32& starts, const I32& context, const I32& block_starts, const I32& blocks,
-               const I32& logit_rows, const I32& slots, const I32& keep_slots, const I32& keep_at) {
-  return {view(tokens), view(starts), view(context),    view(block_starts), view(blocks), view(logit_rows),
-          view(slots),  view(keep_slots), view(keep_at)};
-}
-
-Sampling sampling_of(const F32& temperature, const I32& top_k, const F32& top_p, const F32& min_p,
-                     const F32& repetition, const F32& presence, const F32& frequency, const I64& seed,
-                     const I64& position, const I32& logprobs, const I32& history_starts, const I32& history,
-                     const I32& history_output, const I32& bias_starts, const I32& bias_tokens,
-                     const F32& bias_values) {
-  return {view(temperature), view(top_k),    view(top_p),    view(min_p),          view(repetition), view(presence),
-          view(frequency),   view(seed),     view(position), view(logprobs),       view(history_starts), view(history),
-          view(history_output), view(bias_starts), view(bias_tokens), view(bias_values)};
-}
-
-Drawn drawn_of(I32& token, F32& logprob, I32& top_tokens, F32& top_logprobs) {
-  return {writable(token), writable(logprob), writable(top_tokens), writable(top_logprobs)};
-}
-
-void sample(const F32& logits, const F32& temperature, const I32& top_k, const F32& top_p, const F32& min_p,
-            const F32& repetition, const F32& presence, const F32& frequency, const I64& seed, const I64& position,
-            const I32& logprobs, const I32& history_starts, const I32& history, const I32& history_output,
-            const I32& bias_starts, const I32& bias_tokens, const F32& bias_values, I32 token, F32 logprob,
-            I32 top_tokens, F32 top_logprobs) {
-  if (logits.ndim() != 2 || logits.shape(1) < 1) throw std::invalid_argument("logits: must be [rows, vocab]");
-  const Sampling sampling =
-      sampling_of(temperature, top_k, top_p, min_p, repetition, presence, frequency, seed, position, logprobs,
-                  history_starts, history, history_output, bias_starts, bias_tokens, bias_values);
-  const Drawn drawn = drawn_of(token, logprob, top_tokens, top_logprobs);
-  const int64_t rows = logits.shape(0), vocab = logits.shape(1);
-  const float* x = logits.data();
-  const py::gil_scoped_release release;
-  check_sampling(sampling, drawn, rows, vocab);
-  ThreadPool pool(1);
-  Sampler(*best_table(), 1, vocab).draw(pool, x, sampling, drawn);
-}
-
-std::unique_ptr<Program> make_program(std::shared_ptr<ThreadPool> pool, const std::string& isa,
-                                      const std::vector<py::tuple>& ops, std::vector<int64_t> widths,
-                                      const std::vector<std::shared_ptr<Weight>>& weights, int64_t layers,
-                                      int64_t kv_heads, int64_t head_dim, int64_t blocks, int64_t max_tokens,
-                                      int64_t max_rows, int64_t expert_bytes, const std::string& kv_format,
-                                      const std::optional<std::array<int64_t, 6>>& state, int64_t state_slots) {
-  const CacheShape cache{layers, kv_heads, head_dim, kv_format_of(kv_format)};
-  StateShape shape;
-  if (state.has_value()) shape = {(*state)[0], (*state)[1], (*state)[2], (*state)[3], (*state)[4], (*state)[5]};
-  Model model{ops_of(ops), std::move(widths), {weights.begin(), weights.end()}, cache, shape};
-  const py::gil_scoped_release release;
-  return std::make_unique<Program>(std::move(pool), table_of(isa), std::move(model),
-                                   ProgramSizes{blocks, max_tokens, max_rows, expert_bytes, state_slots});
-}
-
-void step(Program& program, const I32& tokens, const I32& starts, const I32& context, const I32& block_starts,
-          const I32& blocks, const I32& logit_rows, const I32& slots, const I32& keep_slots, const I32& keep_at,
-          const F32& temperature, const I32& top_k, const F32& top_p,
-          const F32& min_p, const F32& repetition, const F32& presence, const F32& frequency, const I64& seed,
-          const I64& position, const I32& logprobs, const I32& history_starts, const I32& history,
-          const I32& history_output, const I32& bias_starts, const I32& bias_tokens, const F32& bias_values, I32 token,
-          F32 logprob, I32 top_tokens, F32 top_logprobs, const std::function<void()>& between) {
-  const Batch batch = batch_of(tokens, starts, context, block_starts, blocks, logit_rows, slots, keep_slots, keep_at);
-  const Sampling sampling =
-      sampling_of(temperature, top_k, top_p, min_p, repetition, presence, frequency, seed, position, logprobs,
-                  history_starts, history, history_output, bias_starts, bias_tokens, bias_values);
-  const Drawn drawn = drawn_of(token, logprob, top_tokens, top_logprobs);
-  const py::gil_scoped_release release;
-  program.step(batch, sampling, drawn, between);
-}
-
-F32 logits(Program& program, const I32& tokens, const I32& starts, const I32& context, const I32& block_starts,
-           const I32& blocks, const I32& logit_rows, const I32& slots, const I32& keep_slots, const I32& keep_at) {
-  F32 out({logit_rows.size(), static_cast<py::ssize_t>(program.vocab())});
-  const Batch batch = batch_of(tokens, starts, context, block_starts, blocks, logit_rows, slots, keep_slots, keep_at);
-  const std::span<float> to = writable(out);
-  const py::gil_scoped_release release;
-  program.logits(batch, to);
-  return out;
-}
-
-// Blocks are copied beside steps, in other threads: who may touch which block when is the caller's to know.
-void read_block(const Program& program, int64_t block, Array<uint8_t> into) {
-  const std::span<const uint8_t> from = program.block(block);
-  const std::span<uint8_t> to = writable(into);
-  if (to.size() != from.size()) throw std::invalid_argument("into: must have block_bytes bytes");
-  const py::gil_scoped_release release;
-  std::ranges::copy(from, to.begin());
-}
-
-void write_block(Program& program, int64_t block, const Array<uint8_t>& data) {
-  const std::span<uint8_t> to = program.block(block);
-  const std::span<const uint8_t> from = view(data);
-  if (to.size() != from.size()) throw std::invalid_argument("data: must have block_bytes bytes");
-  const py::gil_scoped_release release;
-  std::ranges::copy(from, to.begin());
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_kernels, m) {
@@ -551,44 +312,16 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("measure_peak", &peak, py::arg("pool"), py::arg("isa"), py::arg("kind"), py::arg("seconds"));
   m.def("measure_read", &read_rate, py::arg("pool"), py::arg("isa"), py::arg("bytes"), py::arg("seconds"));
 
-  const auto a = [](const char* name) { return py::arg(name).noconvert(); };
-  m.def("sample", &sample, a("logits"), a("temperature"), a("top_k"), a("top_p"), a("min_p"), a("repetition"),
-        a("presence"), a("frequency"), a("seed"), a("position"), a("logprobs"), a("history_starts"), a("history"),
-        a("history_output"), a("bias_starts"), a("bias_tokens"), a("bias_values"), a("token"), a("logprob"),
-        a("top_tokens"), a("top_logprobs"));
-
   py::class_<HostExperts>(m, "HostExperts")
       .def(py::init<std::shared_ptr<ThreadPool>, int64_t>(), py::arg("pool"), py::arg("max_rows"))
       .def("add", &add_layer, py::arg("gate").none(false), py::arg("up").none(false), py::arg("down").none(false),
            py::arg("gate_bias"), py::arg("up_bias"), py::arg("down_bias"), py::arg("top"), py::arg("act"), py::arg("alpha"),
-           py::arg("limit"), py::arg("weigh_input"), a("x"), a("route"), a("out"), py::keep_alive<1, 13>(),
-           py::keep_alive<1, 14>(), py::keep_alive<1, 15>())
+           py::arg("limit"), py::arg("weigh_input"), py::arg("x").noconvert(), py::arg("route").noconvert(),
+           py::arg("out").noconvert(), py::keep_alive<1, 13>(), py::keep_alive<1, 14>(), py::keep_alive<1, 15>())
       .def("run", &HostExperts::run, py::arg("layer"), py::arg("rows"), py::call_guard<py::gil_scoped_release>())
       .def("task", &host_task, py::arg("layer"), py::arg("rows"));
 
-  py::class_<Program>(m, "Program")
-      .def(py::init(&make_program), py::arg("pool"), py::arg("isa"), py::arg("ops"), py::arg("widths"),
-           py::arg("weights"), py::arg("layers"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("blocks"),
-           py::arg("max_tokens"), py::arg("max_rows"), py::arg("expert_bytes") = 0, py::arg("kv_format") = "f16",
-           py::arg("state") = py::none(), py::arg("state_slots") = 0,
-           py::keep_alive<1, 6>())
-      .def("within", &Program::within, py::arg("max_tokens"), py::arg("max_rows"), py::keep_alive<0, 1>(),
-           py::call_guard<py::gil_scoped_release>())
-      .def_property_readonly("block_bytes", &Program::block_bytes)
-      .def("read_block", &read_block, py::arg("block"), a("into"))
-      .def("write_block", &write_block, py::arg("block"), a("data"))
-      .def("copy_state", &Program::copy_state, py::arg("source"), py::arg("target"),
-           py::call_guard<py::gil_scoped_release>())
-      .def("step", &step, a("tokens"), a("starts"), a("context"), a("block_starts"), a("blocks"), a("logit_rows"),
-           a("slots"), a("keep_slots"), a("keep_at"),
-           a("temperature"), a("top_k"), a("top_p"), a("min_p"), a("repetition"), a("presence"), a("frequency"),
-           a("seed"), a("position"), a("logprobs"), a("history_starts"), a("history"), a("history_output"),
-           a("bias_starts"), a("bias_tokens"), a("bias_values"), a("token"), a("logprob"), a("top_tokens"),
-           a("top_logprobs"), py::arg("between") = py::none())
-      .def("logits", &logits, a("tokens"), a("starts"), a("context"), a("block_starts"), a("blocks"), a("logit_rows"),
-           a("slots"), a("keep_slots"), a("keep_at"))
-      .def("set_profiling", &Program::set_profiling, py::arg("on"), py::call_guard<py::gil_scoped_release>())
-      .def("profile", &Program::profile);
+  bind_program(m);
 }
 
 }  // namespace kt
