@@ -89,8 +89,12 @@ $(VENV)/.lint-needs: pyproject.toml $(VENV)/.test-needs
 build/ns/ktransformers:
 	@mkdir -p build/ns && ln -sfn ../.. $@
 
+$(VENV)/.dev-needs: | $(VENV)/bin/python
+	@$(PIP) install cmake ninja "pybind11>=3.0" && touch $@
+
 PY ?= $(BIN)/python
-dev: build/ns/ktransformers
+dev: export PATH := $(abspath $(BIN)):$(PATH)
+dev: build/ns/ktransformers $(if $(filter $(BIN)/python,$(PY)),$(VENV)/.dev-needs)
 	cmake -S csrc -B build/dev -G Ninja $$(command -v ccache >/dev/null && echo -DCMAKE_CXX_COMPILER_LAUNCHER=ccache) \
 	  -DPython_EXECUTABLE=$$($(PY) -c 'import sys; print(sys.executable)') -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) \
 	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(CURDIR)/engine" >/dev/null
