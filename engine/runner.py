@@ -209,12 +209,14 @@ class Runner:
                     failed.append(self._fail(go.slot, str(error)))
         slots = np.array([go.slot for go in going], np.int32)
         n_tokens = np.array([go.n_tokens for go in going], np.int32)
-        live = self._live[slots]  # the others finished before the scheduler could know
-        slots, n_tokens = slots[live], n_tokens[live]
+        live = self._live[slots]
+        if not live.all():  # some finished before the scheduler could know
+            slots, n_tokens = slots[live], n_tokens[live]
         until = self._computed[slots] + n_tokens
         good = (until <= self._length[slots]) & (until <= self._n_blocks[slots] * self._limits.block_tokens)
-        keep_at = self._keep_at[slots]
-        good &= (self._keep[slots] < 0) | ((keep_at > self._computed[slots]) & (keep_at <= until))
+        if self._limits.kept_states >= 0:
+            keep_at = self._keep_at[slots]
+            good &= (self._keep[slots] < 0) | ((keep_at > self._computed[slots]) & (keep_at <= until))
         if not good.all():
             for row in np.flatnonzero(~good):
                 slot = int(slots[row])
@@ -268,7 +270,7 @@ class Runner:
             first = self._compute(slots[:half], n_tokens[:half], within)
             return first + self._compute(slots[half:], n_tokens[half:], within)
         self._computed[slots] = until
-        return self._take(drawers, lengths, drawn)
+        return self._take(drawers, lengths, sampling.logprobs, drawn)
 
     def _batch(self, slots: I32, n_tokens: I32, until: I32, drawing: npt.NDArray[np.bool_]) -> Batch:
         starts, tokens = _ragged(self._tokens, slots, until - n_tokens, n_tokens)
@@ -288,13 +290,13 @@ class Runner:
             keep_at=self._keep_at[slots] if has_states else none,
         )
 
-    def _take(self, slots: I32, lengths: I32, drawn: Drawn) -> list[SlotToken]:
+    def _take(self, slots: I32, lengths: I32, logprobs: I32, drawn: Drawn) -> list[SlotToken]:
         """Append the drawn tokens to their slots, and see who has finished."""
-        good = drawn.token >= 0
-        self._tokens[slots[good], lengths[good]] = drawn.token[good]
-        self._length[slots[good]] += 1
+        # That of a row which failed, too: its slot is not read again.
+        self._tokens[slots, lengths] = drawn.token
+        self._length[slots] = lengths + 1
         news = []
-        columns = (slots, lengths, drawn.token, drawn.logprob, self._sampling.logprobs(slots))
+        columns = (slots, lengths, drawn.token, drawn.logprob, logprobs)
         rows = zip(*(column.tolist() for column in columns), strict=True)
         for row, (slot, length, token, logprob, top_n) in enumerate(rows):
             finish = self._finish(slot, length + 1, token)

@@ -5,8 +5,11 @@ Drawing itself is C++ (`_kernels.sample`); here is only the bookkeeping of who d
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ktransformers.engine.batch import F32, I32, MAX_LOGPROBS, SamplingBatch
 from ktransformers.engine.protocol import Sampling
@@ -54,10 +57,23 @@ def check_sampling(sampling: Sampling, vocab: int) -> None:
             raise ValueError(f"logit_bias must be within {MOST_BIAS:g} of 0, or -inf")
 
 
+@dataclass(frozen=True)
+class _Drawers:
+    """What stays as it is while the same slots draw, step after step."""
+
+    slots: bytes
+    columns: dict[str, npt.NDArray[Any]]
+    """Of SamplingBatch."""
+    penalised: list[int]
+    """Rows that have a penalty."""
+    biased: list[int]
+
+
 class SamplingTable:
     """One row for each slot. A row is valid from `put` on, and stays until the next `put`."""
 
     def __init__(self, slots: int) -> None:
+        self._drawers = _Drawers(b"", {}, [], [])
         self._temperature = np.zeros(slots, np.float32)
         self._top_k = np.zeros(slots, np.int32)
         self._top_p = np.zeros(slots, np.float32)
@@ -76,6 +92,7 @@ class SamplingTable:
 
     def put(self, slot: int, sampling: Sampling) -> None:
         """Set the row of `slot`; the parameters have been checked."""
+        self._drawers = _Drawers(b"", {}, [], [])
         s = sampling
         self._temperature[slot] = s.temperature
         self._top_k[slot] = s.top_k
@@ -95,28 +112,18 @@ class SamplingTable:
         self._bans[slot] = _bias_arrays((token, -math.inf) for token in bans)
         self._biased[slot] = bool(s.logit_bias or bans)
 
-    def logprobs(self, slots: I32) -> I32:
-        """How many likeliest tokens each of `slots` asked for; -1: not even the drawn one's logprob."""
-        return self._logprobs[slots]
-
     def batch(self, slots: I32, tokens: I32, length: I32, n_prompt: I32) -> SamplingBatch:
         """The draws of `slots` [R], each of the token at position length[r].
 
         `tokens` [slots, max_len] holds every slot's tokens; n_prompt[r] of row r's are its prompt.
         """
+        if not self._drawers.columns or self._drawers.slots != slots.tobytes():
+            self._drawers = self._gather(slots)
         history_starts, history, history_output = self._histories(slots, tokens, length, n_prompt)
-        bias_starts, bias_tokens, bias_values = self._biases(slots, length - n_prompt)
+        bias_starts, bias_tokens, bias_values = self._biases(slots, length, n_prompt)
         return SamplingBatch(
-            temperature=self._temperature[slots],
-            top_k=self._top_k[slots],
-            top_p=self._top_p[slots],
-            min_p=self._min_p[slots],
-            repetition=self._repetition[slots],
-            presence=self._presence[slots],
-            frequency=self._frequency[slots],
-            seed=self._seed[slots],
+            **self._drawers.columns,
             position=length.astype(np.int64),
-            logprobs=self._logprobs[slots],
             history_starts=history_starts,
             history=history,
             history_output=history_output,
@@ -125,15 +132,29 @@ class SamplingTable:
             bias_values=bias_values,
         )
 
+    def _gather(self, slots: I32) -> _Drawers:
+        columns: dict[str, npt.NDArray[Any]] = {
+            "temperature": self._temperature[slots],
+            "top_k": self._top_k[slots],
+            "top_p": self._top_p[slots],
+            "min_p": self._min_p[slots],
+            "repetition": self._repetition[slots],
+            "presence": self._presence[slots],
+            "frequency": self._frequency[slots],
+            "seed": self._seed[slots],
+            "logprobs": self._logprobs[slots],
+        }
+        penalised, biased = (np.flatnonzero(having[slots]) for having in (self._penalised, self._biased))
+        return _Drawers(slots.tobytes(), columns, penalised.tolist(), biased.tolist())
+
     def _histories(self, slots: I32, tokens: I32, length: I32, n_prompt: I32) -> tuple[I32, I32, I32]:
         starts = np.zeros(len(slots) + 1, np.int32)
         output = np.zeros(len(slots), np.int32)
         parts: list[I32] = []
-        penalised = self._penalised[slots]
-        if not penalised.any():
+        if not self._drawers.penalised:
             return starts, _NO_TOKENS, output
         sizes = np.zeros(len(slots), np.int32)
-        for row in np.flatnonzero(penalised):
+        for row in self._drawers.penalised:
             slot, end, prompt = slots[row], int(length[row]), int(n_prompt[row])
             window = int(self._window[slot])
             begin = max(end - window, 0) if window else 0
@@ -145,17 +166,16 @@ class SamplingTable:
         np.cumsum(sizes, out=starts[1:])
         return starts, np.concatenate(parts), output
 
-    def _biases(self, slots: I32, n_output: I32) -> tuple[I32, I32, F32]:
+    def _biases(self, slots: I32, length: I32, n_prompt: I32) -> tuple[I32, I32, F32]:
         starts = np.zeros(len(slots) + 1, np.int32)
-        biased = self._biased[slots]
-        if not biased.any():
+        if not self._drawers.biased:
             return starts, _NO_TOKENS, _NO_VALUES
         parts: list[tuple[I32, F32]] = []
         sizes = np.zeros(len(slots), np.int32)
-        for row in np.flatnonzero(biased):
+        for row in self._drawers.biased:
             slot = slots[row]
             mine = [self._bias[slot]]
-            if n_output[row] < self._min_tokens[slot]:
+            if length[row] - n_prompt[row] < self._min_tokens[slot]:
                 mine.append(self._bans[slot])
             sizes[row] = sum(len(ids) for ids, _ in mine)
             parts += mine
