@@ -1,6 +1,6 @@
 // y = x w^T, written once over the formats and the vector vocabulary.
 //
-// A tile is a few panels of 16 outputs by a few rows, whose activations are broadcast from memory. Each output has its
+// A tile is a panel of 16 outputs, or a few, by a few rows, whose activations are broadcast from memory. Each output has its
 // own chain of sums in the order of k, the same whatever the number of rows and the kind of tile, and all but dot_bf16
 // is equal on every instruction set.
 #pragma once
@@ -21,48 +21,40 @@ constexpr int64_t kChunkBytes = 384 * 1024;
 template <class F>
 constexpr int kMaxTile = kIsFloat<F> || kIsScaledFloat<F> ? kTileRowsFloat : kTileRows;
 
-// Where weights need no unpacking, loads of activations are the limit: two panels share them, for half the rows.
-template <class F>
-constexpr bool kTwoPanels = false;
-template <>
-constexpr bool kTwoPanels<Q8_0> = kTileRows == 12;
-
-template <class F, int R, int P>
+template <class F, int R>
 [[gnu::noinline]] void tile(const Product& p, int64_t panel, int64_t row, int64_t ahead) {
-  Floats sum[P * R];
+  Floats sum[R];
   const uint8_t* weights = p.packed + panel * p.panel_bytes;
   const uint8_t* act = p.act + row * p.stride;
   if constexpr (kIsScaledFloat<F>) {
     scaled_tile<F, R>(weights, ahead, act, p.stride, p.cols, sum);
   } else if constexpr (!kIsFloat<F>) {
-    integer_tile<F, R, P>(weights, p.panel_bytes, ahead, act, p.stride, p.cols, sum);
+    integer_tile<F, R>(weights, ahead, act, p.stride, p.cols, sum);
   } else {
     any_float_tile<F, R>(weights, ahead, act, p.stride, p.cols, sum);
   }
-  for (int i = 0; i < P; ++i)
-    for (int r = 0; r < R; ++r) finish_outputs(p, panel + i, row + r, sum[i * R + r]);
+  for (int r = 0; r < R; ++r) finish_outputs(p, panel, row + r, sum[r]);
 }
 
-// Rows [row, end) of P panels in the largest tiles that fit.
-template <class F, int R, int P>
+// Rows [row, end) of a panel in the largest tiles that fit.
+template <class F, int R>
 inline void tiles(const Product& p, int64_t panel, int64_t row, int64_t end, int64_t ahead) {
   for (; end - row >= R; row += R) {
-    tile<F, R, P>(p, panel, row, ahead);
+    tile<F, R>(p, panel, row, ahead);
     ahead = 0;  // what is read now: there is nothing to fetch
   }
-  if constexpr (R > 1) tiles<F, R == 12 ? 8 : R == 6 ? 4 : R / 2, P>(p, panel, row, end, ahead);
+  if constexpr (R > 1) tiles<F, R == 12 ? 8 : R / 2>(p, panel, row, end, ahead);
 }
 
 // Panels [begin, end) of rows [row, stop), in tiles that go along k once.
 template <class F>
 inline void stream(const Product& p, int64_t begin, int64_t end, int64_t row, int64_t stop) {
-  int64_t panel = begin;
-  if constexpr (kIsCodebook<F>) {
-    for (; panel < end; ++panel) codebook_tiles<kTileRows>(p, unpack_groups<F>, panel, row, stop, kAhead);
-  } else {
-    if constexpr (kTwoPanels<F>)
-      for (; panel + 2 <= end; panel += 2) tiles<F, kMaxTile<F> / 2, 2>(p, panel, row, stop, kAhead);
-    for (; panel < end; ++panel) tiles<F, kMaxTile<F>, 1>(p, panel, row, stop, kAhead);
+  for (int64_t panel = begin; panel < end; ++panel) {
+    if constexpr (kIsCodebook<F>) {
+      codebook_tiles<kTileRows>(p, unpack_groups<F>, panel, row, stop, kAhead);
+    } else {
+      tiles<F, kMaxTile<F>>(p, panel, row, stop, kAhead);
+    }
   }
 }
 

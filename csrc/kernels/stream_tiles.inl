@@ -12,20 +12,29 @@ inline void prefetch(const uint8_t* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
 }
 
-template <class F, int R, int P>
-inline void integer_tile(const uint8_t* panel, int64_t panel_bytes, int64_t ahead, const uint8_t* act, int64_t stride,
-                         int64_t cols, Floats* sum) {
-  for (int i = 0; i < P * R; ++i) sum[i] = set1(0.0f);
+// A group, as a tile of R rows reads it. Of one or two rows memory is the limit, and the processor's own prefetching keeps
+// up: it is only led over the end of a page. Each line fetched by us would take one of the few buffers for misses of the
+// first-level cache from the loads (Q8_0 read 22 % slower from the third-level cache, 15 % and more from memory).
+template <int R>
+inline void prefetch_group(const uint8_t* p, int64_t bytes) {
+  if constexpr (R <= 2) {
+    __builtin_prefetch(p, 0, 2);
+  } else {
+    prefetch(p, bytes);
+  }
+}
+
+template <class F, int R>
+inline void integer_tile(const uint8_t* panel, int64_t ahead, const uint8_t* act, int64_t stride, int64_t cols,
+                         Floats* sum) {
+  for (int r = 0; r < R; ++r) sum[r] = set1(0.0f);
   for (int64_t left = cols / kGroup; left > 0; left -= F::kGroups) {
     const uint8_t* header = panel;
     panel += F::kHeader;
     for (int g = 0; g < F::kGroups && g < left; ++g) {
-      PackedGroup<F> w[P];
-      for (int p = 0; p < P; ++p) {
-        if (ahead) prefetch(panel + p * panel_bytes + ahead, F::Quads::kBytes + F::kHeader / F::kGroups);
-        w[p] = {F::scales(header + p * panel_bytes, g), panel + p * panel_bytes};
-      }
-      group_product<R, P>(w, act, stride, sum);
+      if (ahead) prefetch_group<R>(panel + ahead, F::Quads::kBytes + F::kHeader / F::kGroups);
+      const PackedGroup<F> w = {F::scales(header, g), panel};
+      group_product<R, 1>(&w, act, stride, sum);
       panel += F::Quads::kBytes;
       act += sizeof(ActivationGroup);
     }

@@ -17,7 +17,7 @@ constexpr int64_t kChunksPerThread = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Tiles of few rows take two panels in some formats, those of so many three.
+// Tiles of so many rows take three panels.
 constexpr int64_t kManyRows = 96;
 
 // How a product of all panels and rows is cut: chunk c is piece c % panel_chunks of the panels by piece c / panel_chunks of
@@ -28,7 +28,7 @@ struct Grid {
   Grid(int64_t rows, int64_t panels, size_t packed_bytes, int threads) : panels(panels) {
     const int64_t row_chunks = ceil_div(rows, kMostRows);
     row_chunk = std::min(rows, ceil_div(rows, row_chunks * kRowStep) * kRowStep);
-    panel_step = row_chunk < kManyRows ? 2 : 3;
+    panel_step = row_chunk < kManyRows ? 1 : 3;
     const int64_t work = static_cast<int64_t>(packed_bytes) * row_chunk;
     const int64_t of_thread = std::min(kChunksPerThread, ceil_div(work, threads * kChunkWork));
     panel_chunks = std::min(ceil_div(threads * of_thread, row_chunks), ceil_div(panels, panel_step));

@@ -2,8 +2,9 @@
 //
 //   gemm ISA FORMAT OUT COLS ROWS [THREADS [COPIES [FAR]]]
 //
-// Threads split the panels; they are started once and spin between rounds, so that only the kernel is timed. COPIES
-// weights are gone through in turn: enough of them to exceed the caches measure what streaming from memory costs.
+// Threads split the panels; they are started once for some rounds and spin between them, so that only the kernel is timed.
+// COPIES weights are gone through in turn: enough of them to exceed the caches measure what streaming from memory costs.
+// Rounds that only read the same weights take turns with those of the product: what memory gives drifts.
 // With FAR the input is presented for a precise product, FAR percent of its groups with an element far out.
 #include <sys/mman.h>
 
@@ -58,8 +59,18 @@ void run_share(const Case& c, int copies, int thread, int threads) {
   }
 }
 
-// Seconds of each round.
-std::vector<double> measure(const Case& c, int copies, int threads, int rounds) {
+// The bytes of a share, and nothing computed with them: the limit of run_share.
+void read_share(const Case& c, int copies, int thread, int threads) {
+  const size_t bytes = c.weight_bytes * static_cast<size_t>(copies);
+  const size_t part = bytes / static_cast<size_t>(threads) & ~size_t{255};
+  static std::atomic<int32_t> sink{0};
+  sink.fetch_add(c.table->read(c.weights + static_cast<size_t>(thread) * part, static_cast<int64_t>(part)));
+}
+
+using Share = void (*)(const Case&, int copies, int thread, int threads);
+
+// Seconds of each round, added to `seconds`.
+void measure(Share share, const Case& c, int copies, int threads, int rounds, std::vector<double>& seconds) {
   std::atomic<int> round{0}, done{0};
   std::vector<std::thread> others;
   for (int t = 1; t < threads; ++t) {
@@ -67,22 +78,20 @@ std::vector<double> measure(const Case& c, int copies, int threads, int rounds) 
       for (int i = 1; i <= rounds; ++i) {
         while (round.load(std::memory_order_acquire) < i) {
         }
-        run_share(c, copies, t, threads);
+        share(c, copies, t, threads);
         done.fetch_add(1, std::memory_order_release);
       }
     });
   }
-  std::vector<double> seconds;
   for (int i = 1; i <= rounds; ++i) {
     const double start = seconds_now(threads);
     round.store(i, std::memory_order_release);
-    run_share(c, copies, 0, threads);
+    share(c, copies, 0, threads);
     while (done.load(std::memory_order_acquire) < i * (threads - 1)) {
     }
     seconds.push_back(seconds_now(threads) - start);
   }
   for (auto& t : others) t.join();
-  return seconds;
 }
 
 }  // namespace
@@ -122,17 +131,26 @@ int main(int argc, char** argv) {
   c.act = act;
   c.y = reinterpret_cast<float*>(huge_pages(static_cast<size_t>(c.rows * c.out) * sizeof(float)));
 
-  const double first = measure(c, copies, threads, 1)[0];
-  const int rounds = std::clamp(static_cast<int>(0.5 / first), 3, 2000);
-  std::vector<double> seconds = measure(c, copies, threads, rounds);
+  std::vector<double> seconds, reading;
+  measure(run_share, c, copies, threads, 1, seconds);
+  constexpr int kTurns = 8;
+  const int rounds = std::clamp(static_cast<int>(0.5 / seconds[0] / kTurns), 1, 250);
+  seconds.clear();
+  for (int turn = 0; turn < kTurns; ++turn) {
+    measure(run_share, c, copies, threads, rounds, seconds);
+    measure(read_share, c, copies, threads, rounds, reading);
+  }
   std::sort(seconds.begin(), seconds.end());
+  std::sort(reading.begin(), reading.end());
   const double ops = 2.0 * static_cast<double>(c.out * c.cols * c.rows) * copies;
   const double bytes = static_cast<double>(c.weight_bytes) * copies;
   const double best = seconds.front(), median = seconds[seconds.size() / 2];
+  const double read_best = bytes / reading.front() / 1e9, read_median = bytes / reading[reading.size() / 2] / 1e9;
   std::printf("%-12s format %2d  %lld x %lld  rows %lld  threads %d: best %.1f us, median %.1f us, "
-              "GOPS best %.0f median %.0f, GB/s best %.1f median %.1f, quantize %.2f ns/element\n",
+              "GOPS best %.0f median %.0f, GB/s best %.1f median %.1f, reading alone %.1f %.1f, quantize %.2f ns/element\n",
               c.table->name, static_cast<int>(c.format), static_cast<long long>(c.out), static_cast<long long>(c.cols),
               static_cast<long long>(c.rows), threads, best * 1e6, median * 1e6, ops / best / 1e9, ops / median / 1e9,
-              bytes / best / 1e9, bytes / median / 1e9, quantize * 1e9 / static_cast<double>(c.rows * c.cols));
+              bytes / best / 1e9, bytes / median / 1e9, read_best, read_median,
+              quantize * 1e9 / static_cast<double>(c.rows * c.cols));
   return 0;
 }
