@@ -29,7 +29,7 @@ Model = Annotated[
     ),
 ]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="TOML file, of itself ~/.config/ktransformers/config.toml.")
+    Path | None, typer.Option("--config", help="TOML file of settings [~/.config/ktransformers/config.toml].")
 ]
 
 
@@ -127,7 +127,9 @@ def serve(
     disk_bytes: Annotated[
         int | None, _option("Bytes of prefixes on disk, 0 is none [a tenth of what is free, 16 GiB at most].")
     ] = None,
-    cache_dir: Annotated[str | None, _option("Their folder [kv in the user's cache folder].")] = None,
+    cache_dir: Annotated[
+        str | None, _option("Folder of the prefixes on disk [kv in the user's cache folder].")
+    ] = None,
     kv_format: Annotated[str | None, _option("f16 or int8, half the memory for some fidelity [f16].")] = None,
     prefix_reuse: Annotated[bool | None, _option("Reuse the KV of common beginnings [on].")] = None,
 ) -> None:

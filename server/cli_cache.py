@@ -9,10 +9,12 @@ app = typer.Typer(no_args_is_help=True, help="The prefixes on disk, which outliv
 
 Folder = Annotated[
     Path | None,
-    typer.Option("--cache-dir", help="Their folder [as the settings have it].", show_default=False),
+    typer.Option(
+        "--cache-dir", help="Folder of the prefixes on disk [as the settings have it].", show_default=False
+    ),
 ]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="TOML file, of itself ~/.config/ktransformers/config.toml.")
+    Path | None, typer.Option("--config", help="TOML file of settings [~/.config/ktransformers/config.toml].")
 ]
 
 

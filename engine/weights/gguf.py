@@ -117,9 +117,8 @@ class _Header:
 
     def need(self, n: int, field: str) -> None:
         if n > self.size - self.pos:
-            raise self.error(
-                field, f"the file ends early (needs {n} bytes at offset {self.pos} of {self.size})"
-            )
+            where = f"needs {n} bytes at offset {self.pos} of {self.size}"
+            raise self.error(field, f"the file ends early ({where}; a partial download?)")
 
     def u32(self, field: str) -> int:
         self.need(4, field)
