@@ -1,6 +1,5 @@
 import random
 import signal
-import time
 
 import pytest
 from step_engine import answer
@@ -615,24 +614,3 @@ def test_forced_preemption_changes_nothing():
     once = sum(8 + 60 - 1 - w.first[f"r{i}"].cached_tokens for i in range(12))
     assert w.status.recomputed_tokens > 0
     assert w.status.computed_tokens == w.engine.computed == once + w.status.recomputed_tokens
-
-
-def test_decision_time(capsys):
-    size = {"blocks": 4096, "block_tokens": 16, "max_len": 4096, "max_sequences": 64, "max_batch_tokens": 512}
-    w = World(every_step=False, **size)
-    for i in range(1000):
-        w.submit(f"r{i}", prompt(300, i), max_tokens=100, advance=False)
-    times = []
-    w.scheduler.check = lambda: None
-    w.advance()
-    for _ in range(300):
-        done = w.engine.step(w.to_do.popleft())
-        w.now += 0.01
-        begin = time.thread_time()
-        w.scheduler.engine(done, w.now)
-        w.scheduler.advance(w.now)
-        times.append(time.thread_time() - begin)
-    times.sort()
-    with capsys.disabled():
-        median, p99 = times[150] * 1e3, times[297] * 1e3
-        print(f"\n  deciding a step: median {median:.2f} ms, p99 {p99:.2f} ms (64 running, 1,000 waiting)")
