@@ -5,10 +5,13 @@ with the model's name, since their queries filter on it; those hold a colon, whi
 Nothing carries a tenant or a word of a prompt.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
 
 from ktransformers.scheduler.protocol import Status
 
@@ -150,9 +153,10 @@ class Metrics:
         self.first_token = histogram(
             "time_to_first_token_seconds", "Submit to first token", FIRST_TOKEN_BUCKETS
         )
-        self.between_tokens = histogram(
-            "inter_token_latency_seconds", "Between two tokens", BETWEEN_TOKENS_BUCKETS
+        self.between_tokens = TokenHistogram(
+            "ktransformers_inter_token_latency_seconds", "Between two tokens", BETWEEN_TOKENS_BUCKETS
         )
+        r.register(self.between_tokens)
         self.request = histogram("e2e_request_latency_seconds", "Submit to last token", REQUEST_BUCKETS)
         self.queue = histogram("request_queue_time_seconds", "Submit to first step", REQUEST_BUCKETS)
         self.prompt_length = histogram("request_prompt_tokens", "Tokens of the prompt", LENGTH_BUCKETS)
@@ -198,6 +202,31 @@ class Metrics:
     def render(self) -> bytes:
         """The Prometheus text format."""
         return generate_latest(self.registry)
+
+
+class TokenHistogram:
+    """Of what is observed for every token: on one event loop, without the library's locks, at a third of its
+    cost."""
+
+    def __init__(self, name: str, text: str, buckets: Sequence[float]) -> None:
+        """`buckets` are upper bounds, which belong to them; one without a bound is added."""
+        self._name, self._text = name, text
+        self._bounds = (*buckets, math.inf)
+        self._counts = [0] * len(self._bounds)
+        self._sum = 0.0
+
+    def observe(self, value: float, times: int) -> None:
+        """The same value so many times."""
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
+
+    def collect(self) -> Iterator[Metric]:
+        """For the registry."""
+        below, buckets = 0, []
+        for bound, count in zip(self._bounds, self._counts, strict=True):
+            below += count
+            buckets.append((floatToGoString(bound), float(below)))  # type: ignore[no-untyped-call]
+        yield HistogramMetricFamily(self._name, self._text, buckets, self._sum)
 
 
 class TenantSeries:

@@ -34,11 +34,8 @@ class Detokenizer:
     def feed(self, tokens: Iterable[int]) -> str:
         """Text that `tokens` complete. IndexError for an id outside the vocabulary."""
         vocabulary = self._vocabulary
-        data = b"".join(
-            vocabulary.token_bytes(token)
-            for token in tokens
-            if self._special or not vocabulary.is_control(token)
-        )
+        shown = [token for token in tokens if self._special or not vocabulary.is_control(token)]
+        data = b"".join(map(vocabulary.token_bytes, shown))
         if not data:
             return ""
         if self._drop_space:

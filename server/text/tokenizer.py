@@ -50,6 +50,8 @@ class Tokenizer:
         given, does so for text that follows a token.
         """
         self._tokens = vocabulary.tokens
+        self._pieces: dict[int, bytes] = {}
+        """Of those that have been drawn, which are few."""
         self._types = vocabulary.types
         self._byte_level = vocabulary.model == "gpt2"
         self.vocab_size = len(vocabulary.tokens)
@@ -170,6 +172,12 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """What one token stands for, for a control token its name. IndexError outside the vocabulary."""
+        piece = self._pieces.get(token)
+        if piece is None:
+            piece = self._pieces[token] = self._bytes_of(token)
+        return piece
+
+    def _bytes_of(self, token: int) -> bytes:
         if token < 0:
             raise IndexError(token)
         text = self._tokens[token]

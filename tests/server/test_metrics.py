@@ -4,10 +4,16 @@ import asyncio
 import re
 
 import pytest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from ktransformers.scheduler.client import RequestFailed
+from ktransformers.scheduler.protocol import TokenEvent
+from ktransformers.server.accounting import Account, Counted, Usage
 from ktransformers.server.api.openai_requests import ChatRequest
 from ktransformers.server.auth import LOCAL
+from ktransformers.server.metrics import BETWEEN_TOKENS_BUCKETS, Metrics, TokenHistogram
+from ktransformers.server.tenants.ledger import Ledger
+from ktransformers.server.tenants.limits import Limiter
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi canary"}]}
 
@@ -102,3 +108,63 @@ async def test_leaving_is_counted(make, connect, scheduler) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert 'request_success_total{finished_reason="cancelled"} 1.0' in service.metrics.render().decode()
+
+
+def test_the_histogram_of_tokens_is_the_librarys() -> None:
+    """The same text for the same values, at the bounds, beyond them and many at once."""
+    ours, theirs = CollectorRegistry(), CollectorRegistry()
+    mine = TokenHistogram("x_seconds", "Text", BETWEEN_TOKENS_BUCKETS)
+    ours.register(mine)
+    library = Histogram("x_seconds", "Text", registry=theirs, buckets=BETWEEN_TOKENS_BUCKETS)
+    assert generate_latest(ours) == generate_latest(theirs)
+    for value, times in ((0.0, 1), (0.01, 2), (0.010001, 3), (0.3, 1), (80.0, 4), (1000.0, 2)):
+        mine.observe(value, times)
+        for _ in range(times):
+            library.observe(value)
+    found = [
+        {(s.name, s.labels.get("le")): s.value for metric in registry.collect() for s in metric.samples}
+        for registry in (ours, theirs)
+    ]
+    assert found[0].keys() == found[1].keys() and found[0] == pytest.approx(found[1])
+
+
+def counted_choice(metrics: Metrics, ledger: Ledger) -> tuple[Counted, Usage]:
+    usage = Usage(prompt_tokens=3)
+    reservation = Limiter().reserve((), 3, 10, 1)
+    account = Account(usage, ledger, reservation, metrics.tenants.of("t", "t"), ("t", "k", "m"))
+    return Counted(metrics, account, 0, 3), usage
+
+
+def test_what_is_put_out_is_reported_within_a_moment_and_whole_at_the_end() -> None:
+    metrics, ledger = Metrics("tiny", lambda: None), Ledger()
+    counted, usage = counted_choice(metrics, ledger)
+    value = metrics.registry.get_sample_value
+
+    def reported() -> tuple[float | None, ...]:
+        return (
+            usage.completion_tokens,
+            ledger._counts["t", "k", "m"][3],
+            value("ktransformers_generation_tokens_total"),
+            value("ktransformers_tenant_generation_tokens_total", {"tenant": "t"}),
+        )
+
+    counted.event(TokenEvent("a", [5], []))
+    assert reported() == (1, 1, 1, 1)
+    for _ in range(3):
+        counted.event(TokenEvent("a", [5, 6], []))
+    counted._report_at = 0.0  # a moment later
+    counted.event(TokenEvent("a", [5], []))
+    assert reported() == (8, 8, 8, 8)
+    counted.event(TokenEvent("a", [5, 5], [], "length"))
+    counted.finish("length")
+    counted.leave()
+    assert reported() == (10, 10, 10, 10)
+    assert value("ktransformers_inter_token_latency_seconds_count") == 9
+
+
+def test_what_a_client_that_leaves_has_had_is_counted() -> None:
+    counted, usage = counted_choice(Metrics("tiny", lambda: None), Ledger())
+    for _ in range(5):
+        counted.event(TokenEvent("a", [5], []))
+    counted.leave()
+    assert usage.completion_tokens == 5
