@@ -91,7 +91,7 @@ void Program::build_products() {
     if (const auto* logits = std::get_if<op::Logits>(&model_.ops[i]))
       product = std::make_unique<Product>(table_, model_, values_, rows_.of_op[i], *logits);
     if (product != nullptr)
-      activation_bytes = std::max(activation_bytes, product->activation_bytes() * max_rows(rows_.of_op[i]));
+      activation_bytes = std::max(activation_bytes, product->activation_bytes(max_rows(rows_.of_op[i])));
     products_.push_back(std::move(product));
     std::unique_ptr<HeadProduct> heads;
     if (const auto* op = std::get_if<op::HeadLinear>(&model_.ops[i])) {

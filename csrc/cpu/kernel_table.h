@@ -115,9 +115,12 @@ struct KernelTable {
   void (*quantize)(Activation, const float* x, int64_t ldx, int64_t rows, int64_t cols, uint8_t* act);
   void (*gemm)(Format, const uint8_t* packed, int64_t out_rows, int64_t cols, Activation, const uint8_t* act,
                int64_t rows, int64_t begin, int64_t end, const float* bias, float* y, int64_t ldy);
-  // What gemm adds last for inputs that are kInt8FarOut; for tables that have a gemm of their own.
-  void (*add_far_out)(Format, const uint8_t* packed, int64_t out_rows, int64_t cols, const uint8_t* act, int64_t rows,
-                      int64_t begin, int64_t end, float* y, int64_t ldy);
+  // What gemm leaves out of rows that are kInt8FarOut, added to its y: the high parts of far-out quads, by an index of
+  // them for all panels (kernels/far_out.inl).
+  size_t (*far_out_bytes)(int64_t rows, int64_t cols);  // of the index
+  void (*index_far_out)(const uint8_t* act, int64_t rows, int64_t cols, uint8_t* index);
+  void (*add_far_out)(Format, const uint8_t* packed, int64_t out_rows, int64_t cols, const uint8_t* index, int64_t begin,
+                      int64_t end, float* y, int64_t ldy);
 
   // ---- rows; an output may be one of the inputs. cos_sin: `pairs` cosines, then as many sines, the scale in both.
   void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* y);

@@ -30,6 +30,7 @@ struct Plane {
   static constexpr int kPerVector = 8 / Bits;
   static constexpr int kBytes = kGroup / 4 / kPerVector * kQuadBytes;
   static constexpr int kMask = ((1 << Bits) - 1) << From;
+  static constexpr int kMost = (1 << (From + Bits)) - 1;  // the largest integer
 
   static void pack(const QuadArray& quads, uint8_t* out) {
     for (int v = 0; v < kGroup / 4 / kPerVector; ++v) {
@@ -64,6 +65,7 @@ struct TwoPlanes {
   using A = Plane<0, Low>;
   using B = Plane<Low, High>;
   static constexpr int kBytes = A::kBytes + B::kBytes;
+  static constexpr int kMost = B::kMost;
   static void pack(const QuadArray& quads, uint8_t* out) {
     A::pack(quads, out);
     B::pack(quads, out + A::kBytes);

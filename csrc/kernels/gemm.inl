@@ -77,16 +77,12 @@ void integer_product(const Product& p, int64_t rows, int64_t begin, int64_t end)
   const bool many = rows >= kBlockMinRows;
   const int64_t chunk = many ? rows : rows_at_a_time<F>(p);
   const int64_t whole = p.out_rows / kPanelRows;  // panels that are not padded
+  const int64_t fit = ((end < whole ? end : whole) - begin) / kBlockPanels * kBlockPanels;
+  const int64_t streamed = many ? begin + fit : begin;
   for (int64_t r = 0; r < rows; r += chunk) {
     const int64_t last = rows - r < chunk ? rows : r + chunk;
-    for (int64_t first = begin; first < end; first += kFarOutPanels) {
-      const int64_t stop = end - first < kFarOutPanels ? end : first + kFarOutPanels;
-      const int64_t fit = ((stop < whole ? stop : whole) - first) / kBlockPanels * kBlockPanels;
-      const int64_t streamed = many ? first + fit : first;
-      if (first < streamed) block_product<Unpacked<F>>(p, unpack_groups<F>, first, streamed, r, last);
-      stream<F>(p, streamed, stop, r, last);
-      if (p.far_out) add_far_out<F>(p, first, stop, r, last);
-    }
+    if (begin < streamed) block_product<Unpacked<F>>(p, unpack_groups<F>, begin, streamed, r, last);
+    stream<F>(p, streamed, end, r, last);
   }
 }
 
@@ -95,25 +91,11 @@ void gemm(Format format, const uint8_t* packed, int64_t out_rows, int64_t cols, 
   with_format(format, [&](auto f) {
     using F = decltype(f);
     const int64_t stride = static_cast<int64_t>(activation_bytes(kind, cols));
-    const bool far_out = kind == Activation::kInt8FarOut && any_far_out(act, stride, rows, cols);
-    const Product p = {packed, out_rows, cols, panel_bytes<F>(cols), act, stride, bias, y, ldy, far_out};
+    const Product p = {packed, out_rows, cols, panel_bytes<F>(cols), act, stride, bias, y, ldy};
     if constexpr (kIsFloat<F> || kIsScaledFloat<F>) {
       float_product<F>(p, rows, begin, end);
     } else {
       integer_product<F>(p, rows, begin, end);
-    }
-  });
-}
-
-void add_far_out(Format format, const uint8_t* packed, int64_t out_rows, int64_t cols, const uint8_t* act, int64_t rows,
-                 int64_t begin, int64_t end, float* y, int64_t ldy) {
-  const int64_t stride = static_cast<int64_t>(activation_bytes(Activation::kInt8FarOut, cols));
-  if (!any_far_out(act, stride, rows, cols)) return;
-  with_format(format, [&](auto f) {
-    using F = decltype(f);
-    if constexpr (!kIsFloat<F> && !kIsScaledFloat<F>) {
-      const Product p = {packed, out_rows, cols, panel_bytes<F>(cols), act, stride, nullptr, y, ldy, true};
-      add_far_out<F>(p, begin, end, 0, rows);
     }
   });
 }

@@ -5,12 +5,23 @@
 namespace kt {
 namespace {
 
+// The largest byte of a format's quads.
+template <class F>
+constexpr int most_of() {
+  if constexpr (kIsCodebook<F>) {
+    return 255;
+  } else {
+    return F::kBias == 128 ? 255 : F::Quads::kMost;  // 128: looked up, or eight bits
+  }
+}
+
 // A group as group_product takes it: d and m of 16 outputs for each subgroup, quads of bytes, and
 //   kBias, kSubgroups, kHasMin   as block32.h says of a format
+//   kMost                        the largest byte
 // Either still packed, and unpacked in registers:
 template <class F>
 struct PackedGroup {
-  static constexpr int kBias = F::kBias, kSubgroups = F::kSubgroups;
+  static constexpr int kBias = F::kBias, kSubgroups = F::kSubgroups, kMost = most_of<F>();
   static constexpr bool kHasMin = F::kHasMin;
   Scales scales;
   const uint8_t* packed;
@@ -24,9 +35,9 @@ struct PackedGroup {
 };
 
 // or unpacked in memory. What differs between the formats is gone then, but for a few kinds.
-template <int Bias, int Subgroups, bool HasMin>
+template <int Bias, int Subgroups, bool HasMin, int Most = Bias == 128 ? 255 : 127>
 struct UnpackedGroup {
-  static constexpr int kBias = Bias, kSubgroups = Subgroups;
+  static constexpr int kBias = Bias, kSubgroups = Subgroups, kMost = Most;
   static constexpr bool kHasMin = HasMin;
   alignas(64) uint8_t quads[kGroup / 4][kQuadBytes];
   alignas(64) float scales[Subgroups][kLanes];
@@ -42,15 +53,19 @@ struct UnpackedGroup {
 
 using CodebookGroup = UnpackedGroup<kCodebookBias, 2, false>;
 
-// Biases below 64 become 64: fewer kinds.
-template <class F>
+// Biases below 64 become 64: fewer kinds. But where sums of small integers are shorter they stay small.
+template <class F, bool Small = kShortSums && most_of<F>() < 32>
 struct UnpackedKind {
   static constexpr int kBias = F::kBias == 0 || F::kBias == 128 ? F::kBias : 64;
   using Group = UnpackedGroup<kBias, F::kSubgroups, F::kHasMin>;
 };
 template <class F>
+struct UnpackedKind<F, true> {
+  using Group = UnpackedGroup<F::kBias, F::kSubgroups, F::kHasMin, most_of<F>() < 16 ? 15 : 31>;
+};
+template <class F>
   requires kIsCodebook<F>
-struct UnpackedKind<F> {
+struct UnpackedKind<F, false> {
   using Group = CodebookGroup;
 };
 template <class F>
@@ -135,6 +150,10 @@ inline Ints dot(Ints acc, Bytes w, Bytes x) {
   return Group::kBias == 128 ? dot_biased128(acc, w, x) : dot_u7(acc, w, x);
 }
 
+// How many quads' products of pairs fit a sum of 16 bits (activations are within 127); below 2: not worth it.
+template <class Group>
+constexpr int kShortRun = kShortSums ? 32767 / (2 * 127 * Group::kMost) : 0;
+
 // sum + (what subgroup S adds to it)
 template <int S, class Group>
 inline Floats finish(const ActivationGroup& a, Ints acc, const Group& w, Floats sum) {
@@ -153,19 +172,35 @@ inline void group_product(const Group* w, const uint8_t* act, int64_t stride, Fl
   constexpr int kQuads = kGroup / 4 / Group::kSubgroups;
   unroll<Group::kSubgroups>([&](auto s) {
     Ints acc[P][R];
-    for (int r = 0; r < R; ++r) {
-      const Ints start = start_at<Group>(Group::kSubgroups == 1 ? row(r).negative_sum : row(r).negative_half[s]);
-      for (int p = 0; p < P; ++p) acc[p][r] = start;
+    const auto start = [&](int r) {
+      const Ints at = start_at<Group>(Group::kSubgroups == 1 ? row(r).negative_sum : row(r).negative_half[s]);
+      for (int p = 0; p < P; ++p) acc[p][r] = at;
+    };
+    const auto each_quad = [&](const auto& add) {
+      unroll<kQuads>([&](auto i) {
+        constexpr int kQuad = s * kQuads + i;
+        Bytes weights[P];
+        for (int p = 0; p < P; ++p) weights[p] = w[p].template quad<kQuad>();
+        for (int r = 0; r < R; ++r) {
+          const Bytes x = broadcast4(row(r).q + 4 * kQuad);
+          for (int p = 0; p < P; ++p) add(i, p, r, weights[p], x);
+        }
+      });
+    };
+    if constexpr (kShortRun<Group> > 1) {
+      constexpr int kRun = kShortRun<Group>;
+      Shorts run[P][R];
+      each_quad([&](auto i, int p, int r, Bytes weights, Bytes x) {
+        const Shorts pairs = products_of_pairs(weights, x);
+        run[p][r] = i % kRun == 0 ? pairs : run[p][r] + pairs;
+        if ((i + 1) % kRun != 0 && i + 1 != kQuads) return;
+        if (i < kRun && p == 0) start(r);
+        acc[p][r] = add_pairs(acc[p][r], run[p][r]);
+      });
+    } else {
+      for (int r = 0; r < R; ++r) start(r);
+      each_quad([&](auto, int p, int r, Bytes weights, Bytes x) { acc[p][r] = dot<Group>(acc[p][r], weights, x); });
     }
-    unroll<kQuads>([&](auto i) {
-      constexpr int kQuad = s * kQuads + i;
-      Bytes weights[P];
-      for (int p = 0; p < P; ++p) weights[p] = w[p].template quad<kQuad>();
-      for (int r = 0; r < R; ++r) {
-        const Bytes x = broadcast4(row(r).q + 4 * kQuad);
-        for (int p = 0; p < P; ++p) acc[p][r] = dot<Group>(acc[p][r], weights[p], x);
-      }
-    });
     for (int p = 0; p < P; ++p)
       for (int r = 0; r < R; ++r) sum[p * R + r] = finish<s>(row(r), acc[p][r], w[p], sum[p * R + r]);
   });

@@ -12,7 +12,6 @@ struct Product {
   const float* bias;
   float* y;
   int64_t ldy;
-  bool far_out;  // whether any row has far-out quads
 
   // Outputs of a panel: the last one may be padded.
   int outputs(int64_t panel) const {

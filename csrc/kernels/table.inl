@@ -16,6 +16,8 @@ constexpr KernelTable make_table(const char* name) {
   t.activation_offset = activation_offset;
   t.quantize = quantize;
   t.gemm = gemm;
+  t.far_out_bytes = far_out_bytes;
+  t.index_far_out = index_far_out;
   t.add_far_out = add_far_out;
   t.rms_norm = rms_norm;
   t.rope = rope;

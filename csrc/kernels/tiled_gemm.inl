@@ -298,9 +298,6 @@ void tiled_product(const TiledProduct& p, typename T::Unpack unpack, int64_t beg
     for (int64_t first = begin; first < end; first += kChunkPanels) {
       const int64_t stop = end - first < kChunkPanels ? end : first + kChunkPanels;
       tiled_chunk<T>(p, unpack, row, rows, first, stop);
-      if (p.kind == Activation::kInt8FarOut)
-        kAvx512Bf16.add_far_out(p.format, p.packed, p.out_rows, p.cols, p.act + row * p.stride, rows, first, stop,
-                                p.y + row * p.ldy, p.ldy);
     }
   }
 }

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kLanes = 16;
 constexpr bool kHasDotBf16 = false;
+constexpr bool kShortSums = true;  // vpmaddwd is half of a dot product's multiplications
 // 16 registers: the accumulators of four rows take eight.
 constexpr int kTileRows = 4;
 constexpr int kTileRowsFloat = 2;
@@ -199,6 +200,21 @@ inline __m256i dot_step(__m256i acc, __m256i w, __m256i a) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), _mm256_set1_epi16(1)));
 }
 inline Ints dot_u7(Ints acc, Bytes w, Bytes a) { return {dot_step(acc.lo, w.lo, a.lo), dot_step(acc.hi, w.hi, a.hi)}; }
+struct Shorts {
+  __m256i lo, hi;
+};
+inline Shorts products_of_pairs(Bytes w, Bytes a) {
+  return {_mm256_maddubs_epi16(w.lo, a.lo), _mm256_maddubs_epi16(w.hi, a.hi)};
+}
+inline Shorts operator+(Shorts a, Shorts b) {
+  Shorts sum = {_mm256_add_epi16(a.lo, b.lo), _mm256_add_epi16(a.hi, b.hi)};
+  __asm__("" : "+x"(sum.lo), "+x"(sum.hi));  // else GCC adds in pairs first, and half of the sums leave the registers
+  return sum;
+}
+inline Ints add_pairs(Ints acc, Shorts a) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  return {_mm256_add_epi32(acc.lo, _mm256_madd_epi16(a.lo, ones)), _mm256_add_epi32(acc.hi, _mm256_madd_epi16(a.hi, ones))};
+}
 inline Ints start_biased128(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 // Of 8 unsigned bits two products would not fit: the sign of the weight moves to the activation.
 inline __m256i dot_signed_step(__m256i acc, __m256i w, __m256i a) {

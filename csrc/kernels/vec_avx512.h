@@ -9,6 +9,7 @@ namespace kt {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr bool kShortSums = false;
 // 32 registers: a sum and an accumulator for each row, the weights, their scales and the constants.
 constexpr int kTileRows = 12;
 constexpr int kTileRowsFloat = 12;
@@ -144,6 +145,14 @@ inline Bytes broadcast4(const int8_t* p) {
 }
 inline void keep(Bytes& a) { __asm__ volatile("" : "+v"(a.v)); }
 inline Ints dot_u7(Ints acc, Bytes w, Bytes a) { return {_mm512_dpbusd_epi32(acc.v, w.v, a.v)}; }
+struct Shorts {
+  __m512i v;
+};
+inline Shorts products_of_pairs(Bytes w, Bytes a) { return {_mm512_maddubs_epi16(w.v, a.v)}; }
+inline Shorts operator+(Shorts a, Shorts b) { return {_mm512_add_epi16(a.v, b.v)}; }
+inline Ints add_pairs(Ints acc, Shorts a) {
+  return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(a.v, _mm512_set1_epi16(1)))};
+}
 // vpdpbusd takes all of u8, so the bias is paid once, at the start.
 inline Ints start_biased128(int32_t negative_sum) { return shift_left<7>(set1_int(negative_sum)); }
 inline Ints dot_biased128(Ints acc, Bytes w, Bytes a) { return {_mm512_dpbusd_epi32(acc.v, w.v, a.v)}; }

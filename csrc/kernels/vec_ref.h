@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kLanes = 16;
 constexpr bool kHasDotBf16 = false;
+constexpr bool kShortSums = false;  // whether byte products are summed in 16 bits as long as they fit
 constexpr int kTileRows = 4;       // rows of a tile of the integer product
 constexpr int kTileRowsFloat = 2;  // the same for float products, which keep two sums for each output
 constexpr int kBlockPanels = 3, kBlockRows = 4;  // of a tile of the integer product of weights unpacked in memory
@@ -273,6 +274,25 @@ inline Ints dot_u7(Ints acc, Bytes w, Bytes a) {
     for (int j = 4 * i; j < 4 * i + 4; ++j) sum += static_cast<int32_t>(w.v[j]) * static_cast<int8_t>(a.v[j]);
     return sum;
   });
+}
+// The same in steps, while sums of 16 bits hold it: for two neighbours each the sum of their products, and those of a
+// lane's two pairs added to its 32 bits.
+struct Shorts {
+  int16_t v[2 * kLanes];
+};
+inline Shorts products_of_pairs(Bytes w, Bytes a) {
+  Shorts out;
+  for (int i = 0; i < 2 * kLanes; ++i)
+    out.v[i] = static_cast<int16_t>(w.v[2 * i] * static_cast<int8_t>(a.v[2 * i]) +
+                                    w.v[2 * i + 1] * static_cast<int8_t>(a.v[2 * i + 1]));
+  return out;
+}
+inline Shorts operator+(Shorts a, Shorts b) {
+  for (int i = 0; i < 2 * kLanes; ++i) a.v[i] = static_cast<int16_t>(a.v[i] + b.v[i]);
+  return a;
+}
+inline Ints add_pairs(Ints acc, Shorts a) {
+  return lanes<Ints>([&](int i) { return acc.v[i] + a.v[2 * i] + a.v[2 * i + 1]; });
 }
 // The same for weights stored with 128 added: the sum of (w - 128) * a, provided that the chain began with
 // start_biased128(-(sum of all its a)).

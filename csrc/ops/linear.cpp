@@ -17,16 +17,19 @@ constexpr int64_t kChunksPerThread = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Panels whose far-out quads are added together, while their weights are still in the second-level cache.
+constexpr int64_t kFarOutPanels = 18;
+
 // Tiles of so many rows take three panels.
 constexpr int64_t kManyRows = 96;
 
 // How a product of all panels and rows is cut: chunk c is piece c % panel_chunks of the panels by piece c / panel_chunks of
 // the rows, so chunks that read the same rows follow each other. As many for each thread, and all about equal.
 struct Grid {
-  int64_t panels, row_chunk, panel_step, panel_chunks, chunks;
+  int64_t rows, panels, row_chunks, row_chunk, panel_step, panel_chunks, chunks;
 
-  Grid(int64_t rows, int64_t panels, size_t packed_bytes, int threads) : panels(panels) {
-    const int64_t row_chunks = ceil_div(rows, kMostRows);
+  Grid(int64_t rows, int64_t panels, size_t packed_bytes, int threads)
+      : rows(rows), panels(panels), row_chunks(ceil_div(rows, kMostRows)) {
     row_chunk = std::min(rows, ceil_div(rows, row_chunks * kRowStep) * kRowStep);
     panel_step = row_chunk < kManyRows ? 1 : 3;
     const int64_t work = static_cast<int64_t>(packed_bytes) * row_chunk;
@@ -35,7 +38,7 @@ struct Grid {
     chunks = row_chunks * panel_chunks;
   }
 
-  int64_t first_row(int64_t chunk) const { return chunk / panel_chunks * row_chunk; }
+  int64_t rows_of(int64_t piece) const { return std::min(row_chunk, rows - piece * row_chunk); }
   int64_t first_panel(int64_t chunk) const { return panel(chunk % panel_chunks); }
   int64_t end_panel(int64_t chunk) const { return std::min(panel(chunk % panel_chunks + 1), panels); }
 
@@ -48,6 +51,46 @@ Activation activation_of(const KernelTable& table, const Weight& weight, bool pr
   return precise && kind == Activation::kInt8 ? Activation::kInt8FarOut : kind;
 }
 
+// An index of far-out quads for each chunk of rows; all panels share it.
+size_t index_bytes(const KernelTable& table, Activation activation, int64_t rows, int64_t cols) {
+  if (activation != Activation::kInt8FarOut) return 0;
+  return table.far_out_bytes(std::min(rows, kMostRows + kRowStep), cols);
+}
+
+size_t indices_bytes(const KernelTable& table, Activation activation, int64_t rows, int64_t cols) {
+  return ceil_div(rows, kMostRows) * index_bytes(table, activation, rows, cols);
+}
+
+// The presented input of a product.
+struct Presented {
+  Activation activation;
+  const uint8_t* rows;
+  size_t row_bytes;
+  uint8_t* indices;    // of the far-out quads of each chunk of rows
+  size_t index_bytes;  // of one; 0: no product with far-out quads
+
+  void make_indices(const KernelTable& table, const Grid& grid, int64_t cols) const {
+    for (int64_t i = 0; index_bytes > 0 && i < grid.row_chunks; ++i)
+      table.index_far_out(rows + i * grid.row_chunk * row_bytes, grid.rows_of(i), cols, indices + i * index_bytes);
+  }
+};
+
+// Panels [begin, end) of one weight for the rows of one chunk; y is that of row 0.
+void multiply_chunk(const KernelTable& table, const Weight& w, const Presented& input, const Grid& grid, int64_t chunk,
+                    int64_t begin, int64_t end, const float* bias, float* y) {
+  const int64_t piece = chunk / grid.panel_chunks, first_row = piece * grid.row_chunk;
+  const int64_t step = input.index_bytes > 0 ? kFarOutPanels : end - begin;
+  y += first_row * w.rows();
+  for (; begin < end; begin += step) {
+    const int64_t stop = std::min(end, begin + step);
+    table.gemm(w.format(), w.packed(), w.rows(), w.cols(), input.activation, input.rows + first_row * input.row_bytes,
+               grid.rows_of(piece), begin, stop, bias, y, w.rows());
+    if (input.index_bytes > 0)
+      table.add_far_out(w.format(), w.packed(), w.rows(), w.cols(), input.indices + piece * input.index_bytes, begin, stop,
+                        y, w.rows());
+  }
+}
+
 }  // namespace
 
 void product(ThreadPool& pool, const Weight& weight, const float* x, int64_t rows, bool precise, float* y) {
@@ -57,17 +100,17 @@ void product(ThreadPool& pool, const Weight& weight, const float* x, int64_t row
   const int64_t cols = weight.cols();
   const Activation activation = activation_of(table, weight, precise);
   const size_t row_bytes = table.activation_bytes(activation, cols);
-  const Mapping presented(row_bytes * rows);
+  const Mapping presented(row_bytes * rows + indices_bytes(table, activation, rows, cols));
   pool.parallel_for(ceil_div(rows, kRowStep), [&](int64_t chunk, int) {
     const int64_t r = chunk * kRowStep;
     table.quantize(activation, x + r * cols, cols, std::min(kRowStep, rows - r), cols, presented.data() + r * row_bytes);
   });
   const Grid grid(rows, weight.panels(), weight.bytes(), pool.threads());
+  const Presented input = {activation, presented.data(), row_bytes, presented.data() + row_bytes * rows,
+                           index_bytes(table, activation, rows, cols)};
+  input.make_indices(table, grid, cols);
   pool.parallel_for(grid.chunks, [&](int64_t chunk, int) {
-    const int64_t r = grid.first_row(chunk);
-    table.gemm(weight.format(), weight.packed(), weight.rows(), cols, activation, presented.data() + r * row_bytes,
-               std::min(grid.row_chunk, rows - r), grid.first_panel(chunk), grid.end_panel(chunk), nullptr,
-               y + r * weight.rows(), weight.rows());
+    multiply_chunk(table, weight, input, grid, chunk, grid.first_panel(chunk), grid.end_panel(chunk), nullptr, y);
   });
 }
 
@@ -102,6 +145,12 @@ void Product::add(const Model& model, const op::LinearPart& part, const Values& 
   packed_bytes_ += weight.bytes();
 }
 
+size_t Product::activation_bytes(int64_t max_rows) const {
+  size_t bytes = activation_bytes_ * max_rows;
+  for (const Input& input : inputs_) bytes += indices_bytes(table_, input.activation, max_rows, cols_);
+  return bytes;
+}
+
 RowFunction Product::make_quantize(uint8_t* activations, int64_t max_rows) const {
   return [this, activations, max_rows](const Step&, int64_t begin, int64_t end) {
     for (const Input& input : inputs_)
@@ -126,27 +175,32 @@ ReadAhead Product::read_ahead(int threads) const {
   return of_threads;
 }
 
-WholeFunction Product::make_multiply(ThreadPool& pool, const uint8_t* activations, int64_t max_rows) const {
+WholeFunction Product::make_multiply(ThreadPool& pool, uint8_t* activations, int64_t max_rows) const {
   return [this, &pool, activations, max_rows](const Step& step) { multiply(step, pool, activations, max_rows); };
 }
 
-void Product::multiply(const Step& step, ThreadPool& pool, const uint8_t* activations, int64_t max_rows) const {
+void Product::multiply(const Step& step, ThreadPool& pool, uint8_t* activations, int64_t max_rows) const {
   const int64_t rows = step.rows(rows_);
   if (rows == 0) return;
   const Grid grid(rows, panels_, packed_bytes_, pool.threads());
+  std::vector<Presented> inputs;
+  for (const Input& input : inputs_) {
+    inputs.push_back({input.activation, activations + input.offset * max_rows, input.row_bytes,
+                      activations + activation_bytes_ * max_rows,  // of one input at most
+                      index_bytes(table_, input.activation, max_rows, cols_)});
+    inputs.back().make_indices(table_, grid, cols_);
+  }
   pool.parallel_for(grid.chunks, [&](int64_t chunk, int) {
-    const int64_t first_row = grid.first_row(chunk), n = std::min(grid.row_chunk, rows - first_row);
     int64_t begin = grid.first_panel(chunk), end = grid.end_panel(chunk);
     for (const Part& part : parts_) {
       const Weight& w = *part.weight;
       const int64_t first = std::max(begin, int64_t{0}), last = std::min(end, w.panels());
       if (first < last) {
-        const Input& input = inputs_[part.input];
-        float* y = part.out + first_row * w.rows();
-        table_.gemm(w.format(), w.packed(), w.rows(), w.cols(), input.activation,
-                    activations + input.offset * max_rows + first_row * input.row_bytes, n, first, last,
-                    part.bias.empty() ? nullptr : part.bias.data(), y, w.rows());
+        multiply_chunk(table_, w, inputs[part.input], grid, chunk, first, last,
+                       part.bias.empty() ? nullptr : part.bias.data(), part.out);
         if (softcap_ > 0.0f) {
+          const int64_t piece = chunk / grid.panel_chunks, n = grid.rows_of(piece);
+          float* const y = part.out + piece * grid.row_chunk * w.rows();
           const int64_t o = first * kPanelRows, outputs = std::min(last * kPanelRows, w.rows()) - o;
           for (int64_t r = 0; r < n; ++r) table_.softcap(y + r * w.rows() + o, outputs, softcap_);
         }

@@ -17,17 +17,17 @@ class Product {
   Product(const KernelTable& table, const Model& model, const Values& values, Rows rows, const op::Linear& op);
   Product(const KernelTable& table, const Model& model, const Values& values, Rows rows, const op::Logits& op);
 
-  // Bytes of presented input that one row needs.
-  size_t activation_bytes() const { return activation_bytes_; }
+  // Bytes that the presented input of so many rows needs.
+  size_t activation_bytes(int64_t max_rows) const;
 
-  // Presents rows of the input in `activations`, which has max_rows * activation_bytes(). Read by multiply.
+  // Presents rows of the input in `activations`, which has activation_bytes(max_rows). Read by multiply.
   RowFunction make_quantize(uint8_t* activations, int64_t max_rows) const;
 
   // The weights, in the order in which each of the pool's threads begins with them.
   ReadAhead read_ahead(int threads) const;
 
   // One fork-join over chunks of outputs x chunks of rows. Split by output, never along k: law 1.
-  WholeFunction make_multiply(ThreadPool& pool, const uint8_t* activations, int64_t max_rows) const;
+  WholeFunction make_multiply(ThreadPool& pool, uint8_t* activations, int64_t max_rows) const;
 
  private:
   struct Part {
@@ -43,7 +43,7 @@ class Product {
   };
 
   void add(const Model& model, const op::LinearPart& part, const Values& values);
-  void multiply(const Step& step, ThreadPool& pool, const uint8_t* activations, int64_t max_rows) const;
+  void multiply(const Step& step, ThreadPool& pool, uint8_t* activations, int64_t max_rows) const;
 
   const KernelTable& table_;
   const float* x_;
@@ -53,7 +53,7 @@ class Product {
   std::vector<Part> parts_;
   std::vector<Input> inputs_;
   bool precise_;
-  size_t activation_bytes_ = 0;
+  size_t activation_bytes_ = 0;  // of a row of all inputs
   int64_t panels_ = 0;
   size_t packed_bytes_ = 0;
 };

@@ -46,16 +46,23 @@ struct Case {
   kt::Activation kind;
   const uint8_t* weights;
   size_t weight_bytes;
-  const uint8_t* act;
+  const uint8_t *act, *far_out;  // far_out null: not kInt8FarOut
   float* y;
 };
+
+constexpr int64_t kFarOutPanels = 18;  // as in ops/linear.cpp
 
 void run_share(const Case& c, int copies, int thread, int threads) {
   const int64_t panels = (c.out + kt::kPanelRows - 1) / kt::kPanelRows;
   const int64_t begin = panels * thread / threads, end = panels * (thread + 1) / threads;
+  const int64_t step = c.far_out ? kFarOutPanels : end - begin;
   for (int i = 0; i < copies; ++i) {
-    c.table->gemm(c.format, c.weights + static_cast<size_t>(i) * c.weight_bytes, c.out, c.cols, c.kind, c.act,
-                  c.rows, begin, end, nullptr, c.y, c.out);
+    const uint8_t* weights = c.weights + static_cast<size_t>(i) * c.weight_bytes;
+    for (int64_t first = begin; first < end; first += step) {
+      const int64_t stop = std::min(end, first + step);
+      c.table->gemm(c.format, weights, c.out, c.cols, c.kind, c.act, c.rows, first, stop, nullptr, c.y, c.out);
+      if (c.far_out) c.table->add_far_out(c.format, weights, c.out, c.cols, c.far_out, first, stop, c.y, c.out);
+    }
   }
 }
 
@@ -129,6 +136,11 @@ int main(int argc, char** argv) {
   c.table->quantize(c.kind, x.data(), c.cols, c.rows, c.cols, act);
   const double quantize = seconds_now(1) - start;
   c.act = act;
+  if (far >= 0) {
+    uint8_t* index = huge_pages(c.table->far_out_bytes(c.rows, c.cols));
+    c.table->index_far_out(act, c.rows, c.cols, index);
+    c.far_out = index;
+  }
   c.y = reinterpret_cast<float*>(huge_pages(static_cast<size_t>(c.rows * c.out) * sizeof(float)));
 
   std::vector<double> seconds, reading;

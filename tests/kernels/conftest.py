@@ -72,6 +72,13 @@ class WeightFormat:
         self.other_scales(rng, raw, extreme)
         return raw.reshape(rows, -1)
 
+    def all_ones(self, rng: np.random.Generator, rows: int, cols: int) -> U8:
+        """The same with every bit set but those of float16 scales: the largest integers that there are."""
+        raw = self.random(rng, rows, cols).reshape(rows, -1, self.block_bytes)
+        scales = [byte for offset in SCALE_OFFSETS[self.name] for byte in (offset, offset + 1)]
+        raw[:, :, np.setdiff1d(np.arange(self.block_bytes), scales)] = 0xFF
+        return raw.reshape(rows, -1)
+
     def other_scales(self, rng: np.random.Generator, raw: U8, extreme: bool) -> None:
         """Scales that are not float16, and bytes that no file has, in blocks [rows, blocks, bytes]."""
         shape = raw.shape[:2]

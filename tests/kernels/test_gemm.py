@@ -108,6 +108,19 @@ def test_equal_to_the_reference_bit_for_bit(fmt, isa, rng, pool, out_rows, preci
             same_bits(y, _kernels.gemm(pool, reference, x, precise), f"{rows} x {cols}")
 
 
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_sums_hold_the_largest_integers(formats, isa, rng, pool, name):
+    """Where products are summed in 16 bits, as many of them as fit in the worst case and no more."""
+    cols, out_rows, rows = 768, 33, 100
+    raw = formats[name].all_ones(rng, out_rows, cols)
+    x = np.ones((rows, cols), np.float32)  # 127 each, and -127
+    x[1::2] = -1
+    weight, reference = (weight_of(formats[name], table, raw, out_rows, cols) for table in (isa, "reference"))
+    expected = _kernels.gemm(pool, reference, x[:2].copy(), False)
+    same_bits(_kernels.gemm(pool, weight, x[:2].copy(), False), expected, "two rows")
+    same_bits(_kernels.gemm(pool, weight, x, False), np.tile(expected, (rows // 2, 1)), f"{rows} rows")
+
+
 def test_a_row_does_not_depend_on_its_neighbours(fmt, isa, rng, pool, precise):
     cols, out_rows = 768, 33
     weight = weight_of(fmt, isa, fmt.random(rng, out_rows, cols), out_rows, cols)
