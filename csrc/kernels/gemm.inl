@@ -43,7 +43,7 @@ inline void tiles(const Product& p, int64_t panel, int64_t row, int64_t end, int
     tile<F, R>(p, panel, row, ahead);
     ahead = 0;  // what is read now: there is nothing to fetch
   }
-  if constexpr (R > 1) tiles<F, R == 12 ? 8 : R / 2>(p, panel, row, end, ahead);
+  if constexpr (R > 1) tiles<F, fewer_rows(R)>(p, panel, row, end, ahead);
 }
 
 // Panels [begin, end) of rows [row, stop), in tiles that go along k once.

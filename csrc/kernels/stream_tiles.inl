@@ -8,19 +8,26 @@ namespace {
 // when a line of weights is worked on for long.
 constexpr int64_t kAhead = 4096;
 
-inline void prefetch(const uint8_t* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+// Rows of the next smaller tile. Few rows should be one tile: a second one unpacks anew, while memory rests.
+constexpr int fewer_rows(int rows) { return rows == 12 ? 8 : rows == 8 ? 6 : rows - 1; }
+
+// A group, and the header before it if it is the first of one. Only to the second-level cache: the first has few buffers for
+// misses, which activations need as well, and hardly room for all of these.
+template <class F>
+inline void prefetch_group(const uint8_t* packed, int place) {
+  const int64_t header = place == 0 ? F::kHeader : 0;
+  for (int64_t i = -header; i < packed_group_bytes<F>(); i += 64) __builtin_prefetch(packed + i, 0, 2);
 }
 
-// A group, as a tile of R rows reads it. Of one or two rows memory is the limit, and the processor's own prefetching keeps
-// up: it is only led over the end of a page. Each line fetched by us would take one of the few buffers for misses of the
-// first-level cache from the loads (Q8_0 read 22 % slower from the third-level cache, 15 % and more from memory).
-template <int R>
-inline void prefetch_group(const uint8_t* p, int64_t bytes) {
+// The same for a tile of R rows. Of one or two rows memory is the limit, and the processor's own prefetching keeps up: it is
+// only led over the end of a page. Each line fetched by us would take one of those buffers from the loads (Q8_0 read 22 %
+// slower from the third-level cache, 15 % and more from memory).
+template <class F, int R>
+inline void lead(const uint8_t* packed, int place) {
   if constexpr (R <= 2) {
-    __builtin_prefetch(p, 0, 2);
+    __builtin_prefetch(packed, 0, 2);
   } else {
-    prefetch(p, bytes);
+    prefetch_group<F>(packed, place);
   }
 }
 
@@ -32,7 +39,7 @@ inline void integer_tile(const uint8_t* panel, int64_t ahead, const uint8_t* act
     const uint8_t* header = panel;
     panel += F::kHeader;
     for (int g = 0; g < F::kGroups && g < left; ++g) {
-      if (ahead) prefetch_group<R>(panel + ahead, F::Quads::kBytes + F::kHeader / F::kGroups);
+      if (ahead) lead<F, R>(panel + ahead, g);
       const PackedGroup<F> w = {F::scales(header, g), panel};
       group_product<R, 1>(&w, act, stride, sum);
       panel += F::Quads::kBytes;
@@ -50,7 +57,7 @@ template <class F>
                                      int64_t step) {
   for (int64_t g = first; g < first + count; ++g, out += step) {
     const GroupPlace<F> from(panel, g);
-    if (ahead) prefetch(from.packed + ahead, packed_group_bytes<F>() + F::kHeader / F::kGroups);
+    if (ahead) prefetch_group<F>(from.packed + ahead, from.place);
     unpack_to_bytes<F>(from, *out);
   }
 }
@@ -77,7 +84,7 @@ inline void codebook_tiles(const Product& p, Unpack<CodebookGroup> unpack, int64
     codebook_tile<R>(p, unpack, panel, row, ahead);
     ahead = 0;
   }
-  if constexpr (R > 1) codebook_tiles<R == 12 ? 8 : R / 2>(p, unpack, panel, row, end, ahead);
+  if constexpr (R > 1) codebook_tiles<fewer_rows(R)>(p, unpack, panel, row, end, ahead);
 }
 
 }  // namespace
