@@ -24,9 +24,10 @@ test: $(VENV)/.installed $(VENV)/.model $(VENV)/.test-needs check-objects
 test-slow: $(VENV)/.installed $(VENV)/.model $(VENV)/.test-needs
 	@mkdir -p build/test && cd build/test && "$(abspath $(BIN))/pytest" -c ../../pyproject.toml --rootdir ../.. ../../tests -m slow $(ARGS)
 
-# The bounds of the balance scheduler over 20 seeds of 10^5 steps, and 10^6 steps of the disk store and of the tiers: hours.
+# The bounds of the balance scheduler over 20 seeds of 10^5 steps with a large engine (`make test` has a small one), and 10^6
+# steps of the disk store and of the tiers: hours.
 nightly: $(VENV)/.installed $(VENV)/.test-needs
-	@mkdir -p build/test && cd build/test && FAIRNESS_SEEDS=20 FAIRNESS_SECONDS=6250 "$(abspath $(BIN))/pytest" -c ../../pyproject.toml --rootdir ../.. ../../tests/scheduler/test_fairness.py --timeout 0 $(ARGS)
+	@mkdir -p build/test && cd build/test && FAIRNESS_SEEDS=20 FAIRNESS_SECONDS=6250 "$(abspath $(BIN))/pytest" -c ../../pyproject.toml --rootdir ../.. ../../tests/scheduler/test_fair_*.py --timeout 0 $(ARGS)
 	@cd build/test && DISK_STEPS=1000000 "$(abspath $(BIN))/pytest" -c ../../pyproject.toml --rootdir ../.. ../../tests/kvcache/test_disk_machine.py --timeout 0 $(ARGS)
 	@cd build/test && "$(abspath $(BIN))/python" ../../tests/kvcache/three_tiers.py 1000000
 

@@ -166,6 +166,8 @@ class Loads:
 
     def next_timeout(self, now: float) -> float | None:
         """When the next one that waits will wait no longer."""
+        if not self._loads:
+            return None
         times = (load.until for load in self._loads.values() if load.until is not None)
         return min((time for time in times if time > now), default=None)
 

@@ -211,6 +211,8 @@ class KVCache:
         Errors: ValueError when more is missing than available; nothing has changed then.
         """
         count = self.missing(table, tokens)
+        if not count:
+            return []
         if count > self.available:
             raise ValueError(f"{count} blocks wanted, {self.available} available")
         new = [self._take(table.owner) for _ in range(count)]

@@ -33,6 +33,7 @@ class Account(Claimant):
         "backlogged_service",
         "due",
         "due_from",
+        "first",
         "kept",
         "largest",
         "light",
@@ -55,6 +56,8 @@ class Account(Claimant):
         self.running: dict[Request, None] = {}
         self.waiting = 0
         self.waiting_tokens = 0
+        self.first: Request | None = None
+        """Its next request, once it was asked for."""
         self.limited = False
         """Something waits, but as many run as may."""
         self.service = 0
@@ -82,7 +85,9 @@ class Account(Claimant):
 
     def head(self) -> Request:
         """Its next request. Something waits."""
-        user = self.users.ready.least()
-        if user is None:
-            raise LookupError(f"tenant {self.name!r} has nothing waiting")
-        return user.head()
+        if self.first is None:
+            user = self.users.ready.least()
+            if user is None:
+                raise LookupError(f"tenant {self.name!r} has nothing waiting")
+            self.first = user.head()
+        return self.first

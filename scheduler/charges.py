@@ -25,16 +25,20 @@ class Prices:
 
     def executed(self, request: Request, start: int, until: int, drew: bool) -> int:
         """What is due for a step that took a request from `start` to `until` computed tokens."""
+        if request.charged_until < request.n_prompt:
+            self._charge_prompt(request, start, until)
+        request.cost += self.output * drew
+        due = max(self.floor, request.cost) - request.charged
+        request.charged += due
+        return due
+
+    def _charge_prompt(self, request: Request, start: int, until: int) -> None:
         found, computed = min(start, request.n_prompt), min(until, request.n_prompt)
         # Steps are done in order, so what lies between the charged and the computed was found.
         request.cost += self.cached * max(0, found - request.charged_until)
         request.charged_until = max(request.charged_until, found)
         request.cost += self.prompt * max(0, computed - request.charged_until)
         request.charged_until = max(request.charged_until, computed)
-        request.cost += self.output * drew
-        due = max(self.floor, request.cost) - request.charged
-        request.charged += due
-        return due
 
     def expected(self, request: Request, found: int, outputs: int) -> int:
         """What is yet to be charged if `found` tokens are found and `outputs` more are drawn."""

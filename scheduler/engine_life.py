@@ -121,8 +121,10 @@ class EngineLife:
 
     def _send_urgent(self, now: float, send: Callable[[Step], None]) -> bool:
         """A step for those without a backlog, if there are such and it is worth its while."""
+        if not self._queue.has_fresh:
+            return False
         most, left = self.ready.urgent_tokens, self._pause_left
-        if not most or left <= 0 or not self._queue.has_fresh:
+        if not most or left <= 0:
             return False
         if not self.planner.is_long(self._in_flight[0].features):
             return False

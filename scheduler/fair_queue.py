@@ -10,14 +10,15 @@ V* back and newcomers would start with credit.
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ktransformers.scheduler.accounts import RECENT_OUTPUTS, Account, User
-from ktransformers.scheduler.charges import UNIT, Prices
-from ktransformers.scheduler.config import SchedulerConfig
+from ktransformers.scheduler.charges import UNIT
 from ktransformers.scheduler.protocol import Tenant, TenantStatus
 from ktransformers.scheduler.request import Request
-from ktransformers.scheduler.virtual_time import Claimant, Level
+from ktransformers.scheduler.reserve import Reserve
+from ktransformers.scheduler.rules import Rules
+from ktransformers.scheduler.virtual_time import Level
 
 _RATE_DECAY = 0.99
 """A step; the rate is that of the last hundred or so."""
@@ -32,32 +33,14 @@ _MOST_LINGERING = 1024
 _MOST_IDLE_TENANTS = 16_384
 
 
-@dataclass(frozen=True)
-class Rules:
-    """The settings of the fair queue; SchedulerConfig says what each is for."""
+@dataclass(slots=True)
+class _Charge:
+    """Of one user, not yet in the order."""
 
-    window: float = 2.0
-    backfill: float = 2.0
-    preempt: float = 10.0
-    kv_share: float = 1.25
-    predict: bool = True
-    fresh_first: bool = True
-    """Who is light and has no backlog goes first, and others do not make it wait for long steps."""
-    by_arrival: bool = False
-    """First come, first served: the counters are kept, and nobody looks at them."""
-    prices: Prices = field(default_factory=Prices)
-
-    @classmethod
-    def of(cls, config: SchedulerConfig) -> "Rules":
-        """As the scheduler is configured."""
-        if config.policy != "fair":
-            by_arrival = config.policy == "fifo"
-            return cls(0.0, 0.0, 0.0, 0.0, predict=False, fresh_first=False, by_arrival=by_arrival)
-        return cls(
-            window=config.fair_window,
-            backfill=config.fair_window,
-            preempt=config.fair_preempt,
-        )
+    account: Account
+    cost: int = 0
+    settled: int = 0
+    """Of what had been promised."""
 
 
 class FairQueue:
@@ -68,13 +51,19 @@ class FairQueue:
         self.tokens = 0
         """Prompt tokens that wait."""
         self._tenants: Level[Account] = Level(_MOST_IDLE_TENANTS)
-        self._waiting: dict[Request, Account] = {}
+        self.running: dict[Account, None] = {}
+        """Accounts with something that runs."""
+        self._waiting: dict[Request, None] = {}
+        self._whose: dict[Request, tuple[Account, User]] = {}
+        """Of all that wait or run."""
+        self._charged: dict[User, _Charge] = {}
+        """Since `_settle`."""
         self._lingering: OrderedDict[Account, float] = OrderedDict()
         self._fresh: OrderedDict[Account, float] = OrderedDict()
         """Light ones that had nothing waiting until lately, and since when they have."""
         self._active = 0
         """Tenants that have something here, or had it lately."""
-        self._kept_slots = self._kept_tokens = self._light = 0
+        self._reserve = Reserve()
         self._due = 0.0
         """What a tenant of weight 1 was due until now, had it always had something waiting."""
         self._milli_waiting = 0
@@ -108,6 +97,7 @@ class FairQueue:
         self._waits(request, account, user)
 
     def _waits(self, request: Request, account: Account, user: User) -> None:
+        self._whose[request] = account, user
         if not account.waiting:
             self._tenants.lift(account)
             self._milli_waiting += account.milli
@@ -121,7 +111,7 @@ class FairQueue:
         account.waiting += 1
         account.waiting_tokens += request.n_prompt
         self.tokens += request.n_prompt
-        self._waiting[request] = account
+        self._waiting[request] = None
         self._place_user(account, user)
         account.users.advance()
         self._place(account)
@@ -136,24 +126,30 @@ class FairQueue:
         """It is let in, with `found` tokens of its prompt in the cache. Errors: as `remove`."""
         account, user = self._take(request)
         account.running[request] = None
-        self._note_room(account, request)
+        self.running[account] = None
+        self._reserve.entered(account, request, self.predicted(account))
         if self.rules.predict:
             outputs = max(1, min(self.predicted(account), request.sampling.max_tokens) - request.drawn)
             request.pending = self.rules.prices.expected(request, found, outputs)
             self._promise(account, user, request.pending)
+            self._place_user(account, user)
         self._place(account)
 
     def leave(self, request: Request) -> None:
         """It gave up its slot, for good or to be pushed to the front again."""
-        account, user = self._of(request)
+        self._settle()
+        account, user = self._whose[request]
         del account.running[request]
+        if not account.running:
+            del self.running[account]
         self._promise(account, user, -request.pending)
+        self._place_user(account, user)
         request.pending = 0
         self._close(request, account, user)
 
     def ended(self, request: Request) -> None:
         """A running request has ended by itself: what its tenant's next ones are predicted from."""
-        account, _ = self._of(request)
+        account, _ = self._whose[request]
         account.outputs.append(request.drawn)
         self._outputs.append(request.drawn)
 
@@ -163,8 +159,9 @@ class FairQueue:
         return sum(outputs) // len(outputs) if outputs else 1
 
     def _take(self, request: Request) -> tuple[Account, User]:
-        account = self._waiting.pop(request)
-        _, user = self._of(request)
+        self._settle()
+        del self._waiting[request]
+        account, user = self._whose[request]
         # What was next until now is what this user's and this tenant's place had been worth.
         account.users.advance()
         self._tenants.advance()
@@ -182,6 +179,7 @@ class FairQueue:
         return account, user
 
     def _close(self, request: Request, account: Account, user: User) -> None:
+        del self._whose[request]
         user.open -= 1
         if not user.open:
             account.users.rest(user)
@@ -190,8 +188,10 @@ class FairQueue:
             self._linger(account)
 
     def _place_user(self, account: Account, user: User) -> None:
+        account.first = None
         if user.waiting:
-            account.users.ready.put(user, self._key(user), user.head().order)
+            key = 0 if self.rules.by_arrival else user.key
+            account.users.ready.put(user, key, user.head().order)
         else:
             account.users.ready.drop(user)
 
@@ -206,14 +206,13 @@ class FairQueue:
                 self._tenants.lift(account)
             # At the same key who has no backlog goes first.
             order = account.head().order - (_BEFORE_ALL if account in self._fresh else 0)
-            self._tenants.ready.put(account, self._key(account), order)
+            key = 0 if self.rules.by_arrival else account.key
+            self._tenants.ready.put(account, key, order)
         else:
             self._tenants.ready.drop(account)
         account.limited = bool(account.waiting) and at_limit
-        self._keep(account)
-
-    def _key(self, claimant: Claimant) -> int:
-        return 0 if self.rules.by_arrival else claimant.key
+        if not account.waiting or account.light:
+            self._keep(account)
 
     def _linger(self, account: Account) -> None:
         self._lingering[account] = self._now
@@ -224,46 +223,31 @@ class FairQueue:
         del self._lingering[account]
         self._active -= 1
         self._milli_active -= account.milli
-        account.most_running = account.most_tokens = account.largest = 0
-        self._keep(account)
+        self._reserve.forget(account)
         self._tenants.rest(account)
 
-    # ---- room for those that are about
-
-    def _note_room(self, account: Account, request: Request) -> None:
-        """It enters: what its tenant has at once, the past counting less each time."""
-        size = request.n_prompt + min(self.predicted(account), request.sampling.max_tokens)
-        tokens = size + sum(len(r.tokens) for r in account.running if r is not request)
-        account.most_running = max(len(account.running), account.most_running * 15 // 16)
-        account.most_tokens = max(tokens, account.most_tokens * 15 // 16)
-        account.largest = max(size, account.largest * 15 // 16)
+    # ---- those that are about
 
     def _keep(self, account: Account) -> None:
-        """Of a light tenant that is about and has nothing waiting: as much as it had of late, and one request
-        more. (One that has clients enough for all of its share has nothing waiting now and then, too.)"""
-        slots = tokens = 0
-        light = account.largest > 0 and not account.waiting and self._is_light(account)
-        self._light += light - account.light
-        account.light = light
-        if light:
-            slots = max(0, account.most_running + 1 - len(account.running))
-            held = sum(len(r.tokens) for r in account.running) if account.running else 0
-            tokens = max(0, account.most_tokens + account.largest - held)
-        self._kept_slots += slots - account.kept[0]
-        self._kept_tokens += tokens - account.kept[1]
-        account.kept = (slots, tokens)
+        light = not account.waiting and account.largest > 0 and self._is_light(account)
+        self._reserve.keep(account, light)
 
     @property
     def kept(self) -> tuple[int, int]:
         """Slots and tokens to keep for light tenants that are about and have nothing waiting."""
-        return self._kept_slots, self._kept_tokens
+        return self._reserve.slots, self._reserve.tokens
+
+    @property
+    def expects_others(self) -> bool:
+        """More than one tenant asks here: another may come at any time, however long it was away."""
+        return self.rules.fresh_first and self._reserve.expects_others(self._now)
 
     @property
     def hurry(self) -> bool:
         """Beside others there is a light one that has no backlog: it should not wait for long steps."""
         if not self.rules.fresh_first or self._active < 2:
             return False
-        return bool(self._fresh) or self._light > 0
+        return bool(self._fresh) or self._reserve.light > 0
 
     @property
     def has_fresh(self) -> bool:
@@ -286,11 +270,13 @@ class FairQueue:
 
     def _open(self, request: Request) -> tuple[Account, User]:
         """The account and the user of a request that begins to wait."""
+        self._settle()
         account, user = self._account(request)
         terms = request.tenant
         if self._lingering.pop(account, None) is None and not account.waiting and not account.running:
             self._active += 1
             self._milli_active += account.milli
+        self._reserve.asks(account, self._now)
         if account.terms != terms or account.weight != terms.weight:
             self._agree(account, terms)
         return account, user
@@ -319,10 +305,6 @@ class FairQueue:
         if account.waiting:
             self._milli_waiting += account.milli - before
 
-    def _of(self, request: Request) -> tuple[Account, User]:
-        account = self._tenants.members[request.tenant.id]
-        return account, account.users.members[request.tenant.user]
-
     def _promise(self, account: Account, user: User, cost: int) -> None:
         account.pending += cost
         user.pending += cost
@@ -330,36 +312,54 @@ class FairQueue:
     # ---- what was done
 
     def charge(self, request: Request, cost: int) -> None:
-        """So much, in micro-units, was done for a request. It may have ended meanwhile."""
-        account, user = self._account(request)
-        account.charge(cost)
-        account.service += cost
-        if account.waiting:
-            account.backlogged_service += cost
-            self._due += cost * 1000 / self._milli_waiting
-        user.charge(cost)
+        """So much, in micro-units, was done for a request. It may have ended meanwhile.
+
+        All that is charged for a step is put in order at once, before anybody is asked for.
+        """
+        account, user = self._whose.get(request) or self._account(request)
         settled = min(request.pending, cost)
         request.pending -= settled
-        self._promise(account, user, -settled)
-        self._place_user(account, user)
-        if not user.open:
-            account.users.rest(user)
-        if account.waiting:
-            self._place(account)
-        elif account.running:
-            if not account.light:
-                self._keep(account)
-        elif account not in self._lingering:
-            self._tenants.rest(account)
+        charge = self._charged.get(user)
+        if charge is None:
+            charge = self._charged[user] = _Charge(account)
+        charge.cost += cost
+        charge.settled += settled
+
+    def _settle(self) -> None:
+        if not self._charged:
+            return
+        charged, self._charged = self._charged, {}
+        for user, charge in charged.items():
+            account, cost = charge.account, charge.cost
+            account.charge(cost)
+            account.service += cost
+            if account.waiting:
+                account.backlogged_service += cost
+                self._due += cost * 1000 / self._milli_waiting
+            user.charge(cost)
+            self._promise(account, user, -charge.settled)
+            self._place_user(account, user)
+            if not user.open:
+                account.users.rest(user)
+        for account in {charge.account: None for charge in charged.values()}:
+            if account.waiting:
+                self._place(account)
+            elif account.running:
+                if not account.light:
+                    self._keep(account)
+            elif account not in self._lingering:
+                self._tenants.rest(account)
 
     def executed(self, cost: int, seconds: float) -> None:
         """A step was done for `cost` micro-units in all."""
+        self._settle()
         if seconds > 0:
             self._cost = self._cost * _RATE_DECAY + cost
             self._seconds = self._seconds * _RATE_DECAY + seconds
 
     def step(self, now: float) -> None:
         """A step was planned."""
+        self._settle()
         self._now = now
         self._tenants.advance()
         while self._fresh:
@@ -383,6 +383,7 @@ class FairQueue:
 
     def least(self) -> Account | None:
         """The account with the smallest key of those that may be next."""
+        self._settle()
         return self._tenants.ready.least()
 
     def in_order(self) -> Iterator[Account]:
@@ -408,12 +409,12 @@ class FairQueue:
         key."""
         if not self.rules.fresh_first:
             return False, 0
-        account, _ = self._of(request)
+        account, _ = self._whose[request]
         return account.waiting > 0 and account not in self._fresh, account.key
 
     def account(self, request: Request) -> Account:
         """Of a request that waits or runs."""
-        return self._of(request)[0]
+        return self._whose[request][0]
 
     # ---- limits of those that wait
 
@@ -484,7 +485,7 @@ class FairQueue:
             "debts": any(a.counter < 0 or a.pending < 0 for a in accounts),
             "active": self._active != sum(a in self._lingering or a.open for a in accounts),
             "fresh": any(not a.waiting for a in self._fresh),
-            "light": self._light != sum(a.light for a in accounts),
+            "light": self._reserve.light != sum(a.light for a in accounts),
             "kept": self.kept != (sum(a.kept[0] for a in accounts), sum(a.kept[1] for a in accounts)),
         }
         if wrong := [name for name, bad in problems.items() if bad]:

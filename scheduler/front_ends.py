@@ -33,11 +33,19 @@ class FrontEnds:
     def tell(self, peer: bytes, message: Status | Failed | TokenEvent) -> None:
         """Say it: an event at the next flush, anything else at once, but after the events before it."""
         if isinstance(message, TokenEvent):
-            self._events.setdefault(peer, []).append(message)
+            self.tell_event(peer, message)
             return
         if (events := self._events.pop(peer, None)) is not None:
             self._send_now(peer, Tokens(events))
         self._send_now(peer, message)
+
+    def tell_event(self, peer: bytes, event: TokenEvent) -> None:
+        """Say it at the next flush."""
+        events = self._events.get(peer)
+        if events is None:
+            self._events[peer] = [event]
+        else:
+            events.append(event)
 
     def tell_all(self, message: Status) -> None:
         """Say it to everybody."""

@@ -22,10 +22,12 @@ _ENOUGH = 8
 """Of a tenant's own, to go by them alone."""
 _MOST_TENANTS = 1024
 _PRIOR_DECAY = 63 / 64
+_FIRST = 2.5
+"""The first to end are the short ones, so what is expected at the beginning is too little."""
 _RAISE = 1.5
 _MOST = 8.0
-_DECAY = 0.9995
-"""A step; after some 1,400 steps the factor is halved."""
+_DECAY = 0.9998
+"""A step; after some 3,500 steps, a few lives of the longest requests, the factor is halved."""
 
 
 class _Lengths:
@@ -37,8 +39,10 @@ class _Lengths:
         self._sums: list[int] = []
         """Of the longest 1, 2, ... of them."""
 
-    def __len__(self) -> int:
-        return len(self._recent)
+    @property
+    def enough(self) -> bool:
+        """There are so many that they count."""
+        return len(self._recent) >= _ENOUGH
 
     def add(self, tokens: int) -> None:
         self._recent.append(tokens)
@@ -61,12 +65,12 @@ class OutputEstimate:
     come: who has outlived the short ones is known to be one of the long. Its tenant's own count once there
     are some: one that writes briefly and often says nothing of one that writes at length. While little has
     been observed its max_tokens counts too, less with each observation, for the first to end are the short
-    ones. All that times a factor which each preemption raises and each step lets decay towards 1 (SGLang's
-    new-token ratio, turned round).
+    ones. All that times a factor which is large at first, which each preemption raises and each step lets
+    decay towards 1 (SGLang's new-token ratio, turned round).
     """
 
     def __init__(self) -> None:
-        self.factor = 1.0
+        self.factor = _FIRST
         self.prior = 1.0
         """The weight of max_tokens."""
         self._all = _Lengths()
@@ -95,7 +99,7 @@ class OutputEstimate:
         if request.preempted >= MOST_PREEMPTIONS:
             return most
         own = self._by_tenant.get(request.tenant.id)
-        lengths = own if own is not None and len(own) >= _ENOUGH else self._all
+        lengths = own if own is not None and own.enough else self._all
         blend = self.prior * most + (1 - self.prior) * lengths.left(request.drawn)
         return min(most, math.ceil(blend * self.factor))
 

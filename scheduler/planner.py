@@ -22,7 +22,8 @@ the engine:
 
 import bisect
 import math
-from dataclasses import dataclass
+
+import msgspec
 
 from ktransformers.engine.protocol import Go, NewSeq, Step
 from ktransformers.kvcache.blocks import BlockId
@@ -35,8 +36,7 @@ from ktransformers.scheduler.stats import Counters
 from ktransformers.scheduler.step_time import Chunking, Features, StepTime
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(msgspec.Struct, frozen=True, gc=False):
     """What one step does for one request."""
 
     request: Request
@@ -52,8 +52,7 @@ class Work:
     """After so many tokens."""
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True, gc=False):
     """One step and what to make of its outcome."""
 
     step: Step
@@ -86,14 +85,15 @@ class _Draft:
     def add(self, request: Request, n: int, new_blocks: list[int]) -> None:
         start = request.computed
         keep, keep_at = -1, 0
-        if request.remaining > 1 or n > 1:
+        if request.total - start > 1:
             keep, keep_at = self._cache.keep_state(start, start + n, ends=n == request.remaining)
             self.prompt += n
             self.prompt_context += n * (start + n / 2)
         else:
             self.decodes += 1
             self.context += start
-        self.recomputed += max(0, min(request.most_computed, request.computed + n) - request.computed)
+        if start < request.most_computed:
+            self.recomputed += min(request.most_computed, start + n) - start
         draws = request.plan(n)
         self.budget -= n
         self.planned.add(request)
@@ -187,12 +187,12 @@ class Planner:
         """A step with this part is done: its full blocks, and the state that it kept, may be shared."""
         request = work.request
         request.in_flight -= 1
-        here = request.slot == work.slot
-        if here:
+        if request.slot == work.slot:
             request.done = work.until
-            self._cache.commit(request.table, request.tokens, request.done)
-        if here and work.keep >= 0:
-            self._cache.state_kept(request.table, work.keep, work.keep_at)
+            if work.until >= (request.table.committed + 1) * self._cache.block_tokens:
+                self._cache.commit(request.table, request.tokens, work.until)
+            if work.keep >= 0:
+                self._cache.state_kept(request.table, work.keep, work.keep_at)
         elif work.keep >= 0:
             self._cache.state_lost(work.keep)
 
@@ -225,12 +225,12 @@ class Planner:
         """Decodes first, by first admission, so that no stream stalls behind a prompt. Then prompts: of those
         without a backlog, of the tenant that is owed most, and of who comes next."""
         preemptions = self._counters.preemptions
-        self._go_on_with([r for r in self.running if r.remaining == 1], draft)
+        self._decode(draft)
         self._chunking.begin(draft.features, self._queue.hurry)
         if self._queue.has_fresh and self._counters.preemptions == preemptions:
             self._entrance.grown()
             self._let_in(draft, now, fresh=True)
-        prompts = [r for r in self.running if r.remaining > 1 and r not in draft.planned]
+        prompts = [r for r in self.running if r.total - r.computed > 1 and r not in draft.planned]
         self._go_on_with(sorted(prompts, key=lambda r: (*self._queue.prompt_order(r), r.rank)), draft)
         if self._counters.preemptions == preemptions:
             self._entrance.grown()
@@ -250,6 +250,19 @@ class Planner:
         self._let_in(draft, now, fresh=True)
         return bool(draft.go_on)
 
+    def _decode(self, draft: _Draft) -> None:
+        size = self._cache.block_tokens
+        for request in [r for r in self.running if r.total - r.computed == 1]:
+            if draft.budget == 0:
+                return
+            new_blocks: list[BlockId] = []
+            if request.computed == len(request.table.blocks) * size:
+                # An earlier one of this loop may have taken its place.
+                if request.slot < 0 or not self._make_room(request, draft):
+                    continue
+                new_blocks = self._cache.grow(request.table, request.computed + 1)
+            draft.add(request, 1, new_blocks)
+
     def _go_on_with(self, requests: list[Request], draft: _Draft) -> None:
         for request in requests:
             if draft.budget == 0:
@@ -268,18 +281,19 @@ class Planner:
         """
         n = min(request.remaining, draft.budget)
         while (fits := self._room(request)) <= 0:
-            victim = self._latest(request, draft)
+            victim = self._gives_way(request, draft)
             if victim is None:
                 return 0
             self._estimate.preempted()
             self._preempt(victim)
         return min(n, fits)
 
-    def _latest(self, request: Request, draft: _Draft) -> Request | None:
-        """Who makes room for it: the latest of the tenant that holds most KV for its weight. Who had to often
-        enough stays, unless the oldest could not get on."""
+    def _gives_way(self, request: Request, draft: _Draft) -> Request | None:
+        """Who makes room for it, of those that came later: of the tenant that holds most KV for its weight
+        the one that has computed least, which is least to compute again. Who had to often enough stays,
+        unless the oldest could not get on."""
         oldest = request is self.running[0]
-        found, most = None, -1.0
+        found, best = None, (-1.0, 0)
         for other in reversed(self.running):
             if other.rank <= request.rank:
                 break
@@ -287,8 +301,8 @@ class Planner:
             if other.remaining and other not in draft.planned and movable:
                 account = self._queue.account(other)
                 held = sum(len(r.table.blocks) for r in account.running) / account.weight
-                if held > most:
-                    found, most = other, held
+                if (held, -other.computed) > best:
+                    found, best = other, (held, -other.computed)
         return found
 
     def _room(self, request: Request) -> int:
@@ -299,6 +313,7 @@ class Planner:
     def _preempt(self, request: Request) -> None:
         """Back to the queue. Its full blocks stay in the index, so that it goes on by a hit if they last."""
         self._counters.preemptions += 1
+        self._entrance.put_back(request)
         request.preempted += 1
         self._vacate(request, trusted=True)
         self._queue.push_front(request)

@@ -97,7 +97,8 @@ class Request:
         """The next `n` tokens are computed in the step being planned; True when that draws a token."""
         self.computed += n
         self.in_flight += 1
-        self.most_computed = max(self.most_computed, self.computed)
+        if self.computed > self.most_computed:
+            self.most_computed = self.computed
         if self.computed < self.total:
             return False
         self.drawn += 1

@@ -22,7 +22,6 @@ from ktransformers.engine.protocol import (
     Loading,
     MovesDone,
     Ready,
-    SlotToken,
     StepDone,
     Stored,
     ToEngine,
@@ -31,17 +30,16 @@ from ktransformers.scheduler import tiers
 from ktransformers.scheduler.admission import Refused, check, overloaded, rate_limited
 from ktransformers.scheduler.config import SchedulerConfig
 from ktransformers.scheduler.engine_life import EngineLife
-from ktransformers.scheduler.fair_queue import FairQueue, Rules
+from ktransformers.scheduler.fair_queue import FairQueue
 from ktransformers.scheduler.front_ends import FrontEnds
 from ktransformers.scheduler.growth import OutputEstimate
-from ktransformers.scheduler.planner import Work
+from ktransformers.scheduler.outcome import Outcomes
 from ktransformers.scheduler.protocol import (
     Cancel,
     Drain,
     Failed,
     FromScheduler,
     Hello,
-    Logprobs,
     Status,
     Submit,
     TokenEvent,
@@ -49,6 +47,7 @@ from ktransformers.scheduler.protocol import (
     Withdraw,
 )
 from ktransformers.scheduler.request import Request
+from ktransformers.scheduler.rules import Rules
 from ktransformers.scheduler.stats import Counters, Pace
 
 log = logging.getLogger(__name__)
@@ -89,10 +88,19 @@ class Scheduler:
         self._config = config
         self._ports = ports
         self._fronts = FrontEnds(ports.to_front)
-        self._rules = Rules.of(config)
-        self._queue = FairQueue(self._rules)
+        rules = Rules.of(config)
+        self._queue = FairQueue(rules)
         self._estimate = OutputEstimate()
         self._pace = Pace()
+        self._outcomes = Outcomes(
+            rules.prices,
+            self._queue,
+            self._estimate,
+            self.counters,
+            self._pace,
+            self._fronts.tell_event,
+            self._end,
+        )
         self._requests: dict[str, Request] = {}
         self._early: dict[str, tuple[bytes, Submit, float]] = {}
         """Submitted before the engine first said something: peer, message, time."""
@@ -121,7 +129,7 @@ class Scheduler:
             if (moves := tiers.to_send(engine.cache, now)) is not None:
                 self._ports.to_engine(moves)
         self._fronts.flush()
-        if self._ready() != self._told_ready:
+        if self._ready() is not self._told_ready:
             self._told_ready = not self._told_ready
             self._fronts.tell_all(self.status())
 
@@ -328,8 +336,9 @@ class Scheduler:
 
     # ---- the end of a request
 
-    def _end(self, request: Request, last: TokenEvent | Failed, *, trusted: bool = True) -> None:
+    def _end(self, request: Request, last: TokenEvent | Failed) -> None:
         """Forget the request and say so, this once."""
+        trusted = not isinstance(last, Failed) or last.code != "numerical_error"
         self._forget(request, trusted=trusted)
         self._fronts.tell(request.peer, last)
 
@@ -405,65 +414,8 @@ class Scheduler:
         if engine is None or plan is None:
             self._condemn(f"step {done.n} was not the next one", now)
             return
-        self._pace.measured(done.computed, done.seconds)
-        self.counters.steps += 1
-        self.counters.step_seconds += done.seconds
-        self.counters.computed_tokens += done.computed
-        # Less was computed than planned when a sequence had ended in the step before.
-        if done.computed == plan.tokens:
-            engine.step_time.observe(plan.features, done.seconds)
-        drawn = {token.slot: token for token in done.tokens}
-        cost = 0
-        for work in plan.work:
-            engine.planner.done(work)
-            cost += self._charge(work, drawn.get(work.slot))
-            # A draw of a request that ended meanwhile is nobody's.
-            if not work.request.ended:
-                self._take_draw(work, drawn.get(work.slot), now)
-        self._queue.executed(cost, done.seconds)
-
-    def _charge(self, work: Work, token: SlotToken | None) -> int:
-        """Charge what was done for a request, be it cancelled meanwhile; micro-units."""
-        request = work.request
-        if request.finished:
-            return 0  # the engine knew before this step, and did nothing
-        drew = token is not None and token.finish != "error"
-        cost = self._rules.prices.executed(request, work.start, work.until, drew)
-        self._queue.charge(request, cost)
-        request.finished = token is not None and token.finish != ""
-        return cost
-
-    def _take_draw(self, work: Work, token: SlotToken | None, now: float) -> None:
-        request = work.request
-        if token is None:
-            if work.draws:
-                self._condemn(f"slot {work.slot} drew no token", now)
-        elif token.finish == "error":
-            failure = Failed(request.id, "numerical_error", "the model's output was not finite")
-            self._end(request, failure, trusted=False)
-        else:
-            request.tokens.append(token.token)
-            self.counters.generated_tokens += 1
-            event = self._event(request, token)
-            request.emitted += 1
-            if event.finish:
-                self._estimate.ended(request.tenant.id, request.emitted)
-                self._queue.ended(request)
-                self._end(request, event)
-            else:
-                self._fronts.tell(request.peer, event)
-
-    def _event(self, request: Request, token: SlotToken) -> TokenEvent:
-        logprobs = [Logprobs(token.logprob, token.top)] if request.sampling.logprobs >= 0 else []
-        first = request.emitted == 0
-        return TokenEvent(
-            request.id,
-            [token.token],
-            logprobs,
-            finish=token.finish,
-            cached_tokens=request.cached_tokens if first else 0,
-            queue_seconds=request.queue_seconds if first else 0.0,
-        )
+        for slot in self._outcomes.take(engine, plan, done):
+            self._condemn(f"slot {slot} drew no token", now)
 
     def _condemn(self, why: str, now: float) -> None:
         """The engine and we disagree about what was done: only a new one puts that right."""

@@ -17,11 +17,20 @@ from typing import Literal
 import msgspec
 
 from ktransformers.engine.config import EngineConfig
-from ktransformers.engine.protocol import NewSeq, Ready, SlotToken, Step, StepDone, ToEngine
+from ktransformers.engine.protocol import (
+    Moved,
+    Moves,
+    MovesDone,
+    NewSeq,
+    Ready,
+    SlotToken,
+    Step,
+    StepDone,
+    ToEngine,
+)
 from ktransformers.kvcache.config import CacheConfig
 from ktransformers.scheduler.charges import UNIT, Prices
 from ktransformers.scheduler.config import SchedulerConfig
-from ktransformers.scheduler.fair_queue import Rules
 from ktransformers.scheduler.protocol import (
     Failed,
     FromScheduler,
@@ -33,6 +42,7 @@ from ktransformers.scheduler.protocol import (
     TokenEvent,
     Tokens,
 )
+from ktransformers.scheduler.rules import Rules
 from ktransformers.scheduler.scheduler import Scheduler
 from ktransformers.scheduler.workload import Arrival, again
 
@@ -59,6 +69,9 @@ class Machine:
     prompt_context: float = 2e-8
     urgent_tokens: int = 256
     """See Ready."""
+    host_blocks: int = 0
+    move: float = 0.0002
+    """Seconds that a block takes from one tier to another; one at a time, beside the steps."""
     noise: float = 0.05
     """Each step's time is off by so much, as a standard deviation."""
 
@@ -77,6 +90,7 @@ class Machine:
             steps=0,
             fingerprint=b"simulated",
             urgent_tokens=self.urgent_tokens,
+            host_blocks=self.host_blocks,
         )
 
 
@@ -214,6 +228,7 @@ class Simulation:
         self.tenants: dict[str, TenantResult] = {}
         self.samples: list[tuple[float, dict[str, float]]] = []
         self._prices: Prices = Rules.of(config).prices
+        self._machine = machine
         self._engine = ModelledEngine(machine, seed)
         self._seed = seed
         self._arrivals = iter(arrivals)
@@ -223,6 +238,7 @@ class Simulation:
         self._done: StepDone | None = None
         self._urgent_done: StepDone | None = None
         self._done_at = self._urgent_done_at = self._ticked = 0.0
+        self._moved: deque[tuple[float, MovesDone]] = deque()
         self._open: dict[str, _Open] = {}
         self._submitted = self._returned = 0
         self._prefixes: dict[tuple[str, int], list[int]] = {}
@@ -240,6 +256,12 @@ class Simulation:
                 self._interrupt(message)
             else:
                 self._steps.append(message)
+        elif isinstance(message, Moves):
+            self._hash.update(msgspec.msgpack.encode(message))
+            for move in message.moves:
+                begin = max(self.now, self._moved[-1][0] if self._moved else 0.0)
+                moved = Moved(move.id, True, 1, self._machine.move)
+                self._moved.append((begin + self._machine.move, MovesDone([moved], [])))
 
     def _interrupt(self, step: Step) -> None:
         """Do it in the middle of the step in hand, which takes so much longer."""
@@ -289,6 +311,8 @@ class Simulation:
             times.append(self._next.seconds)
         if self._returns:
             times.append(self._returns[0][0])
+        if self._moved:
+            times.append(self._moved[0][0])
         if not times:
             return False
         at = min(times)
@@ -303,6 +327,8 @@ class Simulation:
             self._submit(arrival)
         while self._returns and self._returns[0][0] <= self.now:
             self._submit(heapq.heappop(self._returns)[2])
+        while self._moved and self._moved[0][0] <= self.now:
+            self.scheduler.engine(self._moved.popleft()[1], self.now)
         if self._done is not None and self._done_at <= self.now:
             done, self._done = self._done, None
             self.scheduler.engine(done, self.now)

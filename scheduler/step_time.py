@@ -6,7 +6,8 @@ by recursive least squares with slow forgetting. Pure: steps and times go in, pr
 """
 
 import math
-from dataclasses import dataclass
+from operator import mul
+from typing import NamedTuple
 
 WARM_STEPS, WARM_PROMPTS = 12, 4
 """Nothing is predicted before so many steps were seen, and so many with a chunk of a prompt."""
@@ -27,8 +28,7 @@ _DOUBT = 1e3
 _MOST_DOUBT = 1e6
 
 
-@dataclass(frozen=True)
-class Features:
+class Features(NamedTuple):
     """Of one step."""
 
     prompt: int = 0
@@ -39,10 +39,16 @@ class Features:
     prompt_context: float = 0.0
     """Of each prompt token the tokens before it, summed."""
 
-    def scaled(self) -> list[float]:
+    def scaled(self) -> tuple[float, float, float, float, float]:
         """As the model takes them."""
-        raw = (1.0, self.prompt, self.decodes, self.context, self.prompt_context)
-        return [value * scale for value, scale in zip(raw, _SCALES, strict=True)]
+        _, prompt, decodes, context, crossed = _SCALES
+        return (
+            1.0,
+            self.prompt * prompt,
+            self.decodes * decodes,
+            self.context * context,
+            self.prompt_context * crossed,
+        )
 
 
 class StepTime:
@@ -69,14 +75,15 @@ class StepTime:
     def observe(self, features: Features, seconds: float) -> None:
         """A step took so long."""
         x, p = features.scaled(), self._doubt
-        px = [sum(a * b for a, b in zip(row, x, strict=True)) for row in p]
-        scale = _FORGET + sum(a * b for a, b in zip(x, px, strict=True))
-        error = seconds - sum(a * b for a, b in zip(self._weights, x, strict=True))
+        px = [sum(map(mul, row, x)) for row in p]
+        scale = _FORGET + sum(map(mul, x, px))
+        error = seconds - sum(map(mul, self._weights, x))
         self._weights = [w + gain * error / scale for w, gain in zip(self._weights, px, strict=True)]
         # A direction that is not seen for long would otherwise be forgotten without end.
-        forget = _FORGET if sum(p[i][i] for i in range(len(p))) < _MOST_DOUBT else 1.0
+        forget = _FORGET if sum(row[i] for i, row in enumerate(p)) < _MOST_DOUBT else 1.0
         self._doubt = [
-            [(p[i][j] - px[i] * px[j] / scale) / forget for j in range(len(p))] for i in range(len(p))
+            [(doubt - gain * other / scale) / forget for doubt, other in zip(row, px, strict=True)]
+            for row, gain in zip(p, px, strict=True)
         ]
         self.steps += 1
         if features.prompt >= LEAST_CHUNK:
@@ -85,7 +92,8 @@ class StepTime:
 
     def predict(self, features: Features) -> float:
         """Seconds; never less than 0."""
-        return max(0.0, sum(w * x for w, x in zip(self._weights, features.scaled(), strict=True)))
+        seconds: float = sum(map(mul, self._weights, features.scaled()))
+        return max(0.0, seconds)
 
     def prompt_token(self, context: float) -> float:
         """Seconds that one more prompt token takes with so many before it."""

@@ -87,8 +87,12 @@ class Heap(Generic[C]):
         self._of[item] = entry
         heapq.heappush(self._entries, entry)
         if len(self._entries) > 2 * len(self._of) + _SLACK:
-            self._entries = list(self._of.values())
-            heapq.heapify(self._entries)
+            self._clear()
+
+    def _clear(self) -> None:
+        """No entry is out of date. O(n)."""
+        self._entries = list(self._of.values())
+        heapq.heapify(self._entries)
 
     def drop(self, item: C) -> None:
         """It is not here any more, if it was. O(1)."""
@@ -103,6 +107,9 @@ class Heap(Generic[C]):
 
     def in_order(self) -> Iterator[C]:
         """By key. The first n take O(n log n) of any number; nothing may change meanwhile."""
+        # Keys grow, so those out of date would all come first.
+        if len(self._entries) > len(self._of) + len(self._of) // 8:
+            self._clear()
         entries = self._entries
         frontier = [(entries[0], 0)] if entries else []
         while frontier:

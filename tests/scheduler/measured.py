@@ -1,7 +1,9 @@
 """A simulated run that is looked at from inside after every event: service, backlog, keys, KV."""
 
 import itertools
+import os
 from collections import defaultdict
+from dataclasses import replace
 
 from ktransformers.scheduler.charges import UNIT
 from ktransformers.scheduler.simulator import Machine, Simulation
@@ -9,6 +11,13 @@ from ktransformers.scheduler.workload import Load, generate
 
 SMALL = Machine(blocks=256, slots=16, max_batch_tokens=256, max_len=1024, noise=0.05)
 """4,096 tokens of KV."""
+
+
+SEEDS = range(int(os.environ.get("FAIRNESS_SEEDS", "2")))
+"""20 in `make nightly`, with the large engine; `make test` has 20 with a small one (test_long_runs.py)."""
+NIGHTLY = "FAIRNESS_SEEDS" in os.environ
+SECONDS = float(os.environ.get("FAIRNESS_SECONDS", "60"))
+"""Simulated, about 16 steps each; 6,250 in `make nightly`, which is 10^5 steps."""
 
 
 class Measured(Simulation):
@@ -118,3 +127,42 @@ def closed(name, count=24, **more):
 
 def units(micro):
     return micro / UNIT
+
+
+LOADS = {
+    "alike": [closed(name) for name in "abcd"],
+    "mixed": [
+        closed("a", prompt=50, output=300),
+        closed("b", prompt=600, output=20),
+        closed("c", prompt=200, output=100),
+    ],
+    "weights": [closed("a"), closed("b", weight=2.0), closed("c", weight=4.0)],
+    "long and short": [closed("a", prompt=30, output=700), closed("b", prompt=30, output=30)],
+}
+
+
+TIGHT = {"fair_window": 0.2, "fair_preempt": 1.0}
+HOARD = [closed("a", prompt=30, output=900, count=40), closed("b", prompt=200, output=20, count=8)]
+
+
+def weights(loads):
+    return {load.name: load.weight for load in loads}
+
+
+def unpredicting(queue):
+    class Unpredicting(queue):
+        def __init__(self, rules):
+            super().__init__(replace(rules, predict=False))
+
+    return Unpredicting
+
+
+def brute_peak(shared, runs, size):
+    """The most blocks that are held at once, the slow way."""
+    by_end = sorted(runs, key=lambda run: run[1])
+    held = sum(own for own, _ in by_end)
+    peak = held
+    for alive, (own, left) in zip(range(len(by_end), 0, -1), by_end, strict=True):
+        peak = max(peak, held + alive * -(-left // size))
+        held -= own
+    return shared + peak
