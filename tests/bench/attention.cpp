@@ -70,7 +70,8 @@ int main(int argc, char** argv) {
   task.q_stride = task.out_stride = group * head_dim;
   task.rows = std::min(kRows, rows);
   task.group = group;
-  task.head_dim = head_dim;
+  task.head_dim = task.value_dim = head_dim;
+  task.q_tail = q.data();
   task.format = format;
   task.block_stride = kv_heads * head;
   task.blocks = table_of_blocks.data();
