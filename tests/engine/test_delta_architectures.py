@@ -90,10 +90,10 @@ def test_torch(
 
 @pytest.mark.parametrize("isa", _kernels.isas())
 def test_native(program: Program, sequences: list[I32], expected: list[F32], isa: str) -> None:
-    """With keys and values in float16 a few rows choose another expert: all the others are close."""
+    """With attention in bfloat16 a few rows choose another expert: all the others are close."""
     ours = Driver(native(program, isa), sequences).finish(CHUNKS["chunks"])
     off = np.concatenate([np.abs(a - b).max(axis=-1) for a, b in zip(ours, expected, strict=True)])
-    assert np.quantile(off, 0.75) < 6e-3
+    assert np.quantile(off, 0.75) < 1.5e-2
     assert np.mean(np.concatenate(ours).argmax(-1) == np.concatenate(expected).argmax(-1)) > 0.95
 
 

@@ -384,11 +384,11 @@ def test_torch(program: Program, sequences: list[Any], expected: list[F32], chun
 
 @pytest.mark.parametrize("isa", _kernels.isas())
 def test_native(program: Program, sequences: list[Any], expected: list[F32], isa: str) -> None:
-    """With keys and values in float16 a few rows choose another expert: all the others are close."""
+    """With attention in bfloat16 a few rows choose another expert: all the others are close."""
     executor = NativeExecutor(program, isa=isa, threads=2, blocks=24, max_tokens=256, max_rows=256)
     ours = Driver(executor, sequences).finish(CHUNKS["chunks"])
     off = np.concatenate([np.abs(a - b).max(axis=-1) for a, b in zip(ours, expected, strict=True)])
-    assert np.quantile(off, 0.75) < 6e-3
+    assert np.quantile(off, 0.75) < 3e-2
     assert np.mean(np.concatenate(ours).argmax(-1) == np.concatenate(expected).argmax(-1)) > 0.95
 
 
