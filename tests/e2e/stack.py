@@ -166,11 +166,13 @@ class Stack:
         return self.answers
 
     def expect_short_answers(self, n: int) -> None:
-        """Let the scheduler see so many: it lets in more than fits, and what follows outgrows the pool."""
+        """Let the scheduler see so many, and not be careful as at its start: it lets in more than fits, and what
+        follows outgrows the pool."""
         for i in range(n):
             self.submit(f"short {i}", [i + 1], Sampling(temperature=0.0, max_tokens=1))
         self.run()
         self.answers.clear()
+        self.scheduler._estimate.factor = 1.0
 
     def close(self) -> None:
         """End the mover's threads. The disk is the caller's."""
