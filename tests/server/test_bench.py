@@ -128,7 +128,8 @@ def test_servers_take_turns() -> None:
         serving = measure(traffic, 2, (OURS, Target(our_url), os.getpid()), peers, alone)
     assert [len(serving.rounds[name]) for name in (OURS, "other")] == [2, 2] and serving.alone == [100, 100]
     assert seen == [(0, 0), (2, 2), (6, 6)]  # a request of each client to warm up, then rounds
-    assert ours.prompts == other.prompts
+    # Two clients at once: which of them comes first is chance.
+    assert sorted(ours.prompts) == sorted(other.prompts)
 
 
 def state(pid: int) -> str:
