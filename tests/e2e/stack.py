@@ -166,8 +166,8 @@ class Stack:
         return self.answers
 
     def expect_short_answers(self, n: int) -> None:
-        """Let the scheduler see so many, and not be careful as at its start: it lets in more than fits, and what
-        follows outgrows the pool."""
+        """Let the scheduler see so many, and not be careful as at its start: it lets in more than fits, and
+        what follows outgrows the pool."""
         for i in range(n):
             self.submit(f"short {i}", [i + 1], Sampling(temperature=0.0, max_tokens=1))
         self.run()
