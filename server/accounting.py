@@ -7,6 +7,7 @@ from ktransformers.scheduler.protocol import TokenEvent
 from ktransformers.server.metrics import Metrics, TenantSeries
 from ktransformers.server.tenants.ledger import Ledger
 from ktransformers.server.tenants.limits import Reservation
+from ktransformers.server.text.reasoning import Reasoning
 
 REPORT_SECONDS = 0.1
 """How far metrics and ledger may be behind what an answer has put out."""
@@ -18,6 +19,8 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    """Among those of the completion."""
     cached_tokens: int = 0
     submitted: float = field(default_factory=time.monotonic)
     first_token: float = 0.0
@@ -66,12 +69,13 @@ class Account:
             self._subject, requests=int(first), input=prompt_tokens, cached=event.cached_tokens
         )
 
-    def output(self, tokens: int) -> None:
-        """Tokens of any answer."""
+    def output(self, tokens: int, reasoning: int) -> None:
+        """Tokens of any answer, and how many of them were reasoning."""
         self.usage.completion_tokens += tokens
+        self.usage.reasoning_tokens += reasoning
         self._tokens += tokens
         self._series.output_tokens.inc(tokens)
-        self._ledger.add(self._subject, output=tokens)
+        self._ledger.add(self._subject, output=tokens, reasoning=reasoning)
 
     def fail(self, code: str) -> None:
         """An answer failed."""
@@ -96,7 +100,16 @@ class Counted:
     token costs here.
     """
 
-    def __init__(self, metrics: Metrics, account: Account, prompt: int, prompt_tokens: int) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        account: Account,
+        prompt: int,
+        prompt_tokens: int,
+        reasoning: Reasoning | None = None,
+    ) -> None:
+        """`reasoning` knows how many of its tokens are that."""
+        self._reasoning, self._reported_reasoning = reasoning, 0
         self._metrics, self._account, self._usage = metrics, account, account.usage
         self._prompt, self._prompt_tokens, self._output_tokens = prompt, prompt_tokens, 0
         self._last = self._usage.submitted
@@ -122,8 +135,12 @@ class Counted:
 
     def _report(self) -> None:
         n, self._reported = self._output_tokens - self._reported, self._output_tokens
+        thought = 0
+        if self._reasoning is not None:
+            thought = self._reasoning.tokens - self._reported_reasoning
+            self._reported_reasoning += thought
         self._metrics.output_tokens.inc(n)
-        self._account.output(n)
+        self._account.output(n, thought)
 
     def finish(self, reason: str) -> None:
         """It ended by itself."""

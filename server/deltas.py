@@ -50,6 +50,9 @@ class Delta:
     text: str
     finish: str = ""
     logprobs: Sequence[TokenLogprob] = ()
+    """Of the tokens of `text`."""
+    reasoning: str = ""
+    """What the model thought before its answer."""
 
 
 class Generation:

@@ -32,9 +32,10 @@ from ktransformers.server.refusals import Refusals
 from ktransformers.server.tenants.directory import narrowed
 from ktransformers.server.tenants.ledger import Ledger
 from ktransformers.server.tenants.limits import Limiter
-from ktransformers.server.text.detokenizer import Detokenizer, Pieces
+from ktransformers.server.text.answer import AnswerText
+from ktransformers.server.text.detokenizer import Pieces
 from ktransformers.server.text.messages import MessageError
-from ktransformers.server.text.stops import StopStrings
+from ktransformers.server.text.reasoning import Markers
 from ktransformers.server.text.templates import TemplateError
 from ktransformers.server.text.tokenizer import TooLongError
 
@@ -87,6 +88,11 @@ class Text(Protocol):
     @property
     def tokenizer(self) -> Tokenizer:
         """Ids of tokens and what they stand for."""
+        ...
+
+    @property
+    def markers(self) -> Markers:
+        """What tells the model's reasoning from its answers."""
         ...
 
     async def chat_ids_async(
@@ -286,10 +292,11 @@ class Generator:
         prompt: int,
     ) -> AsyncGenerator[Delta, None]:
         """The deltas of one choice. Leaving it early, as a stop string does, cancels the work."""
-        text_of = Detokenizer(self.text.tokenizer, at_beginning=not continues)
-        stops = StopStrings(stop) if stop else None
+        answer = AnswerText(
+            self.text.tokenizer, stop, self.text.markers.reasoning(submit.tokens), continues
+        )
         ends = submit.sampling.stop_tokens
-        counted = Counted(self.metrics, account, prompt, len(submit.tokens))
+        counted = Counted(self.metrics, account, prompt, len(submit.tokens), answer.reasoning)
         self._open.add(submit.id)
         self._refusals.join(account.tenant)
         waits = True
@@ -299,34 +306,15 @@ class Generator:
                     if waits:
                         waits = False
                         self._refusals.leave(account.tenant)
+                    delta = _delta(index, event, ends, answer)
                     counted.event(event)
-                    tokens, finish = event.tokens, event.finish
-                    if finish == "cancelled":
+                    if event.finish == "cancelled":
                         raise self._cut_off()
-                    if finish == "stop" and tokens and tokens[-1] in ends:
-                        tokens = tokens[:-1]
-                    text = text_of.feed(tokens)
-                    if finish:
-                        text += text_of.finish()
-                    if stops is not None:
-                        text = stops.feed(text)
-                        if stops.matched is not None:
-                            finish = "stop"
-                        elif finish:
-                            text += stops.finish()
-                    if finish:
-                        counted.finish(finish)
-                    if text or finish or event.logprobs:
-                        yield Delta(
-                            index,
-                            text,
-                            finish,
-                            [
-                                TokenLogprob(token, found.logprob, found.top)
-                                for token, found in zip(tokens, event.logprobs, strict=False)
-                            ],
-                        )
-                    if finish:
+                    if delta.finish:
+                        counted.finish(delta.finish)
+                    if delta.text or delta.reasoning or delta.finish or delta.logprobs:
+                        yield delta
+                    if delta.finish:
                         return
         except RequestFailed as error:
             # The scheduler's word for a limit of the tenant's own, in the clients' protocol.
@@ -380,6 +368,19 @@ class Generator:
         if cut_off:
             log.warning("shutting down: %d requests did not end within %.0f s", cut_off, timeout)
         return cut_off == 0
+
+
+def _delta(index: int, event: TokenEvent, ends: Sequence[int], answer: AnswerText) -> Delta:
+    """What an event adds to an answer. The token of `ends` that ended it is no part of it."""
+    tokens = event.tokens
+    if event.finish == "stop" and tokens and tokens[-1] in ends:
+        tokens = tokens[:-1]
+    text, reasoning, finish, kept = answer.feed(tokens, event.finish)
+    logprobs = []
+    if event.logprobs:
+        found = event.logprobs
+        logprobs = [TokenLogprob(tokens[i], found[i].logprob, found[i].top) for i in kept]
+    return Delta(index, text, finish, logprobs, reasoning)
 
 
 def _invalid(name: str, why: str) -> RequestError:

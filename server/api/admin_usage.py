@@ -24,7 +24,8 @@ _LAST_TIME = 1 << 40
 @requires(Role.ADMIN)
 async def usage_completions(request: Request) -> Response:
     """Tokens and requests by time, and by project, key and model if wanted. Minutes and hours are there for
-    eight days, days for good."""
+    eight days, days for good. `output_reasoning_tokens`, which are among `output_tokens`, OpenAI's API does
+    not have."""
     query = Query(
         request, "start_time", "end_time", "bucket_width", "project_ids", "api_key_ids", "models", "group_by",
         "limit", "page",
@@ -81,6 +82,7 @@ def _results(rows: Iterable[UsageRow], groups: frozenset[str]) -> list[dict[str,
                 "input_tokens": 0,
                 "input_cached_tokens": 0,
                 "output_tokens": 0,
+                "output_reasoning_tokens": 0,
                 "num_model_requests": 0,
                 "user_id": None,
                 "batch": None,
@@ -91,6 +93,7 @@ def _results(rows: Iterable[UsageRow], groups: frozenset[str]) -> list[dict[str,
         result["input_tokens"] += row.input
         result["input_cached_tokens"] += row.cached
         result["output_tokens"] += row.output
+        result["output_reasoning_tokens"] += row.reasoning
         result["num_model_requests"] += row.requests
     return list(sums.values())
 

@@ -60,7 +60,7 @@ async def chat(body: OllamaChatRequest, request: Request) -> Response:
         lambda: generator.chat_prompt(messages),
         b'"message":{"role":"assistant","content":',
         b"}",
-        lambda text: {"message": {"role": "assistant", "content": text}},
+        lambda text, thought: {"message": {"role": "assistant", "content": text} | _thinking(thought)},
     )
 
 
@@ -85,7 +85,7 @@ async def generate(body: OllamaGenerateRequest, request: Request) -> Response:
         lambda: generator.text_prompt(prompt) if body.raw else generator.chat_prompt(messages),
         b'"response":',
         b"",
-        lambda text: {"response": text},
+        lambda text, thought: {"response": text} | _thinking(thought),
         continues=bool(body.raw),
     )
 
@@ -107,11 +107,11 @@ async def _answer(
     prompt: Callable[[], Coroutine[Any, Any, list[int]]],
     before: bytes,
     after: bytes,
-    answer: Callable[[str], dict[str, Any]],
+    answer: Callable[[str, str], dict[str, Any]],
     continues: bool = False,
 ) -> Response:
-    """`before` and `after` enclose the JSON string of a piece of text in a chunk; `answer` is the whole of
-    it."""
+    """`before` and `after` enclose the JSON string of a piece of text in a chunk; `answer` is the whole of it
+    and of the reasoning before it."""
     generator = context.generator
     streamed = body.stream is None or body.stream
 
@@ -128,20 +128,22 @@ async def _answer(
         generation = await while_connected(request.receive, start())
         lines = _lines(generation, body.model, generator, before, after, answer)
         # An empty piece: lines know no comment.
-        idle = encode({"model": body.model, "created_at": _now(), **answer(""), "done": False}) + b"\n"
+        idle = encode({"model": body.model, "created_at": _now(), **answer("", ""), "done": False}) + b"\n"
         return ByteStream(with_error_event(lines, _error_line), "application/x-ndjson", idle)
 
     async def fold() -> dict[str, Any]:
         generation = await start()
         text: list[str] = []
+        thought: list[str] = []
         found: list[TokenLogprob] = []
         reason = ""
         async with aclosing(generation) as deltas:
             async for delta in deltas:
                 text.append(delta.text)
+                thought.append(delta.reasoning)
                 found.extend(delta.logprobs)
                 reason = delta.finish
-        whole = {"model": body.model, "created_at": _now(), **answer("".join(text))}
+        whole = {"model": body.model, "created_at": _now(), **answer("".join(text), "".join(thought))}
         if body.logprobs:
             whole["logprobs"] = _logprobs(generator, found)
         return whole | _end(reason, generation.usage)
@@ -155,7 +157,7 @@ async def _lines(
     generator: Generator,
     before: bytes,
     after: bytes,
-    answer: Callable[[str], dict[str, Any]],
+    answer: Callable[[str, str], dict[str, Any]],
 ) -> AsyncGenerator[bytes, None]:
     head = b'{"model":' + encode(model) + b',"created_at":"'
     middle, tail = b'",' + before, after + b',"done":false'
@@ -163,14 +165,21 @@ async def _lines(
     async with aclosing(generation) as deltas:
         async for delta in deltas:
             reason = delta.finish
+            if delta.reasoning:
+                thought = answer("", delta.reasoning)
+                yield encode({"model": model, "created_at": _now(), **thought, "done": False}) + b"\n"
             if delta.text or delta.logprobs:
                 found = (
                     b',"logprobs":' + encode(_logprobs(generator, delta.logprobs)) if delta.logprobs else b""
                 )
                 yield head + _now().encode() + middle + encode(delta.text) + tail + found + b"}\n"
-    yield (
-        encode({"model": model, "created_at": _now(), **answer(""), **_end(reason, generation.usage)}) + b"\n"
-    )
+    last = answer("", "") | _end(reason, generation.usage)
+    yield encode({"model": model, "created_at": _now(), **last}) + b"\n"
+
+
+def _thinking(thought: str) -> dict[str, str]:
+    """The field that a model that thinks has in its answers."""
+    return {"thinking": thought} if thought else {}
 
 
 def _logprobs(generator: Generator, tokens: Sequence[TokenLogprob]) -> Any:

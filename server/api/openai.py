@@ -38,7 +38,7 @@ def _usage(usage: Usage) -> dict[str, Any]:
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
 
 
@@ -133,6 +133,7 @@ class _Folded:
 
     def __init__(self) -> None:
         self.text: list[str] = []
+        self.reasoning: list[str] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish = ""
 
@@ -143,9 +144,17 @@ async def _fold(generation: Generation, n: int) -> list[_Folded]:
         async for delta in deltas:
             choice = choices[delta.index]
             choice.text.append(delta.text)
+            choice.reasoning.append(delta.reasoning)
             choice.logprobs.extend(delta.logprobs)
             choice.finish = delta.finish
     return choices
+
+
+def _message(choice: _Folded) -> dict[str, Any]:
+    """`reasoning_content`, as other servers call it, is there when the model has thought."""
+    reasoning = "".join(choice.reasoning)
+    message = {"role": "assistant", "content": "".join(choice.text), "refusal": None}
+    return message | {"reasoning_content": reasoning} if reasoning else message
 
 
 async def _chat_answer(start: Any, head: _Head, body: ChatRequest, pieces: Pieces) -> dict[str, Any]:
@@ -153,7 +162,7 @@ async def _chat_answer(start: Any, head: _Head, body: ChatRequest, pieces: Piece
     choices = [
         {
             "index": index,
-            "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
+            "message": _message(choice),
             "logprobs": logprobs.chat(pieces, choice.logprobs) if body.logprobs else None,
             "finish_reason": choice.finish,
         }
@@ -184,6 +193,9 @@ async def _chat_chunks(
                     )
                     + end
                 )
+            if delta.reasoning:
+                thought = b'{"index":%d,"delta":{"reasoning_content":' % i + encode(delta.reasoning)
+                sent += start + thought + after
             if delta.logprobs:
                 found = encode(logprobs.chat(pieces, delta.logprobs))
                 sent += (

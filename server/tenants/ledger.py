@@ -41,16 +41,10 @@ class Ledger:
         input: int = 0,  # noqa: A002 (the ledger's word)
         cached: int = 0,
         output: int = 0,
+        reasoning: int = 0,
     ) -> None:
-        """Count for (project, key, model)."""
-        counts = self._counts.get(subject)
-        if counts is None:
-            counts = self._counts[subject] = [0, 0, 0, 0]
-        counts[0] += requests
-        counts[1] += input
-        counts[2] += cached
-        counts[3] += output
-        self._arm(FLUSH_SECONDS)
+        """Count for (project, key, model). Tokens of reasoning are among those of the output."""
+        self._count(subject, (requests, input, cached, output, reasoning))
 
     def touch(self, key: str) -> None:
         """The key was used now."""
@@ -67,6 +61,12 @@ class Ledger:
                     break
         if self._timer is not None:
             self._timer.cancel()
+
+    def _count(self, subject: tuple[str, str, str], numbers: Sequence[int]) -> None:
+        counts = self._counts.setdefault(subject, [0] * len(numbers))
+        for i, number in enumerate(numbers):
+            counts[i] += number
+        self._arm(FLUSH_SECONDS)
 
     def _arm(self, seconds: float) -> None:
         if self._timer is None and self._write is not None and self._writing is None:
@@ -94,8 +94,8 @@ class Ledger:
         error = None if done.cancelled() else done.exception()
         if error is not None:
             log.error("the ledger cannot be written, trying again: %s", error)
-            for subject, (requests, input_, cached, output) in counts.items():
-                self.add(subject, requests=requests, input=input_, cached=cached, output=output)
+            for subject, numbers in counts.items():
+                self._count(subject, numbers)
             self._used = {**used, **self._used}
         if self._counts or self._used:
             if error is not None and self._timer is not None:

@@ -148,6 +148,8 @@ class UsageRow(msgspec.Struct, frozen=True):
     input: int
     cached: int
     output: int
+    reasoning: int
+    """Among those of the output."""
 
 
 def new_id(kind: str) -> str:

@@ -42,6 +42,10 @@ STEPS: tuple[tuple[str, ...], ...] = (
             id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, created_at INTEGER NOT NULL,
             body TEXT NOT NULL) STRICT""",
     ),
+    tuple(
+        f"ALTER TABLE {table} ADD COLUMN reasoning INTEGER NOT NULL DEFAULT 0"
+        for table in ("usage_minutes", "usage_days")
+    ),
 )
 
 

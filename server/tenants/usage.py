@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 
+import msgspec
+
 from ktransformers.server.tenants.database import Database
 from ktransformers.server.tenants.records import UsageRow, Used
 
 MINUTES_KEPT = 8 * 24 * 60
 """The usage API asks for minutes of a day and hours of a week; older usage is kept by day."""
 DAY = 86400
+_COLUMNS = "start, project, key, model, requests, input, cached, output, reasoning"
+"""In the order of UsageRow."""
 
 
 class UsageTables:
@@ -22,14 +26,11 @@ class UsageTables:
         with self._database.transaction() as db:
             for table, width in (("usage_minutes", 60), ("usage_days", DAY)):
                 db.executemany(
-                    f"INSERT INTO {table} (start, project, key, model, requests, input, cached, output) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
-                    "requests = requests + excluded.requests, input = input + excluded.input, "
-                    "cached = cached + excluded.cached, output = output + excluded.output",
-                    [
-                        (at - at % width, r.project, r.key, r.model, r.requests, r.input, r.cached, r.output)
-                        for r in rows
-                    ],
+                    f"INSERT INTO {table} ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT "
+                    "DO UPDATE SET requests = requests + excluded.requests, input = input + excluded.input, "
+                    "cached = cached + excluded.cached, output = output + excluded.output, "
+                    "reasoning = reasoning + excluded.reasoning",
+                    [(at - at % width, *msgspec.structs.astuple(row)[1:]) for row in rows],
                 )
             db.executemany(
                 "UPDATE keys SET last_used_at = max(coalesce(last_used_at, 0), ?) WHERE id = ?",
@@ -45,8 +46,8 @@ class UsageTables:
         """All rows that start in begin ≤ start < end."""
         table = "usage_days" if by_day else "usage_minutes"
         rows = self._database.connection.execute(
-            f"SELECT start, project, key, model, requests, input, cached, output FROM {table} "
-            "WHERE start >= ? AND start < ? ORDER BY start, project, key, model",
+            f"SELECT {_COLUMNS} FROM {table} WHERE start >= ? AND start < ? "
+            "ORDER BY start, project, key, model",
             (begin, end),
         )
         return [UsageRow(*row) for row in rows]

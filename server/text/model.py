@@ -20,6 +20,7 @@ from ktransformers.engine.weights.gguf import read as read_gguf
 from ktransformers.engine.weights.safetensors import read_folder
 from ktransformers.server.text import messages as chat
 from ktransformers.server.text.folder import read_folder_text
+from ktransformers.server.text.reasoning import Markers
 from ktransformers.server.text.templates import FALLBACKS, ChatTemplate, TemplateError
 from ktransformers.server.text.tokenizer import Tokenizer
 from ktransformers.server.text.vocabulary import VocabularyError
@@ -84,6 +85,7 @@ class TextModel:
         tokenizer: The vocabulary.
         template: The chat template, or None.
         has_tools: Whether the template shows tools to the model.
+        markers: What tells its reasoning from its answers.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str | None, facts: ModelFacts) -> None:
@@ -92,6 +94,7 @@ class TextModel:
         self.facts = facts
         self.template = None if source is None else ChatTemplate(source)
         self.has_tools = source is not None and "tools" in source
+        self.markers = Markers(tokenizer)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="text")
 
     @classmethod

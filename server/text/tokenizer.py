@@ -91,6 +91,11 @@ class Tokenizer:
                 ]
             )
         self.special_tokens = _special_tokens(vocabulary)
+        self._markers = {
+            text: i
+            for i, (text, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
+            if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
+        }
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, object]) -> "Tokenizer":
@@ -202,6 +207,10 @@ class Tokenizer:
     def token_id(self, text: str) -> int | None:
         """The id of the control token of that name, or None."""
         return self.special_tokens.id_of(text)
+
+    def marker_id(self, text: str) -> int | None:
+        """The id of the token of that name that is no ordinary text, a control token or not, or None."""
+        return self._markers.get(text)
 
 
 def _byte_characters() -> dict[str, int]:

@@ -31,26 +31,32 @@ from ktransformers.server.routing import Service
 from ktransformers.server.tenants.directory import Directory
 from ktransformers.server.tenants.ledger import Ledger
 from ktransformers.server.tenants.limits import Limiter
+from ktransformers.server.text.reasoning import Markers
 from ktransformers.server.text.tokenizer import TooLongError
 
 # A shell that runs us in the background has Ctrl-C ignored, and some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 END = 256
+THINK, ANSWER = 257, 258
+"""Around what the model thinks."""
 VOCAB = 300
 CONTEXT = 4096
 REPLY = "Hello, world!"
 
 
 class ByteTokenizer:
-    """Every byte is a token; 256 ends an answer."""
+    """Every byte is a token; 256 ends an answer, 257 and 258 are around reasoning."""
 
     vocab_size = VOCAB
     eog_ids = frozenset({END})
     add_space_prefix = False
 
     def token_bytes(self, token: int) -> bytes:
-        return bytes([token]) if token < 256 else b"<end>"
+        return bytes([token]) if token < 256 else {END: b"<end>"}.get(token, b"<mark>")
+
+    def marker_id(self, text: str) -> int | None:
+        return {"<think>": THINK, "</think>": ANSWER}.get(text)
 
     def is_control(self, token: int) -> bool:
         return token >= 256
@@ -60,6 +66,7 @@ class ByteText:
     """A template of one line a turn."""
 
     tokenizer = ByteTokenizer()
+    markers = Markers(tokenizer)
 
     async def chat_ids_async(
         self, messages: Sequence[Mapping[str, object]], *, limit: int | None
@@ -77,6 +84,8 @@ class ScriptedScheduler:
 
     def __init__(self) -> None:
         self.reply = REPLY
+        self.thought: str | None = None
+        """What it thinks before."""
         self.pause = 0.0
         self.held = False
         """Nothing comes until it is let go."""
@@ -107,7 +116,8 @@ class ScriptedScheduler:
 
     async def _events(self, submit: Submit) -> AsyncIterator[TokenEvent]:
         sampling = submit.sampling
-        tokens = [*self.reply.encode(), END][: sampling.max_tokens]
+        thought = [] if self.thought is None else [THINK, *self.thought.encode(), ANSWER]
+        tokens = [*thought, *self.reply.encode(), END][: sampling.max_tokens]
         for i, token in enumerate(tokens):
             await asyncio.sleep(self.pause)
             while self.held:

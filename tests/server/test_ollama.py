@@ -225,3 +225,19 @@ async def test_about_the_model(app: FastAPI, connect, scheduler) -> None:
 async def test_somebody_is_running(app: FastAPI, connect) -> None:
     async with connect(app) as client:
         assert (await client.get("/")).text == "Ollama is running"
+
+
+@pytest.mark.anyio
+@ROUTES
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_a_model_thinks_comes_apart(
+    app: FastAPI, connect, scheduler, path: str, stream: bool
+) -> None:
+    scheduler.thought = "They greet."
+    async with connect(app) as client:
+        answer = await client.post(path, json=request_of(path) | {"stream": stream})
+    lines = [json.loads(line) for line in answer.text.splitlines()]
+    thought = "".join(line.get("message", line).get("thinking", "") for line in lines)
+    assert ("".join(map(text_of, lines)), thought) == ("Hello, world!", "They greet.")
+    check_end(lines[-1])
+    assert lines[-1]["eval_count"] == 14 + 13

@@ -407,3 +407,48 @@ async def test_models(app: FastAPI, connect) -> None:
         assert (await client.get("/v1/models/tiny")).json() == listed["data"][0]
         missing = await client.get("/v1/models/org/other")
         assert missing.status_code == 404 and missing.json()["error"]["code"] == "model_not_found"
+
+
+# ---- reasoning
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_a_model_thinks_comes_apart(
+    app: FastAPI, connect, scheduler, stream: bool, n: int
+) -> None:
+    scheduler.thought, scheduler.reply = "\nThey greet: world? ", "\n\nHello, world!"
+    body = CHAT | {"stream": stream, "n": n, "logprobs": True, "stop": "world"}
+    body |= {"stream_options": {"include_usage": True}} if stream else {}
+    async with connect(app) as client:
+        answer = await client.post("/v1/chat/completions", json=body)
+    said: list[dict[str, str]] = [{"content": "", "reasoning_content": "", "tokens": ""} for _ in range(n)]
+    parts = [choice for event in events(answer.text)[:-1] for choice in event["choices"]] if stream else []
+    for choice in parts or answer.json()["choices"]:
+        one, message = said[choice["index"]], choice.get("delta") or choice.get("message") or {}
+        for field in ("content", "reasoning_content"):
+            one[field] += message.get(field, "")
+        for token in (choice["logprobs"] or {"content": []})["content"]:
+            one["tokens"] += token["token"]
+    # The stop string is looked for in the answer alone, and so are the log-probabilities.
+    whole = {"content": "Hello, ", "reasoning_content": "They greet: world? ", "tokens": "\n\nHello, world"}
+    assert said == [whole] * n
+    usage = (events(answer.text)[-2] if stream else answer.json())["usage"]
+    assert usage["completion_tokens_details"]["reasoning_tokens"] == 20 * n
+    assert usage["completion_tokens"] == (22 + 14) * n
+
+
+@pytest.mark.anyio
+async def test_an_answer_that_is_all_reasoning(app: FastAPI, connect, scheduler) -> None:
+    scheduler.thought = "for ever"
+    async with connect(app) as client:
+        answer = (await client.post("/v1/chat/completions", json=CHAT | {"max_tokens": 5})).json()
+        plain = (await client.post("/v1/completions", json=COMPLETION | {"max_tokens": 13})).json()
+    message = answer["choices"][0]["message"]
+    assert (message["content"], message["reasoning_content"]) == ("", "for ")
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": 4}
+    # A plain completion is the text as it is; what of it was reasoning is counted all the same.
+    assert plain["choices"][0]["text"] == "for everHel"
+    assert plain["usage"]["completion_tokens_details"] == {"reasoning_tokens": 8}

@@ -29,8 +29,9 @@ def user(url: str, key: str) -> openai.OpenAI:
     return openai.OpenAI(api_key=key, base_url=url, max_retries=0)
 
 
-def test_a_tenant_from_beginning_to_end(both, office) -> None:
+def test_a_tenant_from_beginning_to_end(both, office, scheduler) -> None:
     organization, url, _ = both
+    scheduler.thought = "Hm."
     project = organization.projects.create(name="Team ü")
     assert (project.object, project.status, project.name) == ("organization.project", "active", "Team ü")
     assert organization.projects.retrieve(project.id) == project
@@ -41,6 +42,7 @@ def test_a_tenant_from_beginning_to_end(both, office) -> None:
     bot = user(url, account.api_key.value)
     answer = bot.chat.completions.create(model="tiny", messages=CHAT)
     assert answer.choices[0].message.content == "Hello, world!"
+    assert answer.usage.completion_tokens_details.reasoning_tokens == 3
 
     (key,) = organization.projects.api_keys.list(project.id).data
     assert key.id == account.api_key.id and key.owner.service_account.id == account.id
@@ -101,7 +103,8 @@ def test_a_tenant_from_beginning_to_end(both, office) -> None:
     (result,) = [result for bucket in usage.data for result in bucket.results]
     assert (result.project_id, result.model, result.api_key_id) == (project.id, "tiny", None)
     assert result.num_model_requests >= 3 and result.input_tokens == 9 * result.num_model_requests
-    assert result.output_tokens >= 14 * 3
+    assert result.output_tokens >= 3 * (14 + 5)
+    assert 3 * 3 <= result.output_reasoning_tokens <= 3 * 4  # of one that was left, as far as it came
 
     assert organization.projects.service_accounts.delete(account.id, project_id=project.id).deleted
     with pytest.raises(openai.AuthenticationError):

@@ -12,17 +12,22 @@ import pytest
 from ktransformers.scheduler.client import RequestFailed
 from ktransformers.server.tenants.ledger import Ledger
 
+THINK, ANSWER = 257, 258
+"""The faked model's marks."""
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello there"}]}
 
 
-def sums(office) -> dict[str, tuple[int, int, int, int]]:
-    """(requests, input, cached, output) by key, from the file; by minute and by day they are the same."""
+Counts = tuple[int, int, int, int, int]
+
+
+def sums(office) -> dict[str, Counts]:
+    """(requests, input, cached, output, reasoning) by key, from the file: the same by minute and by day."""
     found = {}
     for by_day in (True, False):
-        totals: dict[str, tuple[int, int, int, int]] = {}
+        totals: dict[str, Counts] = {}
         for row in office.store.usage.between(0, 1 << 40, by_day):
-            old = totals.get(row.key, (0, 0, 0, 0))
-            new = (row.requests, row.input, row.cached, row.output)
+            old = totals.get(row.key, (0,) * 5)
+            new = (row.requests, row.input, row.cached, row.output, row.reasoning)
             totals[row.key] = tuple(a + b for a, b in zip(old, new, strict=True))
         found[by_day] = totals
     assert found[True] == found[False]
@@ -40,8 +45,8 @@ async def test_the_sum_over_the_ledger_is_the_sum_over_the_answers(office, conne
         project, value = office.tenant(name)
         keys[office.store.keys(project.id)[0].id] = value
     office.follow()
-    scheduler.cached = 3
-    rng, expected = random.Random(1), dict.fromkeys(keys, (0, 0, 0, 0))
+    scheduler.cached, scheduler.thought = 3, "Hmm, hm."
+    rng, expected = random.Random(1), dict.fromkeys(keys, (0,) * 5)
 
     async def one(client, key: str) -> None:
         body = CHAT | {"n": rng.choice([1, 1, 2, 4]), "max_tokens": rng.randint(1, 20)}
@@ -49,9 +54,9 @@ async def test_the_sum_over_the_ledger_is_the_sum_over_the_answers(office, conne
         usage = answer.json()["usage"]
         new = (
             1, usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"],
-            usage["completion_tokens"],
+            usage["completion_tokens"], usage["completion_tokens_details"]["reasoning_tokens"],
         )  # fmt: skip
-        assert new[2] == 3
+        assert new[2] == 3 and new[4] == (body["n"] * min(8, body["max_tokens"] - 1))
         expected[key] = tuple(a + b for a, b in zip(expected[key], new, strict=True))
 
     async with connect(office.app()) as client:
@@ -61,7 +66,8 @@ async def test_the_sum_over_the_ledger_is_the_sum_over_the_answers(office, conne
         answer = await client.post("/v1/completions", json=prompts, headers=bearer(keys[key]))
         usage = answer.json()["usage"]
         assert (usage["prompt_tokens"], usage["completion_tokens"]) == (9, 12)
-        more = (1, 9, usage["prompt_tokens_details"]["cached_tokens"], 12)
+        assert usage["completion_tokens_details"] == {"reasoning_tokens": 8}
+        more = (1, 9, usage["prompt_tokens_details"]["cached_tokens"], 12, 8)
         expected[key] = tuple(a + b for a, b in zip(expected[key], more, strict=True))
     await office.ledger.close()
     assert sums(office) == expected
@@ -74,15 +80,18 @@ async def test_answers_that_are_cut_off_count_as_far_as_they_came(office, schedu
     project, value = office.tenant("a")
     key = office.store.keys(project.id)[0].id
     office.follow()
-    scheduler.pause = 0.002
+    scheduler.pause, scheduler.thought = 0.002, "Well, "
     app = office.app()
-    rng, read = random.Random(2), {"tokens": 0, "prompts": 0}
+    rng, read = random.Random(2), {"tokens": 0, "prompts": 0, "reasoning": 0}
     handed = scheduler._events
 
     async def counted(submit):
-        first = True
+        first, thinks = True, False
         async for event in handed(submit):
             read["tokens"] += len(event.tokens)
+            (token,) = event.tokens
+            read["reasoning"] += thinks and token != ANSWER
+            thinks = token == THINK or (thinks and token != ANSWER)
             read["prompts"] += len(submit.tokens) if first else 0
             first = False
             yield event
@@ -113,8 +122,9 @@ async def test_answers_that_are_cut_off_count_as_far_as_they_came(office, schedu
             while sum(row.output for row in office.store.usage.between(0, 1 << 40, True)) < read["tokens"]:
                 assert time.monotonic() < end, "the ledger promises a second"
                 await asyncio.sleep(0.05)
-    requests, prompt, _, output = sums(office)[key]
-    assert (prompt, output) == (read["prompts"], read["tokens"])
+    requests, prompt, _, output, reasoning = sums(office)[key]
+    assert (prompt, output, reasoning) == (read["prompts"], read["tokens"], read["reasoning"])
+    assert 0 < reasoning < output
     print(f"{requests} requests, {output} tokens, {len(scheduler.left)} were left")
     assert 0 < requests <= 101 and output  # not the one that was refused; a slow machine leaves early
     assert len(scheduler.left) > 20
@@ -141,7 +151,7 @@ async def test_what_could_not_be_written_is_written_later(monkeypatch: pytest.Mo
 
     ledger = Ledger(write)
     for _ in range(100):
-        ledger.add(("p", "k", "m"), requests=1, input=2, cached=1, output=3)
+        ledger.add(("p", "k", "m"), requests=1, input=2, cached=1, output=3, reasoning=2)
         ledger.touch("k")
         await asyncio.sleep(0.002)
     while failures:
@@ -149,6 +159,7 @@ async def test_what_could_not_be_written_is_written_later(monkeypatch: pytest.Mo
     await ledger.close()
     assert sum(row.requests for row in written) == 100
     assert (sum(row.input for row in written), sum(row.output for row in written)) == (200, 300)
+    assert (sum(row.cached for row in written), sum(row.reasoning for row in written)) == (100, 200)
 
 
 @pytest.mark.anyio

@@ -142,14 +142,15 @@ def test_every_act_is_in_the_audit_log(store: Store) -> None:
 
 def test_usage_adds_up_and_old_minutes_go(store: Store) -> None:
     now = 1_800_000_000
-    row = UsageRow(0, "p", "k", "m", 1, 10, 4, 5)
+    row = UsageRow(0, "p", "k", "m", 1, 10, 4, 5, 2)
     for at in (now - 9 * DAY, now - 60, now, now):
         store.usage.add(at, [row], {})
     store.usage.forget_minutes(now)
     minutes = store.usage.between(0, now + DAY, by_day=False)
     assert [(r.start, r.requests) for r in minutes] == [(now - 60, 1), (now, 2)]
     days = store.usage.between(0, now + DAY, by_day=True)
-    assert [r.requests for r in days] == [1, 3] and sum(r.input + r.output for r in days) == 4 * 15
+    assert [(r.requests, r.cached, r.reasoning) for r in days] == [(1, 4, 2), (3, 12, 6)]
+    assert sum(r.input + r.output for r in days) == 4 * 15
     assert store.usage.on_day(now) == {"p": Used(3, 45), "k": Used(3, 45)}
 
 
@@ -169,6 +170,32 @@ def test_an_older_file_is_taken_along(tmp_path: Path) -> None:
     store.close()
     with pytest.raises(StoreError, match="newer version"):
         Store.open(tmp_path / "t")
+
+
+def test_a_ledger_from_before_reasoning_was_counted_is_kept(tmp_path: Path) -> None:
+    """A file as the version before wrote it: its counts are there, with no reasoning, and go on."""
+    folder = tmp_path / "t"
+    folder.mkdir()
+    old = sqlite3.connect(folder / FILE, isolation_level=None)
+    migrate(old, STEPS[:2])
+    old.execute("INSERT INTO projects VALUES ('proj_1', 'kept', 1, NULL, 1.0, 'normal', '{}', '[]')")
+    day = 1_800_000_000 // DAY * DAY
+    for table in ("usage_minutes", "usage_days"):
+        assert "reasoning" not in [row[1] for row in old.execute(f"PRAGMA table_info({table})")]
+        old.execute(f"INSERT INTO {table} VALUES (?, 'proj_1', 'k', 'm', 7, 70, 3, 14)", (day,))
+    old.close()
+    store = Store.open(folder)
+    before = UsageRow(day, "proj_1", "k", "m", 7, 70, 3, 14, 0)
+    for by_day in (True, False):
+        assert store.usage.between(0, 1 << 40, by_day) == [before]
+    assert store.project("kept").id == "proj_1"
+    store.usage.add(day, [UsageRow(0, "proj_1", "k", "m", 1, 10, 1, 5, 4)], {})
+    store.close()
+    store = Store.open(folder)
+    for by_day in (True, False):
+        (row,) = store.usage.between(0, 1 << 40, by_day)
+        assert row == UsageRow(day, "proj_1", "k", "m", 8, 80, 4, 19, 4)
+    store.close()
 
 
 @pytest.mark.parametrize("damage", ["text", "truncated", "middle", "unknown limit", "folder"])
