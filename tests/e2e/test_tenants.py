@@ -6,69 +6,20 @@ import json
 import os
 import random
 import signal
-import socket
 import statistics
 import time
 
 import httpx
-import openai
 import pytest
+from organization import ledger, new_tenant, office_of
 
 CHAT = {"model": "default", "messages": [{"role": "user", "content": "Count from one to fifty."}]}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture
 def office(start):
-    """A server, its admin API's client, and what makes a tenant with a key."""
-    port = free_port()
-    server = start(admin_port=port)
-    admin_key = server.command("tenants", "admin-key").strip()  # the listener opens once there is one
-    admin = openai.OpenAI(admin_api_key=admin_key, base_url=f"http://127.0.0.1:{port}/v1")
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            admin.admin.organization.projects.list()
-            return server, admin.admin.organization
-        except openai.APIConnectionError:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-
-
-def new_tenant(organization, name: str, **limits: int) -> tuple[str, dict[str, str]]:
-    project = organization.projects.create(name=name)
-    key = organization.projects.service_accounts.create(project.id, name="user").api_key
-    if limits:
-        organization.projects.rate_limits.update_rate_limit("rl_all", project_id=project.id, **limits)
-    return project.id, {"Authorization": f"Bearer {key.value}"}
-
-
-def ledger(organization, project: str) -> dict[str, int]:
-    """Sums over the ledger, when the last second is in it: nothing comes any more."""
-    before: dict[str, int] = {}
-    while (now := ledger_now(organization, project)) != before:
-        before = now
-        time.sleep(1.2)
-    return now
-
-
-def ledger_now(organization, project: str) -> dict[str, int]:
-    page = organization.usage.completions(
-        start_time=int(time.time()) - 86400, bucket_width="1d", limit=3, project_ids=[project]
-    )
-    sums = {"requests": 0, "prompt": 0, "cached": 0, "output": 0}
-    for bucket in page.data:
-        for result in bucket.results:
-            sums["requests"] += result.num_model_requests
-            sums["prompt"] += result.input_tokens
-            sums["cached"] += result.input_cached_tokens
-            sums["output"] += result.output_tokens
-    return sums
+    """A server and its admin API's client."""
+    return office_of(start)
 
 
 def test_two_hundred_at_once_against_sixty_a_minute(office) -> None:
@@ -122,61 +73,90 @@ def test_two_hundred_at_once_against_sixty_a_minute(office) -> None:
     )
 
 
-def test_the_ledger_is_the_sum_of_the_answers_also_when_the_engine_dies(office) -> None:
-    """Whole answers, streams, streams that are left, an engine that is killed: what clients read is in the
-    ledger, and beyond that only what was under way to them."""
-    server, organization = office
-    project, headers = new_tenant(organization, "mixed")
-    rng = random.Random(5)
-    whole = {"prompt": 0, "cached": 0, "output": 0, "requests": 0}
-    cut_tokens, cut = 0, 0
+class Reader:
+    """Asks with one key, and adds up what it is told."""
 
-    async def one(client: httpx.AsyncClient) -> None:
-        nonlocal cut_tokens, cut
-        body = CHAT | {"max_tokens": rng.randint(5, 60), "seed": rng.randrange(99), "stream": True}
+    def __init__(self, headers: dict[str, str], seed: int) -> None:
+        self.headers, self.rng = headers, random.Random(seed)
+        self.ends = {"whole": 0, "failed": 0, "left": 0, "refused": 0}
+        self.requests = self.prompt = self.cached = self.output = 0
+        """Of answers that began. How much of a prompt was cached only whole ones say."""
+        self.read = 0
+        """Tokens that have arrived."""
+
+    async def ask(self, client: httpx.AsyncClient, prompt_tokens: int, leaves: bool) -> None:
+        body = CHAT | {"max_tokens": self.rng.randint(20, 80), "seed": self.rng.randrange(99), "stream": True}
         body |= {"stream_options": {"include_usage": True}, "logprobs": True}
-        leave = rng.randint(1, 30) if rng.random() < 0.4 else 10**6
-        read, usage = 0, None
-        async with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
+        most = self.rng.randint(1, 4) if leaves else 10**6
+        read, usage, end = 0, None, "refused"
+        async with client.stream("POST", "/v1/chat/completions", json=body, headers=self.headers) as answer:
             async for line in answer.aiter_lines():
                 if not line.startswith("data: {"):
                     continue
                 chunk = json.loads(line[6:])
                 if "error" in chunk:
+                    end = "failed"
                     break
                 usage = chunk["usage"] or usage
                 for choice in chunk["choices"]:
-                    read += len((choice["logprobs"] or {"content": []})["content"])
-                if read >= leave:
+                    arrived = len((choice["logprobs"] or {"content": []})["content"])
+                    read, self.read = read + arrived, self.read + arrived
+                if read >= most:
+                    end = "left"
                     break
         if usage is not None:
-            whole["requests"] += 1
-            whole["prompt"] += usage["prompt_tokens"]
-            whole["cached"] += usage["prompt_tokens_details"]["cached_tokens"]
-            whole["output"] += usage["completion_tokens"]
-        elif read:
-            cut, cut_tokens = cut + 1, cut_tokens + read
+            end, read = "whole", usage["completion_tokens"]
+            self.cached += usage["prompt_tokens_details"]["cached_tokens"]
+            assert usage["prompt_tokens"] == prompt_tokens
+        self.ends[end] += 1
+        self.output += read
+        if read:
+            self.requests, self.prompt = self.requests + 1, self.prompt + prompt_tokens
+
+
+def test_the_ledger_is_the_sum_of_the_answers_also_when_the_engine_dies(office) -> None:
+    """Three engines killed under load. To the token: who reads on until an answer's end, or the error of one
+    whose engine died, finds the sum of what was read. Who leaves finds what was read, and beyond that only
+    what was under way."""
+    server, organization = office
+    projects, readers = [], []
+    for seed, name in enumerate(("stays", "leaves")):
+        project, headers = new_tenant(organization, name)
+        projects.append(project)
+        readers.append(Reader(headers, seed))
+    stays, leaves = readers
+    whole = httpx.post(
+        f"{server.url}/v1/chat/completions", json=CHAT | {"max_tokens": 1}, headers=leaves.headers, timeout=60
+    )
+    prompt_tokens = whole.json()["usage"]["prompt_tokens"]
+    leaves.requests, leaves.prompt, leaves.output = 1, prompt_tokens, 1
 
     async def load() -> None:
         async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
-            for turn in range(3):
-                tasks = [asyncio.create_task(one(client)) for _ in range(16)]
-                if turn == 1:
-                    await asyncio.sleep(1.0)
+            for turn in range(5):
+                tasks = [
+                    asyncio.create_task(reader.ask(client, prompt_tokens, reader is leaves))
+                    for reader, count in ((stays, 12), (leaves, 8))
+                    for _ in range(count)
+                ]
+                if turn % 2 == 1 or turn == 4:
+                    before = stays.read
+                    while stays.read < before + 20:
+                        await asyncio.sleep(0.01)
                     os.kill(server.role("engine").pid, signal.SIGKILL)
                 await asyncio.gather(*tasks)
                 while not server.ready():
                     await asyncio.sleep(0.1)
 
     asyncio.run(load())
-    used = ledger(organization, project)
-    print(f"whole answers {whole}, {cut} cut off after {cut_tokens} tokens; ledger {used}")
-    assert cut > 0 and whole["requests"] > 0
-    assert used["requests"] >= whole["requests"] + cut
-    assert used["prompt"] >= whole["prompt"] and used["cached"] >= whole["cached"]
-    assert used["output"] >= whole["output"] + cut_tokens
-    # Of each that was cut off, a few tokens were on their way.
-    assert used["output"] <= whole["output"] + cut_tokens + 64 * (used["requests"] - whole["requests"])
+    used, left = (ledger(organization, project) for project in projects)
+    print(f"3 engines killed. {stays.ends}: {stays.output} tokens read, ledger {used}; ")
+    print(f"{leaves.ends}: {leaves.output} tokens read, ledger {left}")
+    assert stays.ends["whole"] > 0 and stays.ends["failed"] > 0 and leaves.ends["left"] > 0
+    assert (used["requests"], used["prompt"], used["output"]) == (stays.requests, stays.prompt, stays.output)
+    assert stays.cached <= used["cached"] <= used["prompt"]
+    assert left["requests"] >= leaves.requests and left["prompt"] >= leaves.prompt
+    assert leaves.output <= left["output"] <= leaves.output + 80 * left["requests"]
 
 
 def test_kill_9_loses_at_most_the_last_second(office) -> None:

@@ -12,7 +12,9 @@ speaks, of other things.
 speaks, and what the router says of activations of a trained model counts. (One that leaves experts out would
 leave nothing of what was learnt.)
 
-    python tests/engine/speaking.py mixtral|routed|qwen2moe|qwen3moe|qwen3 FILE
+`llama` is the default model itself, for tests of what else a file says.
+
+    python tests/engine/speaking.py llama|mixtral|routed|qwen2moe|qwen3moe|qwen3 FILE
 """
 
 import sys
@@ -27,7 +29,12 @@ import numpy as np
 from ktransformers.engine.weights.formats import FORMATS
 from ktransformers.engine.weights.gguf import GgufFile, read
 
-ARCHITECTURES = {"mixtral": "llama", "routed": "llama", **{k: k for k in ("qwen2moe", "qwen3moe", "qwen3")}}
+ARCHITECTURES = {
+    "mixtral": "llama",
+    "routed": "llama",
+    **{k: k for k in ("llama", "qwen2moe", "qwen3moe", "qwen3")},
+}
+DENSE = ("llama", "qwen3")
 EXPERTS = 4
 ROUTER_SIZE = 0.2
 """Standard deviation of the logits of the router of `routed`, about."""
@@ -89,7 +96,7 @@ def router(f: GgufFile, kind: str, layer: int, width: int) -> np.ndarray[Any, np
 def mlp(f: GgufFile, kind: str, layer: int, width: int) -> Iterator[Part]:
     prefix = f"blk.{layer}."
     (gate, form), (up, _), (down, _) = (rows_of(f, f"{prefix}ffn_{n}.weight") for n in ("gate", "up", "down"))
-    if kind == "qwen3":
+    if kind in DENSE:
         yield from ((f"ffn_{n}.weight", w, form) for n, w in (("gate", gate), ("up", up), ("down", down)))
         return
     # Of qwen2moe the last part is what every token shares, behind a gate that is a half.
@@ -125,29 +132,30 @@ def attention(f: GgufFile, kind: str, layer: int) -> Iterator[Part]:
         yield (f"{n}.weight", *rows_of(f, f"blk.{layer}.{n}.weight"))
 
 
-def write_keys(w: gguf.GGUFWriter, f: GgufFile, kind: str) -> None:
+def write_keys(w: gguf.GGUFWriter, f: GgufFile, kind: str, other: dict[str, Any]) -> None:
     arch = ARCHITECTURES[kind]
     ffn = int(f.metadata["llama.feed_forward_length"])  # type: ignore[arg-type]
     keys = {k: v for k, v in f.metadata.items() if k.startswith(("llama.", "tokenizer."))}
     keys = {k.replace("llama.", f"{arch}.", 1) if k.startswith("llama.") else k: v for k, v in keys.items()}
-    if kind != "qwen3":
+    if kind not in DENSE:
         keys |= {f"{arch}.expert_count": EXPERTS, f"{arch}.expert_used_count": EXPERTS}
         width = ffn // (EXPERTS * 2 if kind == "qwen2moe" else EXPERTS)
         name = "feed_forward_length" if arch == "llama" else "expert_feed_forward_length"
         keys[f"{arch}.{name}"] = width
     if kind == "qwen2moe":
         keys[f"{arch}.expert_shared_feed_forward_length"] = ffn // 2
+    keys |= other
     add: dict[type, Any] = {int: w.add_uint32, float: w.add_float32, str: w.add_string, list: w.add_array}
     for key, value in keys.items():
         plain = value.tolist() if isinstance(value, np.ndarray) else value
         {**add, bool: w.add_bool}[type(plain)](key, plain)
 
 
-def write(path: Path, kind: str) -> Path:
-    """The default model as another architecture (a key of ARCHITECTURES) at `path`."""
+def write(path: Path, kind: str, other: dict[str, Any] | None = None) -> Path:
+    """The default model as another architecture (a key of ARCHITECTURES) at `path`, with `other` metadata."""
     f = read(default_model())
     w = gguf.GGUFWriter(path, ARCHITECTURES[kind])
-    write_keys(w, f, kind)
+    write_keys(w, f, kind, other or {})
     layers, width = int(f.metadata["llama.block_count"]), int(f.metadata["llama.embedding_length"])  # type: ignore[arg-type]
 
     def add(name: str, rows: U8, form: int) -> None:

@@ -5,9 +5,12 @@ from urllib.parse import unquote
 
 import pytest
 from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.routing import Mount, Route
 
+from ktransformers.server.api import admin, admin_keys, admin_prefixes, admin_usage, health, ollama, openai
+from ktransformers.server.app import make_admin_app
 from ktransformers.server.auth import Keys, Role, declared_role
 from ktransformers.server.config import ConfigError
 from ktransformers.server.routing import GuardedRoute, UndeclaredRoute, check_routes
@@ -154,6 +157,24 @@ def test_a_route_that_is_not_guarded_does_not_start(app: FastAPI, route: Route) 
     check_routes(list(app.routes))
     with pytest.raises(UndeclaredRoute):
         check_routes([*app.routes, route])
+
+
+@pytest.mark.parametrize("part", [health, openai, ollama])
+@pytest.mark.parametrize("route", [Route("/raw", lambda request: None), Mount("/files", routes=[])])
+def test_the_application_does_not_start_with_one(make, monkeypatch, part, route: Route) -> None:
+    monkeypatch.setattr(part.router, "routes", [*part.router.routes, route])
+    with pytest.raises(UndeclaredRoute):
+        make()
+
+
+@pytest.mark.parametrize("part", [admin, admin_keys, admin_prefixes, admin_usage])
+def test_nor_does_the_admin_api(app: FastAPI, monkeypatch, part) -> None:
+    async def oops() -> None: ...
+
+    make_admin_app(app.state.service)
+    monkeypatch.setattr(part.router, "routes", [*part.router.routes, APIRoute("/v1/organization/oops", oops)])
+    with pytest.raises(UndeclaredRoute, match="oops"):
+        make_admin_app(app.state.service)
 
 
 @pytest.mark.parametrize(

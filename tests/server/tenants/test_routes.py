@@ -99,8 +99,11 @@ async def test_every_route_of_the_main_listener(office, kinds, connect) -> None:
     endpoints = {(method, route.path): route.endpoint for route in app.routes for method in route.methods}
     async with connect(app) as client:
         for kind, key in kinds.items():
-            for (method, path), status in (await statuses(client, app, key)).items():
+            found = await statuses(client, app, key)
+            assert found.keys() == endpoints.keys()
+            for (method, path), status in found.items():
                 assert status == expected(kind, path, endpoints[method, path]), (kind, method, path)
+        print(f"{len(endpoints)} routes x {len(kinds)} kinds of key = {len(endpoints) * len(kinds)} answers")
         for path in ("/v1/models", "/api/tags", "/api/ps"):
             assert "tiny" in (await client.get(path, headers=bearer(kinds["user"]))).text
             assert "tiny" not in (await client.get(path, headers=bearer(kinds["other model"]))).text
@@ -111,8 +114,9 @@ async def test_every_route_of_the_admin_listener(office, kinds, connect) -> None
     app = office.app(keys=("settings-key-1",))
     admin = office.admin_app(app)
     public = {"/livez", "/readyz", "/healthz"}
+    kinds = {**kinds, "settings": "settings-key-1"}
     async with connect(admin) as client:
-        for kind, key in {**kinds, "settings": "settings-key-1"}.items():
+        for kind, key in kinds.items():
             found = await statuses(client, admin, key)
             assert len(found) >= 28
             for route, status in found.items():
@@ -124,9 +128,63 @@ async def test_every_route_of_the_admin_listener(office, kinds, connect) -> None
                     assert status == 403, (kind, route)
                 else:
                     assert status == 401, (kind, route)
+        print(f"{len(found)} routes x {len(kinds)} kinds of key = {len(found) * len(kinds)} answers")
     async with connect(app) as client:  # nothing of it is on the other listener
         answer = await client.get("/v1/organization/projects", headers=bearer(kinds["admin"]))
         assert answer.status_code == 404
+
+
+# What each route of the admin API takes. Paths that name an account or a key of a project are there for that
+# project alone.
+ADMIN_BODIES = {
+    "create_project": {"name": "new"},
+    "update_rate_limit": {"max_running": 1},
+    "update_model_permissions": {"mode": "allow_list", "model_ids": ["m"]},
+    "create_service_account": {"name": "other"},
+    "update_service_account": {"name": "renamed"},
+    "create_admin_api_key": {"name": "second"},
+    "create_public_prefix": {"name": "p", "text": "hi"},
+}
+ADMIN_QUERIES = {"usage_completions": "?start_time=0&limit=1"}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("whose", ["its own", "another project's", "an archived project's"])
+async def test_every_admin_route_on_what_is_there(office, connect, whose: str) -> None:
+    """Each with ids that exist, on a project of its own: done; and with an account or a key of project A in
+    the path of project B, or of one that is archived: 404, and nothing has changed."""
+    boss = office.admin()
+    app = office.admin_app(office.app())
+    routes = [r for r in app.routes if declared_role(r.endpoint) is Role.ADMIN and r.path != "/metrics"]
+    asked = 0
+    async with connect(app) as client:
+        for number, route in enumerate(routes):
+            project, _ = office.tenant(f"a{number}")
+            (account,), (key,) = office.store.accounts(project.id), office.store.keys(project.id)
+            under = project
+            if whose != "its own":
+                if "{account}" not in route.path and "{project}/api_keys/{key}" not in route.path:
+                    continue
+                under, _ = office.tenant(f"b{number}")
+                if whose == "an archived project's":
+                    under = office.store.archive_project(under.id, "test")
+            if "admin_api_keys" in route.path:
+                key, _ = office.store.create_key(None, f"c{number}", "test")
+            ids = {"project": under.id, "account": account.id, "key": key.id, "rate_limit": "rl_all"}
+            if "{prefix}" in route.path:
+                ids["prefix"] = office.store.publish(f"prefix {number}", {"text": "x"}, "test").id
+            office.follow()
+            (method,) = route.methods - {"HEAD"}
+            path = route.path.format(**ids) + ADMIN_QUERIES.get(route.operation_id, "")
+            body = ADMIN_BODIES.get(route.operation_id, {}) if method == "POST" else None
+            before = office.store.load()
+            answer = await client.request(method, path, json=body, headers=bearer(boss))
+            asked += 1
+            assert answer.status_code == (200 if whose == "its own" else 404), (method, path, answer.text)
+            if whose != "its own":
+                assert office.store.load() == before, (method, path)
+    assert asked == (len(routes) if whose == "its own" else 7)
+    print(f"{asked} routes of the admin API, {whose} ids")
 
 
 @pytest.mark.anyio
