@@ -39,6 +39,11 @@ Expires = Annotated[
 ]
 
 
+KeyId = Annotated[
+    str, typer.Argument(metavar="KEY", help="Id of a key, key_…, as `show` has it, also an administrator's.")
+]
+
+
 @app.command()
 def create(
     name: Annotated[str, typer.Argument(help="Its name.")],
@@ -135,9 +140,53 @@ def key(
     command.key(tenant, name, expires, scope or [], limits)
 
 
+@app.command("set-key")
+def set_key(
+    key: KeyId,
+    expires: Annotated[
+        str | None,
+        typer.Option(help="When: 90d, 12h, 30m, a date as 2027-01-31, or never.", show_default=False),
+    ] = None,
+    scope: Annotated[
+        list[str] | None, typer.Option(help="Its scopes from now on; all is every one.", show_default=False)
+    ] = None,
+    requests_per_minute: RequestsPerMinute = None,
+    tokens_per_minute: TokensPerMinute = None,
+    tokens_per_day: TokensPerDay = None,
+    requests_per_day: RequestsPerDay = None,
+    max_running: MaxRunning = None,
+    max_waiting: MaxWaiting = None,
+) -> None:
+    """Change a key. What is not named stays as it is."""
+    limits = dict(locals())
+    from ktransformers.server.commands import tenants as command
+
+    for option in ("key", "expires", "scope"):
+        del limits[option]
+    command.change_key(key, expires, scope, limits)
+
+
 @app.command()
-def revoke(key: Annotated[str, typer.Argument(help="Id of a key, key_…, as `show` has it.")]) -> None:
-    """Make a key, also an administrator's, work no longer."""
+def rotate(
+    key: KeyId,
+    grace: Annotated[
+        str | None,
+        typer.Option(help="So long the old one works, too: 24h, 30m, 7d [not at all].", show_default=False),
+    ] = None,
+    expires: Annotated[
+        str | None,
+        typer.Option(help="When the new one does [after as long as the old one].", show_default=False),
+    ] = None,
+) -> None:
+    """Make a key in the place of another, with its name, scopes and limits, and print it, this once."""
+    from ktransformers.server.commands import tenants as command
+
+    command.rotate(key, grace, expires)
+
+
+@app.command()
+def revoke(key: KeyId) -> None:
+    """Make a key work no longer."""
     from ktransformers.server.commands import tenants as command
 
     command.revoke(key)

@@ -56,8 +56,8 @@ class ProjectChange(StrictModel):
     priority: Priority | None = None
 
 
-class RateLimitChange(StrictModel):
-    """POST /organization/projects/{id}/rate_limits/{id}. null, or NO_LIMIT, takes a limit away."""
+class KeyLimits(StrictModel):
+    """What a project, and each of its keys, may be limited to. null, or NO_LIMIT, takes a limit away."""
 
     max_requests_per_1_minute: Count | None = None
     max_tokens_per_1_minute: Count | None = None
@@ -65,6 +65,16 @@ class RateLimitChange(StrictModel):
     max_requests_per_1_day: Count | None = None
     max_running: Count | None = None
     max_waiting: Count | None = None
+
+    def limits(self) -> dict[str, int | None]:
+        """Those that were given, by the names of Limits."""
+        given = self.model_dump(include=set(_LIMITS), exclude_unset=True)
+        return {_LIMITS[name]: None if value == NO_LIMIT else value for name, value in given.items()}
+
+
+class RateLimitChange(KeyLimits):
+    """POST /organization/projects/{id}/rate_limits/{id}."""
+
     kv_device_bytes: Count | None = None
     kv_host_bytes: Count | None = None
     kv_disk_bytes: Count | None = None
@@ -148,6 +158,11 @@ async def archive_project(project: str, request: Request) -> Response:
 # ---- rate limits
 
 
+def key_limits(limits: Limits) -> dict[str, int | None]:
+    """Those of a key."""
+    return {name: getattr(limits, _LIMITS[name]) for name in KeyLimits.model_fields}
+
+
 def _rate_limit(limits: Limits, model: str) -> dict[str, Any]:
     shown = {name: getattr(limits, field) for name, field in _LIMITS.items()}
     for name in ("max_requests_per_1_minute", "max_tokens_per_1_minute"):
@@ -173,8 +188,7 @@ async def update_rate_limit(
     """What is not named stays as it is."""
     if rate_limit != RATE_LIMIT:
         raise RequestError("not_found", f"a project has one rate limit, {RATE_LIMIT}")
-    given = body.model_dump(exclude_unset=True)
-    changes = {_LIMITS[name]: None if value == NO_LIMIT else value for name, value in given.items()}
+    changes = body.limits()
     changed = await act(request, lambda store, actor: store.change_limits(project, actor, changes))
     return answer(_rate_limit(changed.limits, context_of(request).generator.model_name))
 

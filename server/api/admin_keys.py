@@ -7,17 +7,18 @@ again.
 import time
 from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from ktransformers.server.api.admin import Name
+from ktransformers.server.api.admin import KeyLimits, Name, key_limits
 from ktransformers.server.api.admin_access import PREFIX, Query, act, answer, ask, page
 from ktransformers.server.api.parameters import StrictModel
 from ktransformers.server.auth import Role, requires
 from ktransformers.server.errors import RESPONSES
 from ktransformers.server.routing import GuardedRoute
-from ktransformers.server.tenants.records import SCOPES, Account, Key
+from ktransformers.server.tenants.records import SCOPES, Account, Key, Limits
 from ktransformers.server.tenants.store import Store
 
 router = APIRouter(route_class=GuardedRoute, tags=["admin"], responses=RESPONSES)
@@ -40,15 +41,15 @@ class AccountChange(StrictModel):
     name: Name
 
 
-class NewKey(StrictModel):
-    """POST .../service_accounts/{id}/api_keys."""
+class NewKey(KeyLimits):
+    """POST .../service_accounts/{id}/api_keys. Limits of a key, OpenAI's API does not have."""
 
     name: Name | None = None
     expires_in_seconds: Seconds | None = None
     scopes: Scopes = Field(default_factory=list)
 
 
-class KeyChange(StrictModel):
+class KeyChange(KeyLimits):
     """POST .../api_keys/{id}. What is not given stays as it is."""
 
     expires_in_seconds: Seconds | None = None
@@ -155,8 +156,9 @@ async def create_api_key(project: str, account: str, body: NewKey, request: Requ
     def create(store: Store, actor: str) -> dict[str, Any]:
         owner = store.account(project, account)
         until = _until(body.expires_in_seconds)
+        name, limits = body.name or owner.name, Limits(**body.limits())
         return _new_key(
-            store.create_key(owner, body.name or owner.name, actor, expires_at=until, scopes=body.scopes)
+            store.create_key(owner, name, actor, expires_at=until, scopes=body.scopes, limits=limits)
         )
 
     return answer(await act(request, create))
@@ -175,6 +177,7 @@ def _key(key: Key, owner: Account) -> dict[str, Any]:
         "last_used_at": key.last_used_at,
         "expires_at": key.expires_at,
         "scopes": sorted(key.scopes),
+        **key_limits(key.limits),
         "owner": {"type": "service_account", "service_account": _account(owner)},
         "owner_project_access": "active",
     }
@@ -209,7 +212,7 @@ async def retrieve_api_key(project: str, key: str, request: Request) -> Response
 @router.post(f"{PROJECT}/api_keys/{{key}}", operation_id="update_api_key")
 @requires(Role.ADMIN)
 async def update_api_key(project: str, key: str, body: KeyChange, request: Request) -> Response:
-    """Its scopes and when it expires."""
+    """Its scopes, when it expires, its limits."""
     changes: dict[str, Any] = {}
     if body.expires_in_seconds is not None:
         changes["expires_at"] = _until(body.expires_in_seconds)
@@ -218,6 +221,8 @@ async def update_api_key(project: str, key: str, body: KeyChange, request: Reque
 
     def change(store: Store, actor: str) -> dict[str, Any]:
         found = store.key(store.project_by_id(project).id, key)
+        if limits := body.limits():
+            changes["limits"] = msgspec.structs.replace(found.limits, **limits)
         changed = store.change_key(found, actor, **changes)
         return _key(changed, store.account(project, changed.account))
 

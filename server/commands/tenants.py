@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from ktransformers.server.config import tenants_dir
 from ktransformers.server.tenants.records import Key, Limits, Project, StoreError, Used, check_scopes
 from ktransformers.server.tenants.store import Store
@@ -129,6 +131,37 @@ def key(
     _print_key(made, value)
 
 
+def change_key(
+    id: str,  # noqa: A002
+    expires: str | None,
+    scopes: Sequence[str] | None,
+    limits: Mapping[str, int | None],
+) -> None:
+    """Change what is given, in one act."""
+    with _store() as (store, actor):
+        found = store.find_key(id)
+        changes: dict[str, Any] = {}
+        if expires is not None:
+            changes["expires_at"] = None if expires == "never" else _time(expires)
+        if scopes is not None:
+            changes["scopes"] = frozenset() if list(scopes) == ["all"] else frozenset(scopes)
+        if given := _changed(limits):
+            changes["limits"] = structs.replace(found.limits, **given)
+        if not changes:
+            raise StoreError("nothing to change was named; --help lists what there is")
+        changed = store.change_key(found, actor, **changes)
+        _print_keys(store, [changed])
+
+
+def rotate(id: str, grace: str | None, expires: str | None) -> None:  # noqa: A002
+    """Make a key in the place of another one."""
+    with _store() as (store, actor):
+        made, value = store.rotate_key(
+            store.find_key(id), actor, _time(grace, "--grace"), _time(expires)
+        )
+    _print_key(made, value)
+
+
 def revoke(id: str) -> None:  # noqa: A002
     """Make a key work no longer."""
     with _store() as (store, actor):
@@ -197,13 +230,18 @@ def _print_project(store: Store, p: Project) -> None:
     print(f"models: {', '.join(sorted(p.models)) or 'all'}")
     today = used.get(p.id, Used())
     print(f"today (UTC): {today.requests:,} requests, {today.tokens:,} tokens")
+    _print_keys(store, store.keys(p.id))
+
+
+def _print_keys(store: Store, keys: Sequence[Key]) -> None:
+    used = store.usage.on_day(int(time.time()))
     rows = [("KEY", "NAME", "SHOWN AS", "SCOPES", "EXPIRES", "LAST USED", "TOKENS TODAY", "LIMITS")]
     rows += [
         (
             k.id, k.name, k.redacted, ",".join(sorted(k.scopes)) or "all", _when(k.expires_at, "never"),
             _when(k.last_used_at, "never"), f"{used.get(k.id, Used()).tokens:,}", _limits(k.limits),
         )
-        for k in store.keys(p.id)
+        for k in keys
     ]  # fmt: skip
     _table(rows)
 
@@ -217,8 +255,8 @@ def _when(at: int | None, otherwise: str = "") -> str:
     return otherwise if at is None else datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
-def _time(text: str | None) -> int | None:
-    """A point in time from what --expires takes. Errors: StoreError."""
+def _time(text: str | None, option: str = "--expires") -> int | None:
+    """A point in time from what the option takes. Errors: StoreError."""
     if text is None:
         return None
     if match := re.fullmatch(r"([0-9]{1,6})([mhd])", text):
@@ -226,7 +264,7 @@ def _time(text: str | None) -> int | None:
     try:
         return int(datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC).timestamp())
     except ValueError:
-        raise StoreError(f"--expires {text[:40]!r}: say 90d, 12h, 30m, or a date as 2027-01-31") from None
+        raise StoreError(f"{option} {text[:40]!r}: say 90d, 12h, 30m, or a date as 2027-01-31") from None
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> None:

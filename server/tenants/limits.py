@@ -143,12 +143,13 @@ class Limiter:
     def reserve(self, subjects: Subjects, prompt: int, output: int, answers: int) -> Reservation:
         """Take one request, `prompt` + `output` tokens (of all answers together), and room for the answers.
 
-        Raises RequestError: rate_limit_exceeded, insufficient_quota; invalid_value for more answers than may
-        ever be open.
+        Raises RequestError: rate_limit_exceeded, insufficient_quota; context_length_exceeded for a prompt
+        beyond a whole day's quota, invalid_value for more answers than may ever be open.
         """
         now, estimate = self._clock(), prompt + output
         found = self._find(subjects)
         for subject in found:
+            self._check_fits(subject, prompt)
             self._check_rates(subject, found, estimate, now)
             self._check_day(subject, prompt)
             self._check_open(subject, answers)
@@ -189,15 +190,25 @@ class Limiter:
                     headers=_headers(found, now),
                 )
 
+    def _check_fits(self, subject: _Subject, prompt: int) -> None:
+        """Waiting until tomorrow would not help."""
+        limit = subject.limits.tokens_per_day
+        if limit is not None and prompt > limit:
+            what = f"the prompt has {prompt} tokens, more than your quota of {limit} tokens a day"
+            raise RequestError("context_length_exceeded", what)
+
     def _check_day(self, subject: _Subject, prompt: int) -> None:
         most = subject.limits.requests_per_day
         if most is not None and subject.asked >= most:
-            raise _used_up(f"{most} requests")
+            raise _used_up(f"your quota of {most} requests a day is used up")
         limit = subject.limits.tokens_per_day
         if limit is None:
             return
+        if subject.used >= limit:
+            raise _used_up(f"your quota of {limit} tokens a day is used up")
         if subject.used + prompt > limit:
-            raise _used_up(f"{limit} tokens")
+            left = f"{limit - subject.used} of your quota of {limit} tokens a day are left"
+            raise _used_up(f"{left}, and this prompt has {prompt}: it does not fit")
         # Open requests may need less than they reserved, so this one may fit in a moment.
         if subject.used + subject.reserved + prompt > limit:
             raise RequestError(
@@ -221,11 +232,9 @@ class Limiter:
             )
 
 
-def _used_up(quota: str) -> RequestError:
+def _used_up(what: str) -> RequestError:
     return RequestError(
-        "insufficient_quota",
-        f"your quota of {quota} a day is used up until midnight UTC",
-        headers={"x-should-retry": "false"},
+        "insufficient_quota", f"{what} until midnight UTC", headers={"x-should-retry": "false"}
     )
 
 

@@ -324,6 +324,26 @@ class Store:
             )
         return changed
 
+    def rotate_key(
+        self, key: Key, actor: str, until: int | None = None, expires_at: int | None = None
+    ) -> tuple[Key, str]:
+        """A new key in the place of this one, with its account, name, scopes and limits, and its value.
+
+        The old one works until then (None: no longer). Without `expires_at` the new one lives as long as the
+        old one was to live from its making. Errors: StoreError, Missing.
+        """
+        account = self.account(key.project, key.account) if key.project else None
+        if expires_at is None and key.expires_at is not None:
+            expires_at = now() + key.expires_at - key.created_at
+        made = self.create_key(
+            account, key.name, actor, expires_at=expires_at, scopes=key.scopes, limits=key.limits
+        )
+        if until is None:
+            self.revoke_key(key, actor)
+        elif key.expires_at is None or until < key.expires_at:
+            self.change_key(key, actor, expires_at=until)
+        return made
+
     def revoke_key(self, key: Key, actor: str) -> None:
         """It works no longer."""
         action = "api_key.deleted" if key.project else "tenant.admin_api_key.deleted"

@@ -1,5 +1,6 @@
 """`ktransformers tenants`: what it prints, what it refuses, and that it needs no server."""
 
+import hashlib
 import re
 import sys
 import time
@@ -68,6 +69,37 @@ def test_what_is_named_is_changed_and_nothing_else(run, store: Store) -> None:
     ]  # fmt: skip
 
 
+def test_a_key_is_changed_and_replaced(run, store: Store) -> None:
+    run("create", "team")
+    given = ["--name", "bot", "--expires", "10d", "--scope", "api.model.request", "--max-running", "2"]
+    run("key", "team", *given)
+    (old,) = store.keys(store.project("team").id)
+    code, out, _ = run("set-key", old.id, "--tokens-per-day", "500", "--max-running", "0")
+    old = store.find_key(old.id)
+    assert code == 0 and "500" in out and (old.limits.tokens_per_day, old.limits.max_running) == (500, None)
+    assert old.scopes == {"api.model.request"} and abs(old.expires_at - time.time() - 10 * 86400) < 10
+
+    code, out, err = run("rotate", old.id, "--grace", "1h")
+    assert code == 0 and re.fullmatch(r"kt-[A-Za-z0-9_-]{43}\n", out)
+    before, after = store.keys(old.project)
+    assert before.id == old.id and abs(before.expires_at - time.time() - 3600) < 10  # both work
+    assert after.id in err and after.digest == hashlib.sha256(out.strip().encode()).digest()
+    same = ("account", "name", "scopes", "limits", "project")
+    assert [getattr(after, field) for field in same] == [getattr(old, field) for field in same]
+    assert abs(after.expires_at - time.time() - 10 * 86400) < 10
+    run("set-key", after.id, "--expires", "never", "--scope", "all")
+    assert run("rotate", after.id)[0] == 0  # the old one ends at once
+    assert [k.id == before.id for k in store.keys(old.project)] == [True, False]
+    (_, last) = store.keys(old.project)
+    assert (last.expires_at, last.scopes, last.limits.tokens_per_day) == (None, frozenset(), 500)
+    run("rotate", before.id, "--grace", "9999d")  # no way to let a key live longer
+    assert store.find_key(before.id).expires_at == before.expires_at
+
+    run("admin-key", "boss")
+    code, out, _ = run("rotate", store.keys("")[0].id)
+    assert code == 0 and out.startswith("kt-admin-") and [k.name for k in store.keys("")] == ["boss"]
+
+
 def test_keys_of_administrators(run, store: Store) -> None:
     code, out, _ = run("admin-key", "boss", "--expires", "1h")
     assert code == 0 and out.startswith("kt-admin-")
@@ -90,6 +122,8 @@ def test_keys_of_administrators(run, store: Store) -> None:
         (["key", "taken", "--expires", "2001-01-01"], "expired"),
         (["key", "taken", "--scope", "root"], "scope"),
         (["revoke", "key_none"], "key_none"),
+        (["rotate", "key_none"], "key_none"),
+        (["set-key", "key_none", "--max-running", "1"], "key_none"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(run, store: Store, arguments: list[str], says: str) -> None:

@@ -103,6 +103,16 @@ def test_a_day_is_a_quota_that_must_not_be_retried() -> None:
     limiter.reserve(subjects, 999, 1, 1)
 
 
+def test_what_never_fits_a_day_is_no_matter_of_time() -> None:
+    limiter = Limiter({"p": Used(1, 900)}, Clock(), Clock(86400.0 * 20000))
+    subjects = (("p", Limits(tokens_per_day=1000)),)
+    error = refusal(limiter, subjects, 1001, 1)
+    assert (error.status_code, error.code) == (400, "context_length_exceeded")
+    assert "1001" in error.message and "1000 tokens a day" in error.message and not error.headers
+    error = refusal(limiter, subjects, 1000, 1)  # tomorrow it does
+    assert (error.status_code, error.code) == (429, "insufficient_quota") and "100 of" in error.message
+
+
 def test_requests_of_a_day_are_counted_over_a_restart_and_refused_ones_are_not() -> None:
     wall = Clock(86400.0 * 20000)
     limiter = Limiter({"p": Used(3, 0)}, Clock(), wall)
