@@ -5,6 +5,7 @@ a full disk, a stopped terminal or a reader that went away costs lines, which th
 """
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -35,7 +36,9 @@ def frames(error: BaseException | None) -> str:
     if error is None:
         return "no exception"
     found = traceback.extract_tb(error.__traceback__)[-6:]
-    return f"{type(error).__name__} at {' < '.join(f'{f.name}:{f.lineno}' for f in reversed(found))}"
+    number = error.errno if isinstance(error, OSError) else None
+    kind = " ".join(filter(None, (type(error).__name__, errno.errorcode.get(number or 0))))
+    return f"{kind} at {' < '.join(f'{f.name}:{f.lineno}' for f in reversed(found))}"
 
 
 def log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

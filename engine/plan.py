@@ -251,7 +251,10 @@ def _device_memory(config: EngineConfig) -> int:
     if device is not None and device != "cpu":
         from ktransformers.engine.executors.torch import free_memory
 
-        free = free_memory(device)
+        try:
+            free = free_memory(device)
+        except (AssertionError, RuntimeError) as error:  # torch's, for a device that it has not
+            raise ModelError(f"executor: torch has no {device}: {str(error).partition(chr(10))[0]}") from None
         if free is not None:
             return free
     return machine.available_memory()

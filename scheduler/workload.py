@@ -165,7 +165,9 @@ def read_trace(file: Path) -> list[Arrival]:
     arrivals = []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise WorkloadError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise WorkloadError(f"{file}: {error}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():

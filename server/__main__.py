@@ -188,10 +188,9 @@ def _load(path: Path) -> TextModel:
         return TextModel.load(path)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except (
-        ValueError
-    ) as error:  # GgufError, VocabularyError, TemplateError: one line that names the file or the key
-        raise ConfigError(f"{path}: {error}") from None
+    except ValueError as error:  # GgufError names the file; VocabularyError and TemplateError a key in it
+        what = str(error)
+        raise ConfigError(what if what.startswith(str(path)) else f"{path}: {what}") from None
 
 
 def main() -> int:

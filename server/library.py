@@ -81,6 +81,8 @@ def _check(path: Path) -> None:
         inside = sorted(p.name for p in path.glob("*.gguf"))
         hint = f", such as {inside[0]} in it" if inside else ""
         raise ConfigError(f"model {path}: a folder without config.json; name a GGUF file{hint}")
+    if not path.is_file():  # to read a pipe would wait for a writer
+        raise ConfigError(f"model {path}: neither a file nor a folder")
     try:
         with path.open("rb") as file:
             magic = file.read(len(_MAGIC))

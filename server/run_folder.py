@@ -44,15 +44,22 @@ def run_folder(bases: Sequence[Path] | None = None) -> Iterator[Path]:
 
 
 def write_configurations(config: ServerConfig, folder: Path) -> ServerConfig:
-    """Name the sockets in `folder`, and write engine.json, scheduler.json and server.json there (0600)."""
+    """Name the sockets in `folder`, and write engine.json, scheduler.json and server.json there (0600).
+
+    Errors: ConfigError.
+    """
     engine = msgspec.structs.replace(config.scheduler.engine, socket=str(folder / "engine.sock"))
     socket = str(folder / "scheduler.sock")
     scheduler = msgspec.structs.replace(config.scheduler, engine=engine, socket=socket)
     config = msgspec.structs.replace(config, scheduler=scheduler)
     for role, settings in (("engine", engine), ("scheduler", scheduler), ("server", config)):
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
+        try:
+            encoded = msgspec.json.encode(settings)
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{error.object!r}: not UTF-8, as paths and text have to be") from None
         with open(os.open(folder / f"{role}.json", flags, 0o600), "wb") as stream:
-            stream.write(msgspec.json.encode(settings))
+            stream.write(encoded)
     return config
 
 

@@ -230,8 +230,9 @@ class Supervisor:
         codes += [await self._stop(role, STOP_SECONDS) for role in ("scheduler", "engine")]
         if EXIT_DRAIN_TIMEOUT in codes:
             return EXIT_DRAIN_TIMEOUT
-        # A child that SIGTERM met before it could handle it has ended as cleanly as any.
-        return EXIT_OK if set(codes) <= {EXIT_OK, -signal.SIGTERM} else EXIT_INTERNAL
+        # A child that was signalled before it could handle it (by us, or by Ctrl-C before it was in its own
+        # group) has ended as cleanly as any.
+        return EXIT_OK if set(codes) <= {EXIT_OK, -signal.SIGTERM, -signal.SIGINT} else EXIT_INTERNAL
 
     async def _stop(self, role: str, seconds: float) -> int:
         """SIGTERM, and SIGKILL when the time is up or a second signal comes; the child's exit code."""
@@ -239,7 +240,9 @@ class Supervisor:
         process = child.process
         if process is None or process.returncode is not None:
             return EXIT_OK
-        process.send_signal(signal.SIGTERM)
+        # Not process.send_signal, which takes leave of a child that has just ended: its code would be lost.
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGTERM)
         ended, hurry = asyncio.ensure_future(process.wait()), asyncio.ensure_future(self._hurry.wait())
         await asyncio.wait([ended, hurry], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         hurry.cancel()

@@ -11,7 +11,7 @@ from rich.table import Table
 from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.explain import Row, explain
 from ktransformers.engine.limits import measure
-from ktransformers.engine.load import open_model
+from ktransformers.engine.load import Facts, open_model
 from ktransformers.engine.placement.predict import PlacedRow, measure_device, predict
 from ktransformers.engine.plan import CannotFit, Plan, plan
 
@@ -43,6 +43,7 @@ def run(config: EngineConfig, tokens: int, context: int, every_op: bool) -> int:
     if config.placement:
         return _placed(console, config, tokens, context, every_op)
     program, facts = open_model(config)
+    _check_fits(facts, tokens, context)
     with console.status("measuring this machine"):
         limits = measure(config.threads)
     kv_format = config.cache.kv_format
@@ -66,6 +67,13 @@ def run(config: EngineConfig, tokens: int, context: int, every_op: bool) -> int:
     return 0
 
 
+def _check_fits(facts: Facts, tokens: int, context: int) -> None:
+    """Errors: ValueError, for a step that no sequence is long enough for."""
+    if tokens + context > facts.spec.context:
+        longest = f"this model was trained for sequences of {facts.spec.context}"
+        raise ValueError(f"{tokens} tokens after {context}: {longest}")
+
+
 def _print_needs(console: Console, planned: Plan) -> None:
     for what, size in planned.needs:
         console.print(f"  {what:<28}{size / 2**20:>12,.1f} MiB")
@@ -76,6 +84,7 @@ def _print_needs(console: Console, planned: Plan) -> None:
 def _placed(console: Console, config: EngineConfig, tokens: int, context: int, every_op: bool) -> int:
     """What is where, and what a step takes; the exit code."""
     program, facts = open_model(config)
+    _check_fits(facts, tokens, context)
     try:
         planned = plan(config, program, facts)
     except CannotFit as error:

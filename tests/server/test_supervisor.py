@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from asyncio import unix_events
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -273,6 +274,33 @@ def test_a_hung_api_or_scheduler_is_replaced(tmp_path: Path, monkeypatch: pytest
     run(main())
 
 
+def test_the_code_of_a_child_that_has_just_ended_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when Ctrl-C reaches it before it is in its own group, and asyncio has not seen it end yet."""
+    names = ("ThreadedChildWatcher", "_ThreadedChildWatcher")  # until and from Python 3.14 on
+    watcher = next(getattr(unix_events, name) for name in names if hasattr(unix_events, name))
+    wait = watcher._do_waitpid
+
+    def late(*arguments: Any) -> None:
+        time.sleep(0.3)
+        wait(*arguments)
+
+    monkeypatch.setattr(watcher, "_do_waitpid", late)
+
+    async def main() -> None:
+        supervisor = Trial(tmp_path).supervisor
+        child = supervisor._children["engine"]
+        child.command = ["sleep", "60"]
+        for number in (signal.SIGTERM, signal.SIGINT):
+            process = await supervisor._start(child)
+            os.kill(process.pid, number)
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            assert await supervisor._stop("engine", 60) == -number
+
+    run(main())
+
+
 def test_second_signal_is_immediate(tmp_path: Path) -> None:
     async def main() -> None:
         trial = Trial(tmp_path, drain_seconds=60)
@@ -368,6 +396,16 @@ def test_folder_is_ours_alone_and_removed(tmp_path: Path) -> None:
             assert commands(folder)[role][-1] == str(file)
         assert config.scheduler.engine.socket == str(folder / "engine.sock")
     assert not folder.exists()
+
+
+def test_a_path_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    config = make_config()
+    engine = msgspec.structs.replace(config.scheduler.engine, model="/models/\udcff.gguf")
+    scheduler = msgspec.structs.replace(config.scheduler, engine=engine)
+    config = msgspec.structs.replace(config, scheduler=scheduler)
+    not_utf8 = pytest.raises(ConfigError, match=r"udcff\.gguf': not UTF-8")
+    with run_folder([tmp_path / "runtime"]) as folder, not_utf8:
+        write_configurations(config, folder)
 
 
 def test_folders_of_killed_servers_are_swept_and_no_others(tmp_path: Path) -> None:
