@@ -190,7 +190,7 @@ class Target:
             while (await reader.readline()).strip():
                 pass
         except OSError as error:
-            raise ServerError(f"{self.url}: {error}") from None
+            raise ServerError(f"{self.url}: {error.strerror or error}") from None
         if " 200 " not in f"{status} ":
             said = (await reader.read(500)).decode(errors="replace").strip()
             writer.close()

@@ -87,6 +87,11 @@ def run(options: Options) -> int:
     if not loads:
         names = ", ".join(load.name for load in LOADS)
         raise ConfigError(f"--only {','.join(options.only)}: no such load; there are {names}")
+    try:
+        peers = [serving.peer(url) for url in options.peer_urls]
+    except ServerError as error:
+        raise ConfigError(f"--peer-url: {error}") from None
+    options.out.mkdir(parents=True, exist_ok=True)
     with console.status("measuring the machine"):
         limits = measure(threads, scaling=True)
     model = _model(console, options)
@@ -97,9 +102,8 @@ def run(options: Options) -> int:
         load_average=os.getloadavg()[0],
     )
     console.print(headline(report), markup=False)
-    options.out.mkdir(parents=True, exist_ok=True)
+    code = 0
     try:
-        peers = [serving.peer(url) for url in options.peer_urls]
         with serving.asleep(peers):
             if options.profile:
                 _profile(console, report, model, loads)
@@ -107,12 +111,13 @@ def run(options: Options) -> int:
                 _compare(console, report, model, loads, options)
             if options.clients and not options.random and not options.profile:
                 _serve(console, report, model, peers, options)
-    except ServerError as error:
+    except (ServerError, SideError) as error:
         console.print(str(error), markup=False)
+        code = 1
     report.write(options.out / "bench.json")
     written = [options.out / "bench.json", *draw(report, options.out)]
     console.print(f"written: {', '.join(map(str, written))}", markup=False)
-    return 0
+    return code
 
 
 def _profile(console: Console, report: Report, model: Path, loads: list[Load]) -> None:

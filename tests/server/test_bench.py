@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -320,3 +321,14 @@ def test_the_command(tmp_path: Path, profile: bool, capsys: pytest.CaptureFixtur
 def test_what_is_refused(options: bench.Options, error: str) -> None:
     with pytest.raises(ValueError, match=error):
         bench.run(options)
+
+
+def test_a_side_that_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "small.gguf"
+    write(model, Shape("small", 1, 256, 512, 4, 2, 640, context=1024), "Q8_0")
+    peers = (partial(LlamaBench, tmp_path / "absent"),)
+    options = bench.Options(
+        model=str(model), threads=1, rounds=1, seconds=0.0, clients=(), peers=peers, out=tmp_path / "out"
+    )
+    assert bench.run(options) == 1
+    assert "absent" in capsys.readouterr().out and (tmp_path / "out" / "bench.json").exists()
