@@ -71,10 +71,12 @@ class BoundedRequest(Request):
 
     def check_media_type(self) -> None:
         """A form or plain text is what a foreign page may post without asking first, so only JSON is
-        taken.
+        taken, and it must not be compressed.
         """
         if self.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise RequestError("unsupported_media_type", "send JSON, with 'Content-Type: application/json'")
+        if self.headers.get("content-encoding", "identity").strip().lower() != "identity":
+            raise RequestError("unsupported_media_type", "send the body as it is, without 'Content-Encoding'")
 
 
 def strict_json(body: bytes) -> Any:
@@ -84,8 +86,16 @@ def strict_json(body: bytes) -> Any:
     _check_structure(body)
     try:
         return msgspec.json.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        raise RequestError("invalid_json", "the body is not valid JSON") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError("invalid_json", f"the body is not valid JSON{_place(error)}") from None
+
+
+def _place(error: Exception) -> str:
+    """Where a document is wrong, without a word of what is in it."""
+    if isinstance(error, UnicodeDecodeError):
+        return ": a text in it is not UTF-8"
+    at = re.search(r"\(byte (\d+)\)$", str(error))
+    return "" if at is None else f", from byte {at[1]} on"
 
 
 def _check_structure(body: bytes) -> None:
@@ -108,8 +118,6 @@ def _check_structure(body: bytes) -> None:
 
 
 def _too_large() -> RequestError:
-    return RequestError(
-        "request_too_large",
-        f"the body is larger than {MAX_BODY_BYTES >> 20} MiB",
-        headers={"Connection": "close"},
-    )
+    # The connection stays open for what is still being sent (connections.py says how long): closing it would
+    # reset it, and a client that writes before it reads would not see this.
+    return RequestError("request_too_large", f"the body is larger than {MAX_BODY_BYTES >> 20} MiB")

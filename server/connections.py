@@ -8,6 +8,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 MAX_HEADER_BYTES = 16 << 10
 MAX_CONNECTIONS = 4096
 HEADER_SECONDS = 10.0
+_LARGE_HEAD = f"The request's head is larger than {MAX_HEADER_BYTES >> 10} KiB."
 
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
@@ -32,7 +33,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Begin the time that the first request's head may take."""
         super().connection_made(transport)
         self._in_head, self._in_message, self._head_bytes = True, True, 0
-        self._deaf = False
+        self._deaf = self._large_head = False
         self._timer: asyncio.TimerHandle | None = None
         if len(self.connections) > MAX_CONNECTIONS:
             self._make_room()
@@ -54,7 +55,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._in_head and not self._deaf:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
-                self.send_400_response("Request head too large.")
+                self.send_400_response(_LARGE_HEAD)
 
     def on_message_begin(self) -> None:
         """A request begins. While another is being answered, it goes unheard: the connection closes when that
@@ -74,7 +75,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._stop_timer()
         if sum(len(name) + len(value) + 4 for name, value in self.headers) + len(self.url) > MAX_HEADER_BYTES:
-            raise ValueError("request head too large")
+            self._large_head = True
+            raise ValueError(_LARGE_HEAD)
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -100,7 +102,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._is_answering():
             self.transport.close()
         else:
-            super().send_400_response(msg)
+            super().send_400_response(_LARGE_HEAD if self._large_head else msg)
 
     def _make_room(self) -> None:
         """Close a connection that asks for nothing, else this one: idle ones must not keep others out."""

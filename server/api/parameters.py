@@ -24,6 +24,8 @@ from ktransformers.server.errors import RequestError
 ONE, LIST, NUMBERS, LISTS = "<one>", "<list>", "<numbers>", "<lists>"
 """Tags of what a field may hold instead of one value."""
 _NOT_IN_PATHS = frozenset({"body", "[key]", ONE, LIST, NUMBERS, LISTS})
+_NO_OBJECT = frozenset({"missing", "model_type", "model_attributes_type"})
+"""Of pydantic's kinds of errors, what an empty body is and one that holds a list or a number."""
 MAX_STOP_BYTES = 128
 MAX_SALT_BYTES = 128
 """It is hashed for each request: an unbounded one is a way to keep a server busy."""
@@ -132,5 +134,6 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> RequestError:
     if kind == "unsupported":
         return RequestError("unsupported_parameter", f"'{path}' {first['msg']}", param)
     if param is None:
-        return RequestError("invalid_request", f"the body: {first['msg']}")
+        what = "has to be a JSON object" if kind in _NO_OBJECT else f"is refused: {first['msg']}"
+        return RequestError("invalid_request", f"the body {what}")
     return RequestError("invalid_value", f"'{path}': {first['msg']}", param)

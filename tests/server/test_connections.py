@@ -152,3 +152,18 @@ def test_a_connection_too_many(make, served, scheduler, monkeypatch: pytest.Monk
         for connection in running:
             read_until(connection, b"[DONE]")
             connection.close()
+
+
+@pytest.mark.parametrize("value", [b"a" * 40_000 + b"\r\n\r\n", b"a" * 40_000], ids=["whole", "half"])
+def test_a_large_head_is_named(make, served, value: bytes) -> None:
+    with served(make()) as port, socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX-Large: " + value)
+        assert b"head is larger than 16 KiB" in read_all(connection)
+
+
+def test_a_body_too_large_is_told_to_a_client_that_writes_before_it_reads(make, served) -> None:
+    with served(make()) as port, socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(post("/v1/completions", b" " * (40 << 20)))
+        assert read_until(connection, b"request_too_large").startswith(b"HTTP/1.1 413")
+        connection.sendall(LIVE)
+        read_until(connection, b"ok\n")

@@ -222,6 +222,32 @@ async def test_what_is_not_a_request_is_400(app: FastAPI, connect, path: str, bo
         assert len(answer.content) < 600
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        (b"", "the body has to be a JSON object"),
+        (b"[1]", "the body has to be a JSON object"),
+        (b'{"model": NaN}', "the body is not valid JSON, from byte 10 on"),
+        (b'{"model": "\xff"}', "the body is not valid JSON: a text in it is not UTF-8"),
+    ],
+)
+async def test_what_is_wrong_with_a_body_is_said(app: FastAPI, connect, body: bytes, what: str) -> None:
+    async with connect(app) as client:
+        answer = await client.post("/api/chat", content=body, headers=JSON)
+        assert answer.json() == {"error": what}
+
+
+@pytest.mark.anyio
+async def test_a_compressed_body_is_refused_by_name(app: FastAPI, connect) -> None:
+    async with connect(app) as client:
+        for encoding, status in (("gzip", 415), ("identity", 200)):
+            headers = JSON | {"Content-Encoding": encoding}
+            answer = await client.post("/v1/chat/completions", content=json.dumps(CHAT), headers=headers)
+            assert answer.status_code == status
+            assert status == 200 or "'Content-Encoding'" in answer.json()["error"]["message"]
+
+
 MIB16 = 16 << 20
 HEAD = '{"model":"tiny","messages":[{"role":"user","content":"hi"}]'
 HOSTILE = {
