@@ -1,6 +1,7 @@
 #include "cpu/kernel_table.h"
-#include "kernels/vec_avx2.h"
 // In this order: each uses what is above it.
+#include "kernels/dot_maddubs.h"
+#include "kernels/vec_avx2.h"
 #include "formats/formats.h"
 #include "kernels/math.inl"
 #include "kernels/elementwise.inl"

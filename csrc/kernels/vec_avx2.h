@@ -1,4 +1,5 @@
-// The vector vocabulary (vec_ref.h says what each name means) on AVX2, FMA and F16C: two registers a vector.
+// The vector vocabulary (vec_ref.h says what each name means) on AVX2, FMA and F16C: two registers a vector. Before it
+// comes what multiplies bytes: dot_maddubs.h, dot_avxvnni.h or dot_emulated.h.
 #pragma once
 #include <immintrin.h>
 
@@ -10,7 +11,7 @@ namespace {
 
 constexpr int kLanes = 16;
 constexpr bool kHasDotBf16 = false;
-constexpr bool kShortSums = true;  // vpmaddwd is half of a dot product's multiplications
+constexpr bool kShortSums = !kHasDpbusd;  // vpmaddwd is half of a dot product's multiplications
 // 16 registers: the accumulators of four rows take eight.
 constexpr int kTileRows = 4;
 constexpr int kTileRowsFloat = 2;
@@ -195,10 +196,6 @@ inline Bytes broadcast4(const int8_t* p) {
   return {_mm256_set1_epi32(quad), _mm256_set1_epi32(quad)};
 }
 inline void keep(Bytes& a) { __asm__ volatile("" : "+x"(a.lo), "+x"(a.hi)); }
-// vpmaddubsw saturates at 16 bits: two products of at most 127 * 127 fit, and so do two of 128 * 127.
-inline __m256i dot_step(__m256i acc, __m256i w, __m256i a) {
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), _mm256_set1_epi16(1)));
-}
 inline Ints dot_u7(Ints acc, Bytes w, Bytes a) { return {dot_step(acc.lo, w.lo, a.lo), dot_step(acc.hi, w.hi, a.hi)}; }
 struct Shorts {
   __m256i lo, hi;
@@ -215,14 +212,18 @@ inline Ints add_pairs(Ints acc, Shorts a) {
   const __m256i ones = _mm256_set1_epi16(1);
   return {_mm256_add_epi32(acc.lo, _mm256_madd_epi16(a.lo, ones)), _mm256_add_epi32(acc.hi, _mm256_madd_epi16(a.hi, ones))};
 }
-inline Ints start_biased128(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-// Of 8 unsigned bits two products would not fit: the sign of the weight moves to the activation.
-inline __m256i dot_signed_step(__m256i acc, __m256i w, __m256i a) {
+// vpdpbusd takes all of u8, so the bias is paid once, at the start.
+inline Ints start_biased128(int32_t negative_sum) {
+  return kHasDpbusd ? shift_left<7>(set1_int(negative_sum)) : set1_int(0);
+}
+// Else, of 8 unsigned bits two products would not fit: the sign of the weight moves to the activation.
+inline __m256i dot_biased128_step(__m256i acc, __m256i w, __m256i a) {
+  if constexpr (kHasDpbusd) return dot_step(acc, w, a);
   const __m256i s = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
   return dot_step(acc, _mm256_abs_epi8(s), _mm256_sign_epi8(a, s));
 }
 inline Ints dot_biased128(Ints acc, Bytes w, Bytes a) {
-  return {dot_signed_step(acc.lo, w.lo, a.lo), dot_signed_step(acc.hi, w.hi, a.hi)};
+  return {dot_biased128_step(acc.lo, w.lo, a.lo), dot_biased128_step(acc.hi, w.hi, a.hi)};
 }
 
 }  // namespace
