@@ -256,6 +256,12 @@ int64_t add_layer(HostExperts& host, std::shared_ptr<Weight> gate, std::shared_p
   return host.add(layer);
 }
 
+std::vector<std::string> names_of(const std::vector<const KernelTable*>& tables) {
+  std::vector<std::string> names;
+  for (const KernelTable* table : tables) names.emplace_back(table->name);
+  return names;
+}
+
 std::pair<uintptr_t, uintptr_t> host_task(HostExperts& host, int64_t layer, int64_t rows) {
   return {reinterpret_cast<uintptr_t>(&HostExperts::run_task), reinterpret_cast<uintptr_t>(host.task(layer, rows))};
 }
@@ -264,16 +270,8 @@ std::pair<uintptr_t, uintptr_t> host_task(HostExperts& host, int64_t layer, int6
 
 PYBIND11_MODULE(_kernels, m) {
   m.attr("BLOCK_TOKENS") = kBlockTokens;
-  m.def("isas", [] {
-    std::vector<std::string> names;
-    for (const KernelTable* table : usable_tables()) names.emplace_back(table->name);
-    return names;
-  });
-
-  m.def("emulated_isas", [] {
-    const KernelTable* table = emulated_table();
-    return table == nullptr ? std::vector<std::string>() : std::vector<std::string>{table->name};
-  });
+  m.def("isas", [] { return names_of(usable_tables()); });
+  m.def("emulated_isas", [] { return names_of(emulated_tables()); });
 
   py::class_<ThreadPool, std::shared_ptr<ThreadPool>>(m, "ThreadPool")
       .def(py::init(&make_pool), py::arg("threads"), py::arg("pretended_nodes") = 0)

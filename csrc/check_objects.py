@@ -3,6 +3,7 @@
 An inline function compiled with AVX-512 and kept by the linker for the whole program, or a constructor that
 runs before the dispatcher has looked at the processor, would be an illegal instruction on an older machine.
 So each object may define its kernel table and nothing else that is visible, nothing weak, and no constructor.
+Nor may an object for processors without AVX-512 hold an instruction of it; that of AVX-VNNI holds its own.
 """
 
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 TABLES = {
     "reference": "kt::kReference",
     "avx2": "kt::kAvx2",
+    "avxvnni": "kt::kAvxVnniProducts",
+    "avxvnni_emulated": "kt::kEmulatedVnniProducts",
     "avx512": "kt::kAvx512",
     "avx512_bf16": "kt::kAvx512Bf16",
     "amx": "kt::kAmxTiles",
@@ -22,8 +25,29 @@ MAY_NEED = {
     "_GLOBAL_OFFSET_TABLE_", "memcpy", "memmove", "memset", "fmaf", "rintf", "sqrtf",
     "__extendhfsf2", "__truncsfhf2",
 }  # fmt: skip
-# The tables with tiles are built on another one; the emulated tiles are a thread's own.
-AND_THESE = {"amx": {"kt::kAvx512Bf16"}, "amx_emulated": {"kt::kAvx512Bf16", "__tls_get_addr"}}
+# Tables that are built on another one; the emulated tiles are a thread's own.
+AND_THESE = {
+    "avxvnni": {"kt::kAvx2"},
+    "avxvnni_emulated": {"kt::kAvx2"},
+    "amx": {"kt::kAvx512Bf16"},
+    "amx_emulated": {"kt::kAvx512Bf16", "__tls_get_addr"},
+}
+
+WITH_AVX512 = {"avx512", "avx512_bf16", "amx", "amx_emulated"}
+EVEX = "62"  # the first byte of everything that AVX-512 adds
+
+
+def wrong_instructions(path: Path, name: str) -> list[str]:
+    """The same, of the machine code of table `name`: AVX-512 and AVX-VNNI only where they belong."""
+    if name in WITH_AVX512:
+        return []
+    code = subprocess.check_output(["objdump", "-d", path], text=True)
+    lines = [line.split("\t") for line in code.splitlines() if line.count("\t") == 2]
+    found = {f"has {what[2].split()[0]} of AVX-512" for what in lines if what[1].startswith(EVEX)}
+    has_dot = any("vpdpbusd" in what[2] for what in lines)
+    if has_dot != (name == "avxvnni"):
+        found.add("has vpdpbusd" if has_dot else "has no vpdpbusd")
+    return sorted(found)
 
 
 def faults(path: Path, table: str, may_need: set[str]) -> list[str]:
@@ -58,7 +82,8 @@ def main() -> int:
             print(f"{sys.argv[1]}: no object of {name}", file=sys.stderr)
             failed = True
         for path in objects:
-            for fault in faults(path, table, MAY_NEED | AND_THESE.get(name, set())):
+            found = faults(path, table, MAY_NEED | AND_THESE.get(name, set()))
+            for fault in found + wrong_instructions(path, name):
                 print(f"{path}: {fault}", file=sys.stderr)
                 failed = True
     return int(failed)

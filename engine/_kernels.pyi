@@ -22,8 +22,8 @@ def isas() -> list[str]:
     """Names of the kernel tables usable here, best first; KT_MAX_ISA caps the list. Never empty."""
 
 def emulated_isas() -> list[str]:
-    """Names of tables for tests that are never chosen: "amx_emulated", where it can run, is "amx" with its
-    tile instructions in plain C++."""
+    """Names of tables for tests that are never chosen, where they can run: "amx_emulated" is "amx" with its
+    tile instructions in plain C++, "avxvnni_emulated" is "avxvnni" with its dot product made of AVX2."""
 
 class ThreadPool:
     """`threads` workers, the calling thread among them; they sleep when there is no work."""

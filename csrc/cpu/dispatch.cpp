@@ -9,11 +9,10 @@
 namespace kt {
 namespace {
 
-KernelTable with_tiles(const char* name, const TileKernels& tiles) {
-  KernelTable table = kAvx512Bf16;
+KernelTable with_products(const char* name, KernelTable table, const ProductKernels& own) {
   table.name = name;
-  table.gemm = tiles.gemm;
-  table.peak = tiles.peak;
+  table.gemm = own.gemm;
+  table.peak = own.peak;
   return table;
 }
 
@@ -23,11 +22,13 @@ struct Candidate {
 };
 
 std::vector<const KernelTable*> list_tables() {
-  static const KernelTable amx = with_tiles("amx", kAmxTiles);
+  static const KernelTable amx = with_products("amx", kAvx512Bf16, kAmxTiles);
+  static const KernelTable avxvnni = with_products("avxvnni", kAvx2, kAvxVnniProducts);
   const Candidate best_first[] = {
       {&amx, isa().amx},
       {&kAvx512Bf16, isa().avx512_bf16},
       {&kAvx512, isa().avx512},
+      {&avxvnni, isa().avxvnni},
       {&kAvx2, isa().avx2},
       {&kReference, true},
   };
@@ -54,15 +55,24 @@ const std::vector<const KernelTable*>& usable_tables() {
 
 const KernelTable* best_table() { return usable_tables().front(); }
 
-const KernelTable* emulated_table() {
-  static const KernelTable emulated = with_tiles("amx_emulated", kEmulatedTiles);
-  return find_table(kAvx512Bf16.name) == nullptr ? nullptr : &emulated;
+const std::vector<const KernelTable*>& emulated_tables() {
+  static const KernelTable amx = with_products("amx_emulated", kAvx512Bf16, kEmulatedTiles);
+  static const KernelTable avxvnni = with_products("avxvnni_emulated", kAvx2, kEmulatedVnniProducts);
+  static const std::vector<const KernelTable*> tables = [] {
+    std::vector<const KernelTable*> found;
+    for (const KernelTable* t : usable_tables()) {
+      if (t == &kAvx512Bf16) found.push_back(&amx);
+      if (t == &kAvx2) found.push_back(&avxvnni);
+    }
+    return found;
+  }();
+  return tables;
 }
 
 const KernelTable* find_table(std::string_view name) {
-  for (const KernelTable* t : usable_tables())
-    if (name == t->name) return t;
-  if (name == "amx_emulated") return emulated_table();
+  for (const auto* tables : {&usable_tables(), &emulated_tables()})
+    for (const KernelTable* t : *tables)
+      if (name == t->name) return t;
   return nullptr;
 }
 

@@ -13,11 +13,11 @@ const std::vector<const KernelTable*>& usable_tables();
 
 const KernelTable* best_table();
 
-// For tests: "amx_emulated", which is the table "amx" with instructions that every processor with AVX-512 BF16 has. Null
-// where kAvx512Bf16 is not usable. Never the best table.
-const KernelTable* emulated_table();
+// For tests: "amx_emulated" and "avxvnni_emulated", which are the tables "amx" and "avxvnni" with instructions that every
+// processor with AVX-512 BF16, or AVX2, has; those of them whose base is usable. Never the best table.
+const std::vector<const KernelTable*>& emulated_tables();
 
-// The table of that name if it is usable, or the emulated one; else null.
+// The table of that name if it is usable or emulated; else null.
 const KernelTable* find_table(std::string_view name);
 
 }  // namespace kt

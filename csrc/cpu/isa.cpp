@@ -38,6 +38,14 @@ bool has_tiles(uint64_t saved) {
   return (d & kAll) == kAll && (saved & kTiles) == kTiles && permitted_tiles();
 }
 
+// AVX-VNNI: the dot product of bytes that AVX-512 VNNI has, too, for processors without AVX-512.
+bool has_vex_vnni() {
+  constexpr uint32_t kAvxVnni = 1 << 4;  // of leaf 7, subleaf 1
+  uint32_t most, a, b, c, d;             // most: the last subleaf
+  if (!__get_cpuid_count(7, 0, &most, &b, &c, &d) || most < 1) return false;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvxVnni);
+}
+
 Isa detect() {
   constexpr uint64_t kYmm = 0x6;    // SSE and AVX
   constexpr uint64_t kZmm = 0xE6;   // and the mask registers, upper halves and upper 16 of AVX-512
@@ -46,6 +54,7 @@ Isa detect() {
   Isa isa{};
   isa.avx2 = (saved & kYmm) == kYmm && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
              __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+  isa.avxvnni = isa.avx2 && has_vex_vnni();
   isa.avx512 = isa.avx2 && (saved & kZmm) == kZmm && __builtin_cpu_supports("avx512f") &&
                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");

@@ -163,13 +163,15 @@ struct KernelTable {
 
 extern const KernelTable kReference, kAvx2, kAvx512, kAvx512Bf16;
 
-// What a table with tile registers has of its own; the rest is kAvx512Bf16's. (kernels/tiled_gemm.inl)
-struct TileKernels {
+// What a table has of its own that is otherwise another one.
+struct ProductKernels {
   decltype(KernelTable::gemm) gemm;
   decltype(KernelTable::peak) peak;
 };
 
-// The second computes what the tile instructions do with others, for tests where there are none.
-extern const TileKernels kAmxTiles, kEmulatedTiles;
+// Tiles of kAvx512Bf16 (kernels/tiled_gemm.inl), and kAvx2 with a dot product of bytes (kernels/byte_gemm.inl). The second
+// of each computes what the instructions do with others, for tests where there are none.
+extern const ProductKernels kAmxTiles, kEmulatedTiles;
+extern const ProductKernels kAvxVnniProducts, kEmulatedVnniProducts;
 
 }  // namespace kt

@@ -7,5 +7,5 @@
 #include "kernels/tiled_gemm.inl"
 
 namespace kt {
-constinit const TileKernels kAmxTiles = {tiled_gemm, tiled_peak};
+constinit const ProductKernels kAmxTiles = {tiled_gemm, tiled_peak};
 }

@@ -7,5 +7,5 @@
 #include "kernels/tiled_gemm.inl"
 
 namespace kt {
-constinit const TileKernels kEmulatedTiles = {tiled_gemm, tiled_peak};
+constinit const ProductKernels kEmulatedTiles = {tiled_gemm, tiled_peak};
 }

@@ -60,7 +60,7 @@ template <class Group>
 [[gnu::noinline]] void block_product(const Product& p, Unpack<Group> unpack, int64_t begin, int64_t end, int64_t row,
                                      int64_t stop) {
   Block<Group> b;
-  const int64_t groups = p.cols / kGroup, blocks = ceil_div(groups, kBlockGroups);
+  const int64_t groups = p.cols / kGroup, blocks = (groups + kBlockGroups - 1) / kBlockGroups;
   for (int64_t i = 0; i < blocks; ++i) {
     b.first = groups * i / blocks;
     b.count = groups * (i + 1) / blocks - b.first;

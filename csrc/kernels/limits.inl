@@ -4,8 +4,9 @@
 namespace kt {
 namespace {
 
-// As many sums as the product keeps: enough that none waits for itself, few enough to stay in registers.
-constexpr int kChains = kTileRows;
+// As many sums as the product keeps: enough that none waits for itself, few enough to stay in registers. At least six of two
+// registers each: AVX-VNNI has two dot products a cycle, each of which takes five. But AVX2's needs registers in between.
+constexpr int kChains = kShortSums || kTileRows > 6 ? kTileRows : 6;
 constexpr int kByteOps = 2 * 4 * kLanes, kFloatOps = 2 * kLanes;
 
 inline float peak_int8(int64_t rounds) {
@@ -62,7 +63,7 @@ int64_t peak(Activation kind, int64_t rounds, float* sink) {
   return 0;
 }
 
-int32_t read(const uint8_t* data, int64_t bytes) {
+inline int32_t read(const uint8_t* data, int64_t bytes) {
   constexpr int kStreams = 4;
   constexpr int64_t kVector = 4 * kLanes;
   Ints sums[kStreams];

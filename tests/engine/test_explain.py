@@ -89,7 +89,7 @@ def test_ops_say_where_their_time_goes(model: tuple[Program, Facts]) -> None:
     assert [r.drawn for r in rows] == [r.index >= gather for r in rows]
 
 
-@pytest.mark.parametrize("isa", _kernels.isas())
+@pytest.mark.parametrize("isa", _kernels.isas() + _kernels.emulated_isas())
 def test_measured_limits(isa: str) -> None:
     limits = measure(2, isa=isa, seconds=0.01, scaling=True)
     assert limits.isa == isa and list(limits.reads) == [1, 2]

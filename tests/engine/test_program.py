@@ -136,7 +136,7 @@ def text(n: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, VOCAB, n).tolist()
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", ISAS + _kernels.emulated_isas())
 @pytest.mark.parametrize("threads", [1, 3])
 def test_llama_against_float64(small: ModuleType, llama: Llama, isa: str, threads: int) -> None:
     got = small.executor(llama.program, isa, threads).logits(
