@@ -5,6 +5,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import statistics
 import time
@@ -71,6 +72,55 @@ def test_two_hundred_at_once_against_sixty_a_minute(office) -> None:
         f"{len(passed)} of 200 in {elapsed:.2f} s; refused in {flood_ms:.1f} ms, "
         f"of which {statistics.median(refused):.0f} in the server, alone {alone_ms:.1f} ms"
     )
+
+
+def test_its_own_limit_is_a_429_and_a_full_server_a_503(start) -> None:
+    """Before the first byte of a stream, with Retry-After; counted by tenant and reason."""
+    server, organization = office_of(start, max_sequences=2, max_waiting=8)
+    bounded = new_tenant(organization, "bounded")
+    organization.projects.rate_limits.update_rate_limit(
+        "rl_all", project_id=bounded[0], extra_body={"max_running": 1, "max_waiting": 2}
+    )
+    others = [new_tenant(organization, name) for name in ("b", "c")]
+    body = CHAT | {"max_tokens": 40, "stream": True, "ignore_eos": True}
+
+    async def one(client: httpx.AsyncClient, headers: dict[str, str]) -> tuple[int, str]:
+        """Its status, and the code of the error or how its stream ended."""
+        async with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
+            text = (await answer.aread()).decode()
+        if answer.status_code != 200:
+            assert answer.headers["content-type"] == "application/json"
+            assert int(answer.headers["retry-after"]) >= 1
+            return answer.status_code, json.loads(text)["error"]["code"]
+        assert text.endswith("data: [DONE]\n\n") and '"error"' not in text
+        return 200, "whole"
+
+    async def at_once(tenants, count: int) -> list[tuple[int, str]]:
+        limits = httpx.Limits(max_connections=200)
+        async with httpx.AsyncClient(base_url=server.url, timeout=240, limits=limits) as client:
+            asked = [one(client, headers) for _ in range(count) for _, headers in tenants]
+            return await asyncio.gather(*asked)
+
+    own = asyncio.run(at_once([bounded], 12))
+    full = asyncio.run(at_once(others, 20))
+    counts = {answer: (own.count(answer), full.count(answer)) for answer in {*own, *full}}
+    print(counts)
+    assert set(own) == {(200, "whole"), (429, "rate_limit_exceeded")}
+    assert set(full) == {(200, "whole"), (503, "overloaded")}
+    admin = {"Authorization": f"Bearer {organization._client.admin_api_key}"}
+    metrics = httpx.get(f"{server.url}/metrics", headers=admin, timeout=60).text
+    rejected = {
+        match[1]: int(float(match[2]))
+        for match in re.finditer(r"^ktransformers_tenant_rejections_total\{(.*)\} (.*)$", metrics, re.M)
+    }
+    over_own = own.count((429, "rate_limit_exceeded"))
+    assert rejected.pop('reason="rate_limit_exceeded",tenant="bounded"') == over_own
+    assert set(rejected) <= {f'reason="overloaded",tenant="{name}"' for name in "bc"}
+    assert sum(rejected.values()) == full.count((503, "overloaded"))
+    answered = own.count((200, "whole")) + full.count((200, "whole"))
+    for series in ("requests_total", "queue_time_seconds_count", "time_to_first_token_seconds_count"):
+        found = re.findall(rf"^ktransformers_tenant_{series}\{{tenant=.*\}} (.*)$", metrics, re.M)
+        assert sum(map(float, found)) == answered, series
 
 
 class Reader:
