@@ -16,9 +16,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import msgspec
-
-from ktransformers.engine.child import die_with_parent
+from ktransformers.engine.child import die_with_parent, read_configuration
 from ktransformers.engine.config import EngineConfig
 from ktransformers.engine.disk_tier import open_disk
 from ktransformers.engine.executors.build import build_executor
@@ -44,15 +42,8 @@ _BAR_AFTER_SECONDS = 0.7
 
 def main(arguments: list[str]) -> int:
     """Serve the model that the file named by the one argument asks for; the exit code."""
-    if len(arguments) != 1:
-        print("usage: python -m ktransformers.engine CONFIG.json", file=sys.stderr)
-        return EXIT_CONFIG
-    try:
-        config = msgspec.json.decode(Path(arguments[0]).read_bytes(), type=EngineConfig)
-    except (OSError, msgspec.MsgspecError) as error:
-        print(f"engine: {arguments[0]}: {error}", file=sys.stderr)
-        return EXIT_CONFIG
-    return run(config, lambda report: load(config, report))
+    config = read_configuration("engine", arguments, EngineConfig)
+    return EXIT_CONFIG if config is None else run(config, lambda report: load(config, report))
 
 
 def run(config: EngineConfig, load: Load) -> int:

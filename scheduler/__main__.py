@@ -11,13 +11,11 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
-import msgspec
 import uvloop
 
 from ktransformers.engine.channel import Full, PeerGone, Server
-from ktransformers.engine.child import die_with_parent
+from ktransformers.engine.child import die_with_parent, read_configuration
 from ktransformers.engine.client import EngineClient
 from ktransformers.engine.logs import start_logging
 from ktransformers.engine.protocol import ToEngine
@@ -137,15 +135,8 @@ class Process:
 
 def main(arguments: list[str]) -> int:
     """Schedule as the file named by the one argument says; the exit code."""
-    if len(arguments) != 1:
-        print("usage: python -m ktransformers.scheduler CONFIG.json", file=sys.stderr)
-        return EXIT_CONFIG
-    try:
-        config = msgspec.json.decode(Path(arguments[0]).read_bytes(), type=SchedulerConfig)
-    except (OSError, msgspec.MsgspecError) as error:
-        print(f"scheduler: {arguments[0]}: {error}", file=sys.stderr)
-        return EXIT_CONFIG
-    return run(config)
+    config = read_configuration("scheduler", arguments, SchedulerConfig)
+    return EXIT_CONFIG if config is None else run(config)
 
 
 def run(config: SchedulerConfig) -> int:
