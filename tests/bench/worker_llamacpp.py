@@ -1,11 +1,11 @@
 """llama.cpp through the C interface of llama-cpp-python: a worker of run.py (see server/bench/sides.py)."""
 
 import ctypes
-import json
 import sys
 import time
 
 import llama_cpp as lib
+from worker import answer_jobs
 
 LONGEST = 4096
 STEP_TOKENS = 512
@@ -94,15 +94,7 @@ class Engine:
 def main() -> None:
     silent = lib.llama_log_callback(lambda *_: None)  # kept: C calls it as long as we live
     lib.llama_log_set(silent, ctypes.c_void_p())
-    engine = Engine(sys.argv[1], int(sys.argv[2]))
-    print(json.dumps({"engine": "llama.cpp", "package": lib.__version__}), flush=True)
-    for line in sys.stdin:
-        job = json.loads(line)
-        if job["kind"] == "prefill":
-            rate = engine.prefill(job["tokens"], job["seconds"])
-        else:
-            rate = engine.decode(job["streams"], job["context"], job["seconds"])
-        print(json.dumps({"rate": rate}), flush=True)
+    answer_jobs("llama.cpp", lib.__version__, Engine(sys.argv[1], int(sys.argv[2])))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """vLLM without its server: a worker of run.py (see server/bench/sides.py). worker_vllm.py FOLDER"""
 
-import json
 import sys
 import time
 
 import vllm
 from vllm import EngineArgs, LLMEngine, SamplingParams
+from worker import answer_jobs
 
 LONGEST, STREAMS = 4096, 32
 ROUND = 64
@@ -63,15 +63,7 @@ class Engine:
 
 
 def main() -> None:
-    engine = Engine(sys.argv[1])
-    print(json.dumps({"engine": "vLLM", "package": vllm.__version__}), flush=True)
-    for line in sys.stdin:
-        job = json.loads(line)
-        if job["kind"] == "prefill":
-            rate = engine.prefill(job["tokens"], job["seconds"])
-        else:
-            rate = engine.decode(job["streams"], job["context"], job["seconds"])
-        print(json.dumps({"rate": rate}), flush=True)
+    answer_jobs("vLLM", vllm.__version__, Engine(sys.argv[1]))
 
 
 if __name__ == "__main__":
