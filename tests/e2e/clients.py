@@ -7,6 +7,8 @@ from typing import Any
 import httpx
 
 PROMPT = "Tell me a long story about a fox, a river and an old mill. "
+LONG = {"model": "default", "prompt": PROMPT * 4, "max_tokens": 400, "ignore_eos": True, "stream": True}
+SHORT = {"model": "default", "prompt": PROMPT, "max_tokens": 8, "ignore_eos": True, "stream": True}
 
 
 async def stream(
