@@ -212,8 +212,10 @@ class Shelf:
 
     def _most(self) -> _Account | None:
         """The account with most by what it is entitled to, of those that have a leaf to give."""
-        tops = [top for heap in (self._by_weight, self._by_quota) if (top := self._top(heap)) is not None]
-        return max(tops, key=self._share, default=None)
+        by_weight, by_quota = self._top(self._by_weight), self._top(self._by_quota)
+        if by_weight is None or by_quota is None:
+            return by_weight or by_quota
+        return max(by_weight, by_quota, key=self._share)
 
     def _top(self, heap: list[tuple[float, bytes]]) -> _Account | None:
         while heap:

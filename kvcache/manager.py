@@ -148,6 +148,18 @@ class KVCache:
             last = len(found) if entry.state >= 0 else last
         return found[:last] if self._stateful else found
 
+    def may_find(self, table: BlockTable, tokens: list[int], blocks: int) -> bool:
+        """Whether a match of so many blocks (one at least) or more is possible: if not, that is certain, and
+        cheaper to learn than by `match`."""
+        if not self._reuse or (len(tokens) - 1) // self.block_tokens < blocks:
+            return False
+        for chain in (table.chain, table.public):
+            if chain is not None:
+                chain.extend(tokens, blocks)
+                if self._index.get(chain.keys[blocks - 1]) is not None:
+                    return True
+        return False
+
     def _path(self, table: BlockTable, tokens: list[int]) -> Iterable[tuple[Entry, bytes]]:
         """The known beginning of `tokens`, whichever tier it is in: entry and content of each block."""
         if not self._reuse:

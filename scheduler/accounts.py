@@ -49,10 +49,10 @@ class Account(Claimant):
         "waiting_tokens",
     )
 
-    def __init__(self, terms: Tenant) -> None:
+    def __init__(self, terms: Tenant, by_arrival: bool) -> None:
         super().__init__(terms.id)
         self.terms = terms
-        self.users: Level[User] = Level(_MOST_IDLE_USERS)
+        self.users: Level[User] = Level(_MOST_IDLE_USERS, by_arrival)
         self.running: dict[Request, None] = {}
         self.waiting = 0
         self.waiting_tokens = 0

@@ -27,9 +27,11 @@ class Prices:
         """What is due for a step that took a request from `start` to `until` computed tokens."""
         if request.charged_until < request.n_prompt:
             self._charge_prompt(request, start, until)
-        request.cost += self.output * drew
-        due = max(self.floor, request.cost) - request.charged
-        request.charged += due
+        if drew:
+            request.cost += self.output
+        charged = request.cost if request.cost > self.floor else self.floor
+        due = charged - request.charged
+        request.charged = charged
         return due
 
     def _charge_prompt(self, request: Request, start: int, until: int) -> None:

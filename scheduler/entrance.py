@@ -74,6 +74,9 @@ class Entrance:
         self._unfit: set[Request] = set()
         """They did not fit when last looked at, and nobody has left since."""
         self._profile: Profile | None = None
+        self._runs: dict[Request, tuple[int, tuple[int, int]]] = {}
+        """Of what runs, as long as it neither grows nor leaves: blocks that it holds alone; that and its
+        prompt's yet to come, and the tokens that it will still draw."""
         self._kept_for: Request | None = None
         """The request that room is kept for, and what went ahead of it."""
         self._went_ahead = 0
@@ -97,7 +100,7 @@ class Entrance:
     def left(self) -> None:
         """Somebody has left: all may be different."""
         self._unfit.clear()
-        self._profile = None
+        self.grown()
 
     def put_back(self, request: Request) -> None:
         """It had to make room."""
@@ -106,6 +109,7 @@ class Entrance:
     def grown(self) -> None:
         """What runs has grown."""
         self._profile = None
+        self._runs.clear()
 
     # ---- the next one
 
@@ -138,30 +142,36 @@ class Entrance:
             self._promised = None
 
     def _best(self, first: Entry, running: list[Request], now: float) -> Entry:
-        limit = self._queue.account(first.request).key + self._window(self._queue.rules.window)
-        best, best_rank = first, self._rank(first.request, first.found, now)
+        account = self._queue.account(first.request)
+        limit = account.key + self._window(self._queue.rules.window)
+        best, best_rank = first, self._rank(first.request, account, first.found, now)
+        worth = max(1, -(-_LEAST_HIT // self._cache.block_tokens))
         for looked, account in enumerate(self._queue.in_order()):
             if account.key > limit or looked >= _LOOK:
                 break
             request = account.head()
+            hits = self._cache.may_find(request.table, request.tokens, worth)
+            if not (hits or self._queue.is_fresh(account) or request.deadline < math.inf):
+                continue  # nothing to go first for
             if request is first.request or request in self._unfit or self._not_yet(request):
                 continue
-            found = self._cache.match(request.table, request.tokens)
-            rank = self._rank(request, found, now)
+            found = self._cache.match(request.table, request.tokens) if hits else None
+            rank = self._rank(request, account, found or [], now)
             # Among equals the smaller key is first, as they come.
             if rank > best_rank and self._may_enter(account, entry := self._entry(request, found), running):
                 best, best_rank = entry, rank
         return best
 
-    def _rank(self, request: Request, found: list[BlockId], now: float) -> tuple[bool, bool, float]:
+    def _rank(
+        self, request: Request, account: Account, found: list[BlockId], now: float
+    ) -> tuple[bool, bool, float]:
         urgent = False
         if request.deadline < math.inf:
             left = len(request.tokens) + self._estimate.left(request)
             urgent = now + self._pace.expected(left) >= request.deadline
-        fresh = self._queue.is_fresh(self._queue.account(request))
         # A few blocks, as of a template that all prompts begin with, are no reason to leave the order.
         hits = len(found) if len(found) * self._cache.block_tokens >= _LEAST_HIT else 0
-        return urgent, fresh, hits / len(request.tokens)
+        return urgent, self._queue.is_fresh(account), hits / len(request.tokens)
 
     def _ahead_of(self, first: Entry, running: list[Request]) -> Entry | None:
         """Somebody who fits where `first` does not, and does not delay it."""
@@ -249,13 +259,19 @@ class Entrance:
     def _profile_of(self, running: list[Request]) -> Profile:
         runs = []
         alone = 0
-        size, left = self._cache.block_tokens, self._estimate.left
         for r in running:
-            held = len(r.table.blocks)
-            own = held - r.table.hits
-            alone += own
-            runs.append((own + max(0, -(-r.total // size) - held), left(r)))
+            known = self._runs.get(r)
+            if known is None:
+                known = self._runs[r] = self._run(r)
+            alone += known[0]
+            runs.append(known[1])
         return Profile(self._cache.used - alone, runs, self._cache.block_tokens)
+
+    def _run(self, request: Request) -> tuple[int, tuple[int, int]]:
+        held = len(request.table.blocks)
+        own = held - request.table.hits
+        to_come = max(0, -(-request.total // self._cache.block_tokens) - held)
+        return own, (own + to_come, self._estimate.left(request))
 
     def _over_share(self, account: Account, entry: Entry) -> bool:
         """Whether, while others wait, it would take more of the pool than its share times the setting.

@@ -38,8 +38,8 @@ class _Charge:
     """Of one user, not yet in the order."""
 
     account: Account
-    cost: int = 0
-    settled: int = 0
+    cost: int
+    settled: int
     """Of what had been promised."""
 
 
@@ -50,7 +50,7 @@ class FairQueue:
         self.rules = rules
         self.tokens = 0
         """Prompt tokens that wait."""
-        self._tenants: Level[Account] = Level(_MOST_IDLE_TENANTS)
+        self._tenants: Level[Account] = Level(_MOST_IDLE_TENANTS, rules.by_arrival)
         self.running: dict[Account, None] = {}
         """Accounts with something that runs."""
         self._waiting: dict[Request, None] = {}
@@ -190,8 +190,7 @@ class FairQueue:
     def _place_user(self, account: Account, user: User) -> None:
         account.first = None
         if user.waiting:
-            key = 0 if self.rules.by_arrival else user.key
-            account.users.ready.put(user, key, user.head().order)
+            account.users.ready.put(user, user.head().order)
         else:
             account.users.ready.drop(user)
 
@@ -206,8 +205,7 @@ class FairQueue:
                 self._tenants.lift(account)
             # At the same key who has no backlog goes first.
             order = account.head().order - (_BEFORE_ALL if account in self._fresh else 0)
-            key = 0 if self.rules.by_arrival else account.key
-            self._tenants.ready.put(account, key, order)
+            self._tenants.ready.put(account, order)
         else:
             self._tenants.ready.drop(account)
         account.limited = bool(account.waiting) and at_limit
@@ -286,7 +284,7 @@ class FairQueue:
         terms = request.tenant
         account = self._tenants.members.get(terms.id)
         if account is None:
-            account = Account(terms)
+            account = Account(terms, self.rules.by_arrival)
             account.weight = terms.weight
             self._tenants.add(account)
         user = account.users.members.get(terms.user)
@@ -317,15 +315,19 @@ class FairQueue:
         All that is charged for a step is put in order at once, before anybody is asked for.
         """
         account, user = self._whose.get(request) or self._account(request)
-        settled = min(request.pending, cost)
-        request.pending -= settled
+        pending = request.pending
+        settled = cost if cost < pending else pending
+        request.pending = pending - settled
         charge = self._charged.get(user)
         if charge is None:
-            charge = self._charged[user] = _Charge(account)
-        charge.cost += cost
-        charge.settled += settled
+            self._charged[user] = _Charge(account, cost, settled)
+        else:
+            charge.cost += cost
+            charge.settled += settled
 
     def _settle(self) -> None:
+        """Keys only grow by this, which the order finds out by itself, but for who is next of a tenant's
+        users, and who is light."""
         if not self._charged:
             return
         charged, self._charged = self._charged, {}
@@ -333,21 +335,25 @@ class FairQueue:
             account, cost = charge.account, charge.cost
             account.charge(cost)
             account.service += cost
+            account.pending -= charge.settled
+            user.charge(cost)
+            user.pending -= charge.settled
+            if not user.open:
+                account.users.rest(user)
             if account.waiting:
                 account.backlogged_service += cost
                 self._due += cost * 1000 / self._milli_waiting
-            user.charge(cost)
-            self._promise(account, user, -charge.settled)
-            self._place_user(account, user)
-            if not user.open:
-                account.users.rest(user)
+                if len(account.users.ready) > 1:
+                    account.first = None
+        fresh, lingering = self._fresh, self._lingering
         for account in {charge.account: None for charge in charged.values()}:
             if account.waiting:
-                self._place(account)
+                if account.first is None or account in fresh:
+                    self._place(account)
             elif account.running:
                 if not account.light:
                     self._keep(account)
-            elif account not in self._lingering:
+            elif account not in lingering:
                 self._tenants.rest(account)
 
     def executed(self, cost: int, seconds: float) -> None:

@@ -36,26 +36,25 @@ class _Lengths:
     def __init__(self) -> None:
         self._recent: deque[int] = deque()
         self._sorted: list[int] = []
-        self._sums: list[int] = []
-        """Of the longest 1, 2, ... of them."""
-
-    @property
-    def enough(self) -> bool:
+        self._means: list[float] = []
+        """Of the i-th shortest and all that are longer."""
+        self.enough = False
         """There are so many that they count."""
-        return len(self._recent) >= _ENOUGH
 
     def add(self, tokens: int) -> None:
         self._recent.append(tokens)
         bisect.insort(self._sorted, tokens)
         if len(self._recent) > _RECENT:
             del self._sorted[bisect.bisect_left(self._sorted, self._recent.popleft())]
-        self._sums = list(itertools.accumulate(reversed(self._sorted)))
+        longest_first = itertools.accumulate(reversed(self._sorted))
+        self._means = [total / n for n, total in enumerate(longest_first, 1)][::-1]
+        self.enough = len(self._recent) >= _ENOUGH
 
     def left(self, drawn: int) -> float:
         """What was still to come, on the average, of those that were longer."""
-        longer = len(self._sorted) - bisect.bisect_right(self._sorted, drawn)
+        shorter = bisect.bisect_right(self._sorted, drawn)
         # What has outlived all others is expected to go on for as long again.
-        return self._sums[longer - 1] / longer - drawn if longer else float(drawn)
+        return self._means[shorter] - drawn if shorter < len(self._means) else float(drawn)
 
 
 class OutputEstimate:
@@ -95,13 +94,15 @@ class OutputEstimate:
 
     def left(self, request: Request) -> int:
         """Tokens that it will still draw."""
-        most = request.sampling.max_tokens - request.drawn
+        drawn = request.drawn
+        most = request.sampling.max_tokens - drawn
         if request.preempted >= MOST_PREEMPTIONS:
             return most
         own = self._by_tenant.get(request.tenant.id)
         lengths = own if own is not None and own.enough else self._all
-        blend = self.prior * most + (1 - self.prior) * lengths.left(request.drawn)
-        return min(most, math.ceil(blend * self.factor))
+        blend = self.prior * most + (1 - self.prior) * lengths.left(drawn)
+        left = math.ceil(blend * self.factor)
+        return left if left < most else most
 
 
 class Profile:

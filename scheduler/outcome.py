@@ -7,7 +7,7 @@ from ktransformers.scheduler.charges import Prices
 from ktransformers.scheduler.engine_life import EngineLife
 from ktransformers.scheduler.fair_queue import FairQueue
 from ktransformers.scheduler.growth import OutputEstimate
-from ktransformers.scheduler.planner import Plan, Work
+from ktransformers.scheduler.planner import Plan
 from ktransformers.scheduler.protocol import Failed, Logprobs, TokenEvent
 from ktransformers.scheduler.request import Request
 from ktransformers.scheduler.stats import Counters, Pace
@@ -50,12 +50,20 @@ class Outcomes:
             engine.step_time.observe(plan.features, done.seconds)
         drawn = {token.slot: token for token in done.tokens}
         cost, silent = 0, []
+        executed, charge, note_done = self.prices.executed, self._queue.charge, engine.planner.done
         for work in plan.work:
             request, token = work.request, drawn.get(work.slot)
-            engine.planner.done(work)
+            note_done(work)
             # Of one that has finished the engine knew before this step, and did nothing.
             if not request.finished:
-                cost += self._charge(request, work, token)
+                drew = False
+                if token is not None:
+                    drew = token.finish != "error"
+                    request.finished = token.finish != ""
+                # Be it cancelled meanwhile: it was done.
+                due = executed(request, work.start, work.until, drew)
+                charge(request, due)
+                cost += due
             if request.ended:
                 continue  # meanwhile: the draw is nobody's
             if token is not None:
@@ -65,35 +73,23 @@ class Outcomes:
         self._queue.executed(cost, done.seconds)
         return silent
 
-    def _charge(self, request: Request, work: Work, token: SlotToken | None) -> int:
-        """Charge what was done for a request, be it cancelled meanwhile; micro-units."""
-        drew = False
-        if token is not None:
-            drew = token.finish != "error"
-            request.finished = token.finish != ""
-        cost = self.prices.executed(request, work.start, work.until, drew)
-        self._queue.charge(request, cost)
-        return cost
-
     def _take_draw(self, request: Request, token: SlotToken) -> None:
-        if token.finish == "error":
+        finish = token.finish
+        if finish == "error":
             self._end(request, Failed(request.id, "numerical_error", "the model's output was not finite"))
             return
         request.tokens.append(token.token)
         self._counters.generated_tokens += 1
-        event = _event(request, token)
+        logprobs = [Logprobs(token.logprob, token.top)] if request.sampling.logprobs >= 0 else []
+        if request.emitted:
+            event = TokenEvent(request.id, [token.token], logprobs, finish)
+        else:
+            cached, waited = request.cached_tokens, request.queue_seconds
+            event = TokenEvent(request.id, [token.token], logprobs, finish, cached, waited)
         request.emitted += 1
-        if token.finish:
+        if finish:
             self._estimate.ended(request.tenant.id, request.emitted)
             self._queue.ended(request)
             self._end(request, event)
         else:
             self._tell(request.peer, event)
-
-
-def _event(request: Request, token: SlotToken) -> TokenEvent:
-    logprobs = [Logprobs(token.logprob, token.top)] if request.sampling.logprobs >= 0 else []
-    if request.emitted:
-        return TokenEvent(request.id, [token.token], logprobs, token.finish)
-    cached, waited = request.cached_tokens, request.queue_seconds
-    return TokenEvent(request.id, [token.token], logprobs, token.finish, cached, waited)

@@ -83,7 +83,7 @@ class _Draft:
         return Features(self.prompt, self.decodes, self.context, self.prompt_context)
 
     def add(self, request: Request, n: int, new_blocks: list[int]) -> None:
-        start = request.computed
+        start, slot = request.computed, request.slot
         keep, keep_at = -1, 0
         if request.total - start > 1:
             keep, keep_at = self._cache.keep_state(start, start + n, ends=n == request.remaining)
@@ -97,8 +97,8 @@ class _Draft:
         draws = request.plan(n)
         self.budget -= n
         self.planned.add(request)
-        self.go_on.append(Go(request.slot, n, new_blocks, keep, keep_at))
-        self.work.append(Work(request, request.slot, start, request.computed, draws, keep, keep_at))
+        self.go_on.append(Go(slot, n, new_blocks, keep, keep_at))
+        self.work.append(Work(request, slot, start, start + n, draws, keep, keep_at))
 
 
 class Planner:
@@ -138,9 +138,9 @@ class Planner:
     def plan(self, now: float) -> Plan | None:
         """The next step, or None when there is nothing to do."""
         draft = _Draft(self._max_batch_tokens, self._cache)
+        self._entrance.grown()
         for victim in self._entrance.victims(self.running):
             self._preempt(victim)
-        self._entrance.grown()
         self._paused = self._may_pause() and self._let_fresh_in(draft, now)
         if not self._paused:
             self._fill(draft, now)

@@ -8,7 +8,7 @@ from ktransformers.kvcache.blocks import BlockTable
 from ktransformers.scheduler.protocol import Tenant
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True, slots=True)
 class Request:
     """What the scheduler knows of a request. `tokens` only grows; the three counts say how far its KV is.
 
@@ -95,11 +95,11 @@ class Request:
 
     def plan(self, n: int) -> bool:
         """The next `n` tokens are computed in the step being planned; True when that draws a token."""
-        self.computed += n
+        self.computed = computed = self.computed + n
         self.in_flight += 1
-        if self.computed > self.most_computed:
-            self.most_computed = self.computed
-        if self.computed < self.total:
+        if computed > self.most_computed:
+            self.most_computed = computed
+        if computed < self.total:
             return False
         self.drawn += 1
         # The KV of the last token that may be drawn is never needed.

@@ -10,7 +10,8 @@ All counters are integers: exact, in order at any size, and the same on every ma
 """
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 _MILLI = 1000
@@ -50,8 +51,9 @@ class Claimant:
 
     @property
     def key(self) -> int:
-        """Its place: the smaller, the sooner."""
-        return self.counter + self.pending * _MILLI // self._milli
+        """Its place: the smaller, the sooner. What is done of what was promised leaves it as it is, to the
+        last unit, so that keys become smaller only where a promise is taken back."""
+        return self.counter + (self._carry + self.pending * _MILLI) // self._milli
 
     def charge(self, cost: int) -> None:
         """So much was done for it. Nothing is lost to rounding."""
@@ -59,16 +61,26 @@ class Claimant:
         self.counter += grown
 
 
+def _no_key(_: Claimant) -> int:
+    return 0
+
+
 C = TypeVar("C", bound=Claimant)
 _Entry = tuple[int, int, int, C]
 
 
 class Heap(Generic[C]):
-    """Claimants by a key that changes, ties by `order`. An outdated entry stays until it comes up."""
+    """Claimants by a key that grows by itself, ties by `order`.
 
-    def __init__(self) -> None:
+    An entry says how small the key is at least; what it really is, is looked up when the entry comes up. So
+    only who joins, or whose key or order may have become smaller, has to be put in its place.
+    """
+
+    def __init__(self, key: Callable[[C], int]) -> None:
+        self._key = key
         self._entries: list[_Entry[C]] = []
         self._of: dict[C, _Entry[C]] = {}
+        """The one entry of each that holds; others stay until they come up."""
         self._serial = 0
 
     def __len__(self) -> int:
@@ -77,8 +89,9 @@ class Heap(Generic[C]):
     def __contains__(self, item: C) -> bool:
         return item in self._of
 
-    def put(self, item: C, key: int, order: int = 0) -> None:
-        """It is here, with this key. O(log n)."""
+    def put(self, item: C, order: int = 0) -> None:
+        """It is here, with its key as of now. O(log n)."""
+        key = self._key(item)
         held = self._of.get(item)
         if held is not None and held[0] == key and held[1] == order:
             return
@@ -100,10 +113,18 @@ class Heap(Generic[C]):
 
     def least(self) -> C | None:
         """The one with the smallest key."""
-        entries = self._entries
-        while entries and self._of.get(entries[0][3]) is not entries[0]:
-            heapq.heappop(entries)
-        return entries[0][3] if entries else None
+        entries, of = self._entries, self._of
+        while entries:
+            entry = entries[0]
+            held, order, serial, item = entry
+            if of.get(item) is not entry:
+                heapq.heappop(entries)
+            elif (key := self._key(item)) == held:
+                return item
+            else:
+                of[item] = grown = (key, order, serial, item)
+                heapq.heapreplace(entries, grown)
+        return None
 
     def in_order(self) -> Iterator[C]:
         """By key. The first n take O(n log n) of any number; nothing may change meanwhile."""
@@ -114,11 +135,17 @@ class Heap(Generic[C]):
         frontier = [(entries[0], 0)] if entries else []
         while frontier:
             entry, at = heapq.heappop(frontier)
-            if self._of.get(entry[3]) is entry:
-                yield entry[3]
-            for child in (2 * at + 1, 2 * at + 2):
+            held, order, serial, item = entry
+            for child in (2 * at + 1, 2 * at + 2) if at >= 0 else ():
                 if child < len(entries):
                     heapq.heappush(frontier, (entries[child], child))
+            if at >= 0 and self._of.get(item) is not entry:
+                continue
+            if (key := self._key(item)) == held:
+                yield item
+            else:
+                # It comes up again where it belongs; what hangs on it is there already.
+                heapq.heappush(frontier, ((key, order, serial, item), -1))
 
 
 class Level(Generic[C]):
@@ -128,13 +155,14 @@ class Level(Generic[C]):
     idle the smallest debts are forgiven by moving V* up to them, which no newcomer can gain from.
     """
 
-    def __init__(self, most_idle: int) -> None:
+    def __init__(self, most_idle: int, by_arrival: bool = False) -> None:
+        """`by_arrival`: all keys count alike, so that the order is all that is left."""
         self.time = 0
         """V*."""
         self.members: dict[str, C] = {}
-        self.ready: Heap[C] = Heap()
+        self.ready: Heap[C] = Heap(_no_key if by_arrival else attrgetter("key"))
         """Those with something that may be let in."""
-        self._idle: Heap[C] = Heap()
+        self._idle: Heap[C] = Heap(attrgetter("counter"))
         self._most_idle = most_idle
 
     def add(self, member: C) -> None:
@@ -149,7 +177,7 @@ class Level(Generic[C]):
 
     def rest(self, member: C) -> None:
         """It has nothing open any more, or its counter has grown since."""
-        self._idle.put(member, member.counter)
+        self._idle.put(member)
         self._collect()
 
     def advance(self) -> None:
