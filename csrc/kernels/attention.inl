@@ -22,8 +22,10 @@ constexpr int kTileBlocks = 4;
 constexpr int kTile = kTileBlocks * kBlock;
 static_assert(kSpanTokens % kTile == 0);
 constexpr int kQueries = 6;
-// Vectors per query kept in registers: 6 x 4 accumulators of 32 registers, or 6 x 1 pairs of 16.
-constexpr int kWide = kTileRowsFloat >= 12 ? 4 : 1;
+// Vectors for each of M queries kept in registers: 6 x 4 accumulators of 32 registers; of 16 6 x 1 pairs, or of fewer
+// queries so many that sums do not wait for themselves.
+template <int M>
+constexpr int kWide = kTileRowsFloat >= 12 ? 4 : M == 1 ? 4 : M == 2 ? 2 : 1;
 constexpr float kMinusInfinity = -__builtin_inff();
 
 // Up to kQueries queries in front of one tile. Positions are relative to the tile's first.
@@ -201,18 +203,21 @@ inline void add_values(const AttentionTask& t, float* const* out, const float* w
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int i = 0; i < D; ++i) acc[m][i] = load(out[m] + d + i * kLanes);
-  for (int position = begin; position < end; ++position) {
-    const int64_t at = (kBefore + position % kBlock) * t.head_dim + d;
-    const uint8_t* ahead = tile.ahead[position / kBlock] + at * Cells::kBytes;
-    __builtin_prefetch(ahead);
-    if (D * kLanes * Cells::kBytes > kLineBytes) __builtin_prefetch(ahead + kLineBytes);
-    Floats v[D];
+  for (int position = begin; position < end;) {
+    const int b = position / kBlock, stop = (b + 1) * kBlock < end ? (b + 1) * kBlock : end;
+    int64_t at = (kBefore + position % kBlock) * t.head_dim + d;
+    for (; position < stop; ++position, at += t.head_dim) {
+      const uint8_t* ahead = tile.ahead[b] + at * Cells::kBytes;
+      __builtin_prefetch(ahead);
+      if (D * kLanes * Cells::kBytes > kLineBytes) __builtin_prefetch(ahead + kLineBytes);
+      Floats v[D];
 #pragma GCC unroll 4
-    for (int i = 0; i < D; ++i) v[i] = Cells::load(tile.block[position / kBlock], at + i * kLanes);
+      for (int i = 0; i < D; ++i) v[i] = Cells::load(tile.block[b], at + i * kLanes);
 #pragma GCC unroll 6
-    for (int m = 0; m < M; ++m)
+      for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-      for (int i = 0; i < D; ++i) acc[m][i] = fma(v[i], set1(weights[m * kTile + position]), acc[m][i]);
+        for (int i = 0; i < D; ++i) acc[m][i] = fma(v[i], set1(weights[m * kTile + position]), acc[m][i]);
+    }
   }
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m)
@@ -226,8 +231,8 @@ inline void add_all_values(const AttentionTask& t, float* const* out, const floa
                            int end) {
   if (begin >= end) return;
   int64_t d = 0;
-  for (; d + kWide * kLanes <= t.value_dim; d += kWide * kLanes)
-    add_values<Cells, M, kWide>(t, out, weights, tile, d, begin, end);
+  for (; d + kWide<M> * kLanes <= t.value_dim; d += kWide<M> * kLanes)
+    add_values<Cells, M, kWide<M>>(t, out, weights, tile, d, begin, end);
   for (; d < t.value_dim; d += kLanes) add_values<Cells, M, 1>(t, out, weights, tile, d, begin, end);
 }
 
@@ -235,11 +240,11 @@ inline void add_all_values(const AttentionTask& t, float* const* out, const floa
 template <class Cells, int M>
 inline void score(const AttentionTask& t, const Front& f, const Tile& tile, int first, int last, float* scores) {
   if constexpr (Cells::kRows) {
-    for (int p = first * kBlock; p < last * kBlock; p += kWide) dot_rows<M, kWide>(f, tile, p, t.head_dim, scores + p);
+    for (int p = first * kBlock; p < last * kBlock; p += kWide<M>) dot_rows<M, kWide<M>>(f, tile, p, t.head_dim, scores + p);
     return;
   }
   int b = first;
-  for (; b + kWide <= last; b += kWide) dot_keys<Cells, M, kWide>(f, tile, b, t.head_dim, scores + b * kBlock);
+  for (; b + kWide<M> <= last; b += kWide<M>) dot_keys<Cells, M, kWide<M>>(f, tile, b, t.head_dim, scores + b * kBlock);
   for (; b < last; ++b) dot_keys<Cells, M, 1>(f, tile, b, t.head_dim, scores + b * kBlock);
 }
 

@@ -6,12 +6,21 @@
 namespace kt {
 namespace {
 
-// From so many rows on: unpacking to memory costs as much as three or four rows more.
-constexpr int64_t kBlockMinRows = 96;
-
 // Groups of a block. Those of three panels, unpacked, are 35 KB, and fit a first-level cache of 48 with the activations
 // of a tile: with 24 groups it is 3 % slower.
 constexpr int64_t kBlockGroups = 18;
+
+// From so many rows on: unpacking to memory costs as much as some rows more. Short sums take small integers, and of eight bits
+// there is nothing to unpack.
+template <class F>
+constexpr int64_t kBlockFrom = kIsCodebook<F> || most_of<F>() < 64 ? kBlockMinRows : 96;
+
+// Rows that go over a block in one go.
+inline int64_t block_rows(int64_t rows, int64_t groups) {
+  if constexpr (kBlockChunkBytes == 0) return rows;
+  const int64_t bytes = (groups < kBlockGroups ? groups : kBlockGroups) * static_cast<int64_t>(sizeof(ActivationGroup));
+  return kBlockChunkBytes / bytes / kBlockRows * kBlockRows;
+}
 
 template <class Group>
 struct Block {

@@ -54,18 +54,20 @@ struct UnpackedGroup {
 using CodebookGroup = UnpackedGroup<kCodebookBias, 2, false>;
 
 // Biases below 64 become 64: fewer kinds. But where sums of small integers are shorter they stay small.
-template <class F, bool Small = kShortSums && most_of<F>() < 32>
+template <class F>
 struct UnpackedKind {
   static constexpr int kBias = F::kBias == 0 || F::kBias == 128 ? F::kBias : 64;
   using Group = UnpackedGroup<kBias, F::kSubgroups, F::kHasMin>;
 };
 template <class F>
-struct UnpackedKind<F, true> {
-  using Group = UnpackedGroup<F::kBias, F::kSubgroups, F::kHasMin, most_of<F>() < 16 ? 15 : 31>;
+  requires(kShortSums && most_of<F>() < 64)
+struct UnpackedKind<F> {
+  static constexpr int kMost = most_of<F>() < 16 ? 15 : most_of<F>() < 32 ? 31 : 63;
+  using Group = UnpackedGroup<F::kBias, F::kSubgroups, F::kHasMin, kMost>;
 };
 template <class F>
   requires kIsCodebook<F>
-struct UnpackedKind<F, false> {
+struct UnpackedKind<F> {
   using Group = CodebookGroup;
 };
 template <class F>

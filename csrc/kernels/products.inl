@@ -73,8 +73,8 @@ void float_product(const Product& p, int64_t rows, int64_t begin, int64_t end) {
 
 template <class F>
 void integer_product(const Product& p, int64_t rows, int64_t begin, int64_t end) {
-  const bool many = rows >= kBlockMinRows;
-  const int64_t chunk = many ? rows : rows_at_a_time<F>(p);
+  const bool many = rows >= kBlockFrom<F>;
+  const int64_t chunk = many ? block_rows(rows, p.cols / kGroup) : rows_at_a_time<F>(p);
   const int64_t whole = p.out_rows / kPanelRows;  // panels that are not padded
   const int64_t fit = ((end < whole ? end : whole) - begin) / kBlockPanels * kBlockPanels;
   const int64_t streamed = many ? begin + fit : begin;

@@ -21,10 +21,10 @@ inline void prefetch_group(const uint8_t* packed, int place) {
 
 // The same for a tile of R rows. Of one or two rows memory is the limit, and the processor's own prefetching keeps up: it is
 // only led over the end of a page. Each line fetched by us would take one of those buffers from the loads (Q8_0 read 22 %
-// slower from the third-level cache, 15 % and more from memory).
+// slower from the third-level cache, 15 % and more from memory). Where it does not keep up (Zen 3 read half as fast), each is.
 template <class F, int R>
 inline void lead(const uint8_t* packed, int place) {
-  if constexpr (R <= 2) {
+  if constexpr (R <= 2 && !kLeadsByLines) {
     __builtin_prefetch(packed, 0, 2);
   } else {
     prefetch_group<F>(packed, place);

@@ -16,6 +16,9 @@ constexpr bool kShortSums = !kHasDpbusd;  // vpmaddwd is half of a dot product's
 constexpr int kTileRows = 4;
 constexpr int kTileRowsFloat = 2;
 constexpr int kBlockPanels = 1, kBlockRows = 4;
+constexpr int kBlockMinRows = 24;  // tiles of four rows unpack three times as often as those of twelve
+constexpr int64_t kBlockChunkBytes = 96 * 1024;  // of a second-level cache of 512 KB
+constexpr bool kLeadsByLines = !kHasDpbusd;  // Intel's own prefetching has not been measured
 
 struct Floats {
   __m256 lo, hi;

@@ -16,6 +16,9 @@ constexpr int kTileRowsFloat = 12;
 // Of weights in memory: 12 sums and as many accumulators, three quads and one activation. Loads for each dot product are
 // fewest in tiles as square as these.
 constexpr int kBlockPanels = 3, kBlockRows = 4;
+constexpr int kBlockMinRows = 96;
+constexpr int64_t kBlockChunkBytes = 0;
+constexpr bool kLeadsByLines = false;
 
 struct Floats {
   __m512 v;

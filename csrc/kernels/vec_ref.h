@@ -13,6 +13,9 @@ constexpr bool kShortSums = false;  // whether byte products are summed in 16 bi
 constexpr int kTileRows = 4;       // rows of a tile of the integer product
 constexpr int kTileRowsFloat = 2;  // the same for float products, which keep two sums for each output
 constexpr int kBlockPanels = 3, kBlockRows = 4;  // of a tile of the integer product of weights unpacked in memory
+constexpr int kBlockMinRows = 96;           // from so many rows on weights are unpacked in memory
+constexpr int64_t kBlockChunkBytes = 0;     // of activations of a block, for the rows that use it in one go; 0: for all rows
+constexpr bool kLeadsByLines = false;       // whether one or two rows prefetch each line of weights
 
 struct Floats {
   float v[kLanes];
