@@ -2,8 +2,7 @@
 
 experts_ktkernel.py int4|int8|bf16 HIDDEN FFN EXPERTS TOP THREADS
 
-What kt-kernel loads on a CPU without AVX-512 has no int4 and int8 kernels of its own: its llamafile ones take
-Q4_0 and Q8_0 in their place.
+What kt-kernel loads on a CPU without AVX-512 multiplies bf16, but has no int4 and int8 kernels that quantise.
 """
 
 import json
@@ -11,63 +10,40 @@ import sys
 import time
 
 import kt_kernel
-import numpy as np
 import torch
 from kt_kernel_ext import CPUInfer, WorkerPoolConfig, moe
-from kt_kernel_ext.kvcache import ggml_type
 
 MOST_TOKENS = 512
 LEAST_FORWARDS = 2
 
 
-def random_blocks(count: int, quant_bytes: int) -> torch.Tensor:
-    """Blocks of 32 weights: a float16 scale and so many bytes of integers."""
-    blocks = np.empty(count, dtype=[("scale", "<f2"), ("quants", "u1", (quant_bytes,))])
-    blocks["scale"] = 0.001
-    blocks["quants"] = np.random.default_rng(1).integers(0, 256, (count, quant_bytes), dtype=np.uint8)
-    return torch.from_numpy(blocks.view(np.uint8))
-
-
 class Layer:
-    """Random weights: BF16, which kt-kernel quantises by itself, or blocks for its llamafile kernels."""
+    """Random BF16 weights, which kt-kernel quantises by itself."""
 
     def __init__(self, kind: str, hidden: int, ffn: int, experts: int, top: int, threads: int) -> None:
         self.hidden, self.experts, self.top = hidden, experts, top
         pool = WorkerPoolConfig()
         pool.subpool_count, pool.subpool_numa_map, pool.subpool_thread_count = 1, [0], [threads]
         self.cpu = CPUInfer(pool)
+        sizes = ((experts, ffn, hidden), (experts, ffn, hidden), (experts, hidden, ffn))
+        gate, up, down = (torch.randn(size, dtype=torch.bfloat16) * 0.02 for size in sizes)
         on_gpu = torch.zeros(experts, dtype=torch.bool)
         config = moe.MOEConfig(experts, top, hidden, ffn, on_gpu.data_ptr())
         config.max_len, config.pool = MOST_TOKENS, self.cpu.backend_
-        sizes = ((experts, ffn, hidden), (experts, ffn, hidden), (experts, hidden, ffn))
-        if kind == "bf16" or hasattr(moe, "AMXInt8_MOE"):
-            self.weights = [torch.randn(size, dtype=torch.bfloat16) * 0.02 for size in sizes]
-            self.layer = self._own(config, kind, experts)
+        if kind == "bf16":  # wants a pointer for each expert
+            config.gate_projs, config.up_projs, config.down_projs = (
+                [[w[e].data_ptr() for e in range(experts)]] for w in (gate, up, down)
+            )
+            own = "AMXBF16_MOE" if hasattr(moe, "AMXBF16_MOE") else "AVX2BF16_MOE"
+            self.layer = getattr(moe, own)(config)
+        elif not hasattr(moe, "AMXInt8_MOE"):
+            raise SystemExit(f"kt-kernel's {kt_kernel.__cpu_variant__} has no {kind}; it has bf16: --formats BF16")
         else:
-            quant_bytes = 16 if kind == "int4" else 32
-            self.weights = [random_blocks(experts * ffn * hidden // 32, quant_bytes) for _ in sizes]
-            self.layer = self._llamafile(config, ggml_type.Q4_0 if kind == "int4" else ggml_type.Q8_0)
+            config.gate_proj, config.up_proj, config.down_proj = (w.data_ptr() for w in (gate, up, down))
+            self.layer = (moe.AMXInt4_MOE if kind == "int4" else moe.AMXInt8_MOE)(config)
         order = torch.arange(experts, dtype=torch.int64)
         self.cpu.submit(self.layer.load_weights_task(order.data_ptr()))
         self.cpu.sync()
-        del self.weights  # it has copies
-
-    def _own(self, config: moe.MOEConfig, kind: str, experts: int) -> moe.MoE_Interface:
-        if kind == "bf16":  # wants a pointer for each expert
-            config.gate_projs, config.up_projs, config.down_projs = (
-                [[w[e].data_ptr() for e in range(experts)]] for w in self.weights
-            )
-            return (moe.AMXBF16_MOE if hasattr(moe, "AMXBF16_MOE") else moe.AVX2BF16_MOE)(config)
-        config.gate_proj, config.up_proj, config.down_proj = (w.data_ptr() for w in self.weights)
-        return (moe.AMXInt4_MOE if kind == "int4" else moe.AMXInt8_MOE)(config)
-
-    def _llamafile(self, config: moe.MOEConfig, quantised: ggml_type) -> moe.MoE_Interface:
-        config.gate_proj, config.up_proj, config.down_proj = (w.data_ptr() for w in self.weights)
-        config.gate_type = config.up_type = config.down_type = quantised
-        config.hidden_type = ggml_type.BF16
-        # As its own wrapper has it.
-        config.m_block, config.group_min_len, config.group_max_len = 32, 10, MOST_TOKENS
-        return moe.MOE(config)
 
     def best(self, tokens: int, seconds: float) -> float:
         """Seconds of the best forward of `tokens` that choose evenly at random, other ones each time."""
