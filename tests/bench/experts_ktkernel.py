@@ -37,7 +37,9 @@ class Layer:
             own = "AMXBF16_MOE" if hasattr(moe, "AMXBF16_MOE") else "AVX2BF16_MOE"
             self.layer = getattr(moe, own)(config)
         elif not hasattr(moe, "AMXInt8_MOE"):
-            raise SystemExit(f"kt-kernel's {kt_kernel.__cpu_variant__} has no {kind}; it has bf16: --formats BF16")
+            raise SystemExit(
+                f"kt-kernel's {kt_kernel.__cpu_variant__} has no {kind}; it has bf16: --formats BF16"
+            )
         else:
             config.gate_proj, config.up_proj, config.down_proj = (w.data_ptr() for w in (gate, up, down))
             self.layer = (moe.AMXInt4_MOE if kind == "int4" else moe.AMXInt8_MOE)(config)
