@@ -6,6 +6,11 @@ refills evenly, kept as the one time at which it would be full again. Tokens are
 there were. All of it happens on one event loop, between two awaits, so that it is exact however many requests
 come at once.
 
+A day's quota is kept with the same estimates: what is used and what the open requests have reserved stay
+within it together. One request alone is let in when its prompt fits, whatever its output may come to: with
+max_tokens not set the estimate is a whole context, and the rest of many a quota would be of no use. While it
+runs nobody is let in beside it. So a day's sum is at most the quota and the output of one request.
+
 What is exceeded here is the client's own limit (429); that the server is full is another matter (503).
 """
 
@@ -138,7 +143,7 @@ class Limiter:
         found = self._find(subjects)
         for subject in found:
             self._check_rates(subject, found, 1, now)
-            self._check_day(subject, 1)
+            self._check_day(subject, 1, 1)
 
     def reserve(self, subjects: Subjects, prompt: int, output: int, answers: int) -> Reservation:
         """Take one request, `prompt` + `output` tokens (of all answers together), and room for the answers.
@@ -151,7 +156,7 @@ class Limiter:
         for subject in found:
             self._check_fits(subject, prompt)
             self._check_rates(subject, found, estimate, now)
-            self._check_day(subject, prompt)
+            self._check_day(subject, prompt, estimate)
             self._check_open(subject, answers)
         taken = []
         for subject in found:
@@ -197,7 +202,7 @@ class Limiter:
             what = f"the prompt has {prompt} tokens, more than your quota of {limit} tokens a day"
             raise RequestError("context_length_exceeded", what)
 
-    def _check_day(self, subject: _Subject, prompt: int) -> None:
+    def _check_day(self, subject: _Subject, prompt: int, estimate: int) -> None:
         most = subject.limits.requests_per_day
         if most is not None and subject.asked >= most:
             raise _used_up(f"your quota of {most} requests a day is used up")
@@ -210,7 +215,7 @@ class Limiter:
             left = f"{limit - subject.used} of your quota of {limit} tokens a day are left"
             raise _used_up(f"{left}, and this prompt has {prompt}: it does not fit")
         # Open requests may need less than they reserved, so this one may fit in a moment.
-        if subject.used + subject.reserved + prompt > limit:
+        if subject.reserved and subject.used + subject.reserved + estimate > limit:
             raise RequestError(
                 "rate_limit_exceeded",
                 f"your open requests may use up your quota of {limit} tokens a day; try again when they end",

@@ -166,6 +166,46 @@ def test_a_request_that_the_server_refused_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
+def test_a_day_stays_within_its_quota_and_one_output(seed: int) -> None:
+    """Many requests at a time, of which some need all they may: together they stay within the quota, and
+    one that nothing ran beside passes it by no more than its output. What is given back is used."""
+    rng, quota, day = random.Random(seed), 20_000, Clock(86400.0 * 20000)
+    limiter = Limiter({}, Clock(), day)
+    subjects = (("p", Limits(tokens_per_day=quota)), ("k", NO_LIMITS))
+    open_, used, most_together, alone = [], 0, 0, 0
+    for _ in range(3000):
+        if rng.random() < 0.6:
+            prompt, output = rng.randint(1, 300), rng.choice([1, 50, 900, 30_000])
+            try:
+                open_.append((limiter.reserve(subjects, prompt, output, 1), prompt, output))
+            except RequestError as error:
+                wait = "rate_limit_exceeded" if open_ else "insufficient_quota"
+                assert error.code == wait or used + prompt > quota
+                continue
+            may_use = used + sum(p + o for _, p, o in open_)
+            if len(open_) > 1:
+                assert may_use <= quota
+                most_together = max(most_together, len(open_))
+            else:
+                assert may_use - output <= quota
+                alone = output
+        elif open_:
+            reservation, prompt, output = open_.pop(rng.randrange(len(open_)))
+            # All of it; or a part; or nothing, as of one that failed or whose client left at once.
+            truth = rng.choice([prompt + output if output < 900 else prompt + 9, prompt, 0])
+            reservation.settle(truth, refused=not truth and rng.random() < 0.5)
+            used += truth
+    for reservation, prompt, output in open_:
+        reservation.settle(prompt + output)
+        used += prompt + output
+    assert quota - 300 < used <= quota + alone and most_together > 3
+    subject = limiter._subjects["p"]
+    assert (subject.open, subject.reserved, subject.used) == (0, 0, used)
+    day.now += 86400
+    limiter.reserve(subjects, 1, quota - 1, 1)
+
+
+@pytest.mark.parametrize("seed", range(20))
 def test_at_rest_everything_is_given_back(seed: int) -> None:
     rng, clock = random.Random(seed), Clock()
     limiter = Limiter({}, clock, Clock(86400.0 * 20000))

@@ -297,6 +297,30 @@ async def test_a_used_up_quota_says_so(office, connect) -> None:
 
 
 @pytest.mark.anyio
+async def test_parallel_requests_share_a_days_quota(office, connect, scheduler) -> None:
+    """Outputs count before they are there; those that were not needed, or never came, are there again."""
+    project, key = office.tenant("alice", Limits(tokens_per_day=1000))
+    office.follow()
+    app = office.app()
+    async with connect(app) as client:
+
+        async def ask_many() -> list[int]:
+            body = PROMPT | {"max_tokens": 298}  # with its prompt's 2 more than a quarter of the quota
+            asked = (client.post("/v1/completions", json=body, headers=bearer(key)) for _ in range(30))
+            return [answer.status_code for answer in await asyncio.gather(*asked)]
+
+        scheduler.pause, scheduler.failure = 0.01, RequestFailed("engine_restarted", "gone")
+        for _ in range(3):
+            statuses = await ask_many()
+            assert (statuses.count(500), statuses.count(429)) == (3, 27)
+        scheduler.failure = None
+        statuses = await ask_many()
+        assert (statuses.count(200), statuses.count(429)) == (3, 27)
+        subject = office.limiter._subjects[project.id]
+        assert (subject.reserved, subject.open, subject.used) == (0, 0, 3 * (2 + len("Hello, world!") + 1))
+
+
+@pytest.mark.anyio
 async def test_a_change_holds_within_a_second(office, connect) -> None:
     assert LOOK_SECONDS <= 0.5  # and that it is looked at at all
     project, key = office.tenant("alice")
