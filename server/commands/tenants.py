@@ -16,6 +16,7 @@ from typing import Any
 from msgspec import structs
 
 from ktransformers.server.config import tenants_dir
+from ktransformers.server.tenants.database import explain
 from ktransformers.server.tenants.records import Key, Limits, Project, StoreError, Used, check_scopes
 from ktransformers.server.tenants.store import Store
 
@@ -30,7 +31,7 @@ def _store() -> Iterator[tuple[Store, str]]:
     try:
         yield store, f"cli:{_user()}"
     except sqlite3.Error as error:
-        raise StoreError(f"tenant store {store.database.path}: {error}") from None
+        raise StoreError(explain(store.database.path, error)) from None
     finally:
         store.close()
 

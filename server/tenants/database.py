@@ -6,6 +6,7 @@ on the disk before it is answered (`synchronous=FULL`), so a key that was revoke
 """
 
 import os
+import resource
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from ktransformers.server.tenants.schema import migrate
 
 FILE = "tenants.sqlite"
 BUSY_SECONDS = 5.0
+_ROOM = 1 << 16
+"""Bytes. A disk with less is full: so much does SQLite take at a time for its index of the log."""
+_DAMAGED = "put a copy back, or move the file away to begin anew"
 
 
 class Database:
@@ -57,11 +61,12 @@ class Database:
         """While it is opened: what cannot be read closes it. Raises StoreError."""
         try:
             yield
-        except (sqlite3.Error, msgspec.MsgspecError, StoreError) as error:
+        except StoreError as error:
             self.connection.close()
-            raise StoreError(
-                f"tenant store {self.path}: {error}; put a copy back, or move the file away to begin anew"
-            ) from None
+            raise StoreError(f"tenant store {self.path}: {error}") from None
+        except (sqlite3.Error, msgspec.MsgspecError) as error:
+            self.connection.close()
+            raise StoreError(explain(self.path, error)) from None
 
     def version(self) -> int:
         """Changes whenever another connection has committed."""
@@ -88,7 +93,8 @@ class Database:
             yield self.connection
             self.connection.execute("COMMIT")
         except BaseException:
-            self.connection.execute("ROLLBACK")
+            if self.connection.in_transaction:  # some errors, as a full disk, have ended it already
+                self.connection.execute("ROLLBACK")
             raise
 
     @contextmanager
@@ -98,7 +104,40 @@ class Database:
         try:
             yield self.connection
         finally:
-            self.connection.execute("COMMIT")
+            if self.connection.in_transaction:
+                self.connection.execute("COMMIT")
+
+
+def explain(path: Path, error: sqlite3.Error | msgspec.MsgspecError) -> str:
+    """What is wrong with the database at `path`, and what to do, in one line. Only a file that is damaged
+    is said to be: of the others nothing that was answered is lost."""
+    code = getattr(error, "sqlite_errorcode", None)
+    kind = None if code is None else code & 0xFF  # what is above says where it happened
+    what = f"{error}; {_DAMAGED}"
+    if kind == sqlite3.SQLITE_FULL or (kind == sqlite3.SQLITE_IOERR and _is_full(path.parent)):
+        what = "the disk is full; make room on it and try again"
+    elif kind == sqlite3.SQLITE_IOERR and (most := _size_limit(path)) is not None:
+        what = f"files may have at most {most} bytes here (`ulimit -f`); raise that limit and try again"
+    elif kind in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
+        what = f"{error}; make the file and its folder writable for this user and try again"
+    elif kind in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        what = f"{error} by another process for {BUSY_SECONDS:g} s; try again when that has ended"
+    elif kind in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOMEM):
+        what = f"{error} ({error.sqlite_errorname}); the system's log may say why"  # type: ignore[union-attr]
+    return f"tenant store {path}: {what}"
+
+
+def _is_full(folder: Path) -> bool:
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize < _ROOM
+
+
+def _size_limit(path: Path) -> int | None:
+    """What a file of this process may have, in bytes, if one of the database's is about to pass it."""
+    most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    files = [path.with_name(path.name + end) for end in ("", "-wal", "-shm")]
+    largest = max((file.stat().st_size for file in files if file.exists()), default=0)
+    return most if most != resource.RLIM_INFINITY and largest + _ROOM > most else None
 
 
 def _make_private(folder: Path, path: Path) -> None:

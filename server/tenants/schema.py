@@ -56,7 +56,7 @@ def migrate(connection: sqlite3.Connection, steps: tuple[tuple[str, ...], ...] =
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version > len(steps):
             raise StoreError(
-                f"it was written by a newer version (schema {version}; this one knows {len(steps)})"
+                f"it was written by a newer version (schema {version}; this one knows {len(steps)}); run that"
             )
         for step in steps[version:]:
             for statement in step:
@@ -64,5 +64,6 @@ def migrate(connection: sqlite3.Connection, steps: tuple[tuple[str, ...], ...] =
         connection.execute(f"PRAGMA user_version = {len(steps)}")
         connection.execute("COMMIT")
     except BaseException:
-        connection.execute("ROLLBACK")
+        if connection.in_transaction:  # some errors, as a full disk, have ended it already
+            connection.execute("ROLLBACK")
         raise

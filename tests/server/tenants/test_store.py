@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 import sqlite3
 import stat
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ktransformers.server.tenants.database import FILE, Database
+from ktransformers.server.tenants.database import FILE, Database, explain
 from ktransformers.server.tenants.directory import SECRET_FILE, Directory
 from ktransformers.server.tenants.records import Conflict, Limits, Missing, StoreError, UsageRow, Used
 from ktransformers.server.tenants.schema import STEPS, migrate
@@ -168,7 +169,7 @@ def test_an_older_file_is_taken_along(tmp_path: Path) -> None:
     columns = [row[1] for row in store._db.execute("PRAGMA table_info(projects)")]
     assert "colour" in columns and "x" not in columns  # all of a step, or nothing
     store.close()
-    with pytest.raises(StoreError, match="newer version"):
+    with pytest.raises(StoreError, match=r"newer version .*; run that$"):
         Store.open(tmp_path / "t")
 
 
@@ -224,6 +225,72 @@ def test_damage_is_said_in_a_line(tmp_path: Path, damage: str) -> None:
     with pytest.raises(StoreError) as raised:
         Store.open(folder)
     assert str(file) in str(raised.value) and "\n" not in str(raised.value)
+    assert ("put a copy back" in str(raised.value)) == (damage != "folder")
+
+
+def test_a_full_database_says_so_and_goes_on(store: Store) -> None:
+    (pages,) = store._db.execute("PRAGMA page_count").fetchone()
+    store._db.execute(f"PRAGMA max_page_count = {pages}")
+    for name in "ab":
+        with pytest.raises(sqlite3.OperationalError, match="full") as raised:
+            for i in range(2000):
+                store.create_project(f"{name} {i}", "test")
+        said = explain(store.database.path, raised.value)
+        assert "the disk is full; make room" in said and "put a copy back" not in said
+    store._db.execute("PRAGMA max_page_count = 100000")
+    store.create_project("later", "test")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+@pytest.mark.parametrize("size", ["16k", "64k", "400k"])
+def test_a_full_disk_is_no_damage(tmp_path: Path, size: str) -> None:
+    """The disk has no room for the database, for its tables, for one more tenant."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("root may not mount here")
+    try:
+        said = filled(disk / "t", resource.RLIM_INFINITY)
+        assert said.startswith(f"tenant store {disk / 't' / FILE}: the disk is full; make room")
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        again = Store.open(disk / "t")
+        again.create_project("fits", "test")
+        again.close()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("limit", [4096, 20_000, 120_000, 400_000])
+def test_a_limit_on_the_size_of_files_is_no_damage(tmp_path: Path, limit: int) -> None:
+    said = filled(tmp_path / "t", limit)
+    assert f"at most {limit} bytes here (`ulimit -f`)" in said and "copy back" not in said
+    Store.open(tmp_path / "t").close()
+
+
+FILL = """
+import resource, sqlite3, sys
+from pathlib import Path
+from ktransformers.server.tenants.database import explain
+from ktransformers.server.tenants.records import StoreError
+from ktransformers.server.tenants.store import Store
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    store = Store.open(Path(sys.argv[1]))
+    try:
+        for i in range(5000):
+            store.create_project(f"tenant {i}", "test")
+    except sqlite3.Error as error:
+        print(explain(store.database.path, error))
+except StoreError as error:
+    print(error)
+"""
+"""Makes tenants until that fails, and prints why."""
+
+
+def filled(folder: Path, limit: int) -> str:
+    command = [sys.executable, "-c", FILL, str(folder), str(limit)]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def test_a_damaged_secret_is_said(tmp_path: Path) -> None:
