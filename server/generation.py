@@ -34,7 +34,7 @@ from ktransformers.server.tenants.ledger import Ledger
 from ktransformers.server.tenants.limits import Limiter
 from ktransformers.server.text.answer import AnswerText
 from ktransformers.server.text.detokenizer import Pieces
-from ktransformers.server.text.messages import MessageError
+from ktransformers.server.text.messages import ArgumentError, MessageError, ThinkingError
 from ktransformers.server.text.reasoning import Markers
 from ktransformers.server.text.templates import TemplateError
 from ktransformers.server.text.tokenizer import TooLongError
@@ -96,7 +96,12 @@ class Text(Protocol):
         ...
 
     async def chat_ids_async(
-        self, messages: Sequence[Mapping[str, object]], *, limit: int | None
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        arguments: Mapping[str, object] | None,
+        limit: int | None,
+        think: bool | str | None,
     ) -> list[int]:
         """Tokens of a conversation up to where the answer begins. Errors: MessageError, TemplateError,
         TooLongError."""
@@ -164,11 +169,22 @@ class Generator:
 
     # ---- prompts
 
-    async def chat_prompt(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
-        """Tokens of a conversation through the model's own template. Raises RequestError."""
+    async def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        think: bool | str | None = None,
+        think_name: str = "think",
+        arguments: Mapping[str, object] | None = None,
+    ) -> list[int]:
+        """Tokens of a conversation through the model's own template. `think`, which the client calls
+        `think_name`, and `arguments` as TextModel.chat_text has them. Raises RequestError."""
         context = self.context()
         try:
-            return await self.text.chat_ids_async(messages, limit=context)
+            return await self.text.chat_ids_async(messages, arguments=arguments, limit=context, think=think)
+        except ArgumentError as error:
+            raise RequestError("unsupported_parameter", str(error), "chat_template_kwargs") from None
+        except ThinkingError as error:
+            raise RequestError("unsupported_parameter", f"'{think_name}': {error}", think_name) from None
         except MessageError as error:
             raise RequestError("invalid_value", str(error), "messages") from None
         except TemplateError as error:

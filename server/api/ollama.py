@@ -57,7 +57,7 @@ async def chat(body: OllamaChatRequest, request: Request) -> Response:
         body,
         request,
         context,
-        lambda: generator.chat_prompt(messages),
+        lambda: generator.chat_prompt(messages, body.think),
         b'"message":{"role":"assistant","content":',
         b"}",
         lambda text, thought: {"message": {"role": "assistant", "content": text} | _thinking(thought)},
@@ -76,13 +76,15 @@ async def generate(body: OllamaGenerateRequest, request: Request) -> Response:
     prompt = body.prompt
     if body.raw and body.system:
         raise RequestError("invalid_value", "'system' needs a template, which 'raw' leaves out", "system")
+    if body.raw and body.think is not None and (body.think or generator.text.markers.thinks):
+        raise RequestError("invalid_value", "'think' needs a template, which 'raw' leaves out", "think")
     messages = [{"role": "system", "content": body.system}] if body.system else []
     messages.append({"role": "user", "content": prompt})
     return await _answer(
         body,
         request,
         context,
-        lambda: generator.text_prompt(prompt) if body.raw else generator.chat_prompt(messages),
+        lambda: generator.text_prompt(prompt) if body.raw else generator.chat_prompt(messages, body.think),
         b'"response":',
         b"",
         lambda text, thought: {"response": text} | _thinking(thought),

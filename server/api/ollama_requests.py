@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from ktransformers.scheduler.protocol import Sampling
 from ktransformers.server.api.parameters import (
+    ONE,
+    WORD,
     Logprobs,
     MinP,
     Penalty,
@@ -19,6 +21,10 @@ from ktransformers.server.api.parameters import (
 )
 from ktransformers.server.deltas import Parameters
 
+Think = Annotated[
+    Annotated[bool, Tag(ONE)] | Annotated[Literal["low", "medium", "high"], Tag(WORD)],
+    Discriminator(lambda value: WORD if isinstance(value, str) else ONE),
+]
 Name = Annotated[str, Field(max_length=256)]
 
 
@@ -91,6 +97,7 @@ class OllamaRequest(StrictModel):
     keep_alive: Annotated[str, Field(max_length=32)] | int | float | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
+    think: Think | None = None
 
     def parameters(self, longest: int) -> Parameters:
         """The internal form for a model with sequences of at most `longest` tokens."""
@@ -100,7 +107,6 @@ class OllamaRequest(StrictModel):
 
 _NOT_DONE: Mapping[str, Sequence[Any]] = {
     "format": (None, ""),
-    "think": (None, False),
     "truncate": (None, False),
     "shift": (None, False),
 }

@@ -91,7 +91,10 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     generator.admit(body.model, context.caller)
 
     async def start() -> Generation:
-        prompt = await generator.chat_prompt([message.for_template() for message in body.messages])
+        messages = [message.for_template() for message in body.messages]
+        prompt = await generator.chat_prompt(
+            messages, body.think, "reasoning_effort", body.chat_template_kwargs
+        )
         patience = QUEUE_PATIENCE if body.stream else None
         generation = await generator.start(
             [prompt], body.to_parameters(), context.caller, patience=patience

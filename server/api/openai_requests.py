@@ -173,7 +173,6 @@ class ChatRequest(SampledRequest):
         "add_generation_prompt": (None, True),
         "continue_final_message": (None, False),
         "chat_template": (None,),
-        "chat_template_kwargs": (None, {}),
         "tools": (None, []),
         "tool_choice": (None, "none", "auto"),
         "parallel_tool_calls": (None, True, False),
@@ -183,7 +182,6 @@ class ChatRequest(SampledRequest):
         "audio": (None,),
         "prediction": (None,),
         "web_search_options": (None,),
-        "reasoning_effort": (None, "none"),
         "verbosity": (None, "medium"),
         "service_tier": (None, "auto", "default"),
         "store": (None, False),
@@ -197,6 +195,9 @@ class ChatRequest(SampledRequest):
     top_logprobs: Logprobs | None = None
     response_format: ResponseFormat | None = None
     metadata: Metadata | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], at_most(16)] | None = None
+    """For the template: which ones there are, server/text/messages.py says."""
+    reasoning_effort: Literal["none", "low", "medium", "high"] | None = None
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None
 
@@ -205,6 +206,11 @@ class ChatRequest(SampledRequest):
         if self.top_logprobs is not None and not self.logprobs:
             raise PydanticCustomError("unsupported", "needs logprobs=true", {"param": "top_logprobs"})
         return self
+
+    @property
+    def think(self) -> bool | str | None:
+        """Whether the model shall think, or how much."""
+        return False if self.reasoning_effort == "none" else self.reasoning_effort
 
     def to_parameters(self) -> Parameters:
         """The internal form; max_completion_tokens is the newer name and wins."""

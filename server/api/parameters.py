@@ -21,9 +21,9 @@ from pydantic_core import PydanticCustomError
 
 from ktransformers.server.errors import RequestError
 
-ONE, LIST, NUMBERS, LISTS = "<one>", "<list>", "<numbers>", "<lists>"
+ONE, LIST, NUMBERS, LISTS, WORD = "<one>", "<list>", "<numbers>", "<lists>", "<word>"
 """Tags of what a field may hold instead of one value."""
-_NOT_IN_PATHS = frozenset({"body", "[key]", ONE, LIST, NUMBERS, LISTS})
+_NOT_IN_PATHS = frozenset({"body", "[key]", ONE, LIST, NUMBERS, LISTS, WORD})
 _NO_OBJECT = frozenset({"missing", "model_type", "model_attributes_type"})
 """Of pydantic's kinds of errors, what an empty body is and one that holds a list or a number."""
 MAX_STOP_BYTES = 128

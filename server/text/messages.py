@@ -16,6 +16,10 @@ ARGUMENTS: Final[Mapping[str, type]] = {
     "reasoning_effort": str,
 }
 """What a client may set for a template beside the conversation (`chat_template_kwargs`)."""
+SWITCHES: Final = ("enable_thinking", "thinking")
+"""By which templates are told whether to think: Qwen's and GLM's name, DeepSeek's."""
+LEVELS: Final = "reasoning_effort"
+"""By which they are told how much: gpt-oss's name."""
 _FIELDS: Final = frozenset(
     {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning"}
 )
@@ -54,6 +58,14 @@ _STRUCTURE: Final = frozenset(
 
 class MessageError(ValueError):
     """A message is not what a chat can hold. The text names it and may be shown to the client."""
+
+
+class ArgumentError(MessageError):
+    """Something of the client's `chat_template_kwargs`."""
+
+
+class ThinkingError(MessageError):
+    """The model cannot be told to think so."""
 
 
 def template_messages(messages: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
@@ -136,14 +148,36 @@ def _string(value: object, where: str) -> str:
     return value
 
 
+def thinking_arguments(think: bool | str, variables: frozenset[str], thinks: bool) -> dict[str, object]:
+    """How a template that reads these variables is told whether to think, or how much ("low", "medium",
+    "high"). `thinks`: the model has markers of reasoning. Raises ThinkingError when it cannot be told."""
+    if not think and not thinks:
+        return {}  # it is so
+    if isinstance(think, str):
+        if LEVELS in variables:
+            return {LEVELS: think}
+        raise ThinkingError("this model's chat template knows no levels of thinking")
+    for name in SWITCHES:
+        if name in variables:
+            return {name: think}
+    if LEVELS in variables:
+        if think:
+            return {}  # a model with levels always does
+        raise ThinkingError("this model always thinks; say 'low', 'medium' or 'high'")
+    if not thinks:
+        raise ThinkingError("this model does not think")
+    raise ThinkingError("this model's chat template has no switch for thinking; leave it to the model")
+
+
 def template_arguments(arguments: Mapping[str, object]) -> dict[str, object]:
-    """Check a client's `chat_template_kwargs`. Raises MessageError."""
+    """Check a client's `chat_template_kwargs`. Raises ArgumentError."""
     for name, value in arguments.items():
         kind = ARGUMENTS.get(name)
         if kind is None:
-            raise MessageError(f"chat_template_kwargs.{name:.40}: not supported ({', '.join(ARGUMENTS)} are)")
+            known = ", ".join(ARGUMENTS)
+            raise ArgumentError(f"chat_template_kwargs.{name:.40}: not supported ({known} are)")
         if type(value) is not kind or (isinstance(value, str) and len(value) > 16):
-            raise MessageError(
+            raise ArgumentError(
                 f"chat_template_kwargs.{name}: must be a {'bool' if kind is bool else 'short string'}"
             )
     return dict(arguments)

@@ -122,11 +122,13 @@ class TextModel:
         tools: Sequence[Mapping[str, object]] = (),
         arguments: Mapping[str, object] | None = None,
         add_generation_prompt: bool = True,
+        think: bool | str | None = None,
     ) -> list[str | int]:
         """Render a conversation: pieces of plain text, and ids where the template wrote a control token.
 
         `messages` and `tools` are OpenAI's JSON objects (messages.py says which); `arguments` the client's
-        chat_template_kwargs. Whatever clients write stays plain text. Blocks up to a second
+        chat_template_kwargs; `think` whether, or how much, the model shall think
+        (messages.thinking_arguments). Whatever clients write stays plain text. Blocks up to a second
         (ChatTemplate.render). Raises TemplateError and MessageError, both for the client to see,
         NoTemplateError among them.
         """
@@ -139,8 +141,14 @@ class TextModel:
             raise TemplateError("this model's chat template does not support tools")
         if "tool_calls" not in source and any("tool_calls" in message for message in conversation):
             raise TemplateError("this model's chat template does not support tool_calls")
-        if unknown := [name for name in given if name not in source]:
-            raise TemplateError(f"this model's chat template does not know {', '.join(unknown)}")
+        variables, thinks = self.template.variables(), self.markers.thinks
+        if not thinks:  # off is what it is already
+            given = {name: value for name, value in given.items() if name in variables or value is not False}
+        if unknown := [name for name in given if name not in variables]:
+            what = f"chat_template_kwargs: this model's chat template does not know {', '.join(unknown)}"
+            raise chat.ArgumentError(what)
+        if think is not None:
+            given = chat.thinking_arguments(think, variables, thinks) | given
         special = self.tokenizer.special_tokens
         given |= {"messages": conversation, "tools": list(tools) or None}
         guarded, mark = chat.guard(given, special, source)
@@ -168,13 +176,14 @@ class TextModel:
         arguments: Mapping[str, object] | None = None,
         add_generation_prompt: bool = True,
         limit: int | None = None,
+        think: bool | str | None = None,
     ) -> list[int]:
         """The prompt's ids: `chat_text`, encoded. Raises TooLongError for more than `limit` tokens, too."""
         if limit is not None:
             # Before the template: 16 MiB keep it, and everybody who waits for it, for seconds.
             contents = sum(len(text) for message in messages for text in chat.strings(message.get("content")))
             self.tokenizer.refuse_characters(contents, limit)
-        pieces = self.chat_text(messages, tools, arguments, add_generation_prompt)
+        pieces = self.chat_text(messages, tools, arguments, add_generation_prompt, think)
         return self.tokenizer.encode_pieces(pieces, limit)
 
     async def chat_ids_async(
@@ -184,11 +193,12 @@ class TextModel:
         arguments: Mapping[str, object] | None = None,
         add_generation_prompt: bool = True,
         limit: int | None = None,
+        think: bool | str | None = None,
     ) -> list[int]:
         """`chat_ids` in one of the two threads that this model's text may occupy."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
-            self._threads, self.chat_ids, messages, tools, arguments, add_generation_prompt, limit
+            self._threads, self.chat_ids, messages, tools, arguments, add_generation_prompt, limit, think
         )
 
     async def prompt_ids_async(self, text: str, limit: int | None = None) -> list[int]:

@@ -126,6 +126,11 @@ class Markers:
         self._pair = next((ids for pair in PAIRS if (ids := _ids(vocabulary, pair))), None)
         self._channels = _ids(vocabulary, CHANNEL_TOKENS)
 
+    @property
+    def thinks(self) -> bool:
+        """Whether the model has markers."""
+        return self._channels is not None or self._pair is not None
+
     def reasoning(self, prompt: Sequence[int]) -> Reasoning | None:
         """Of an output that continues this prompt; None for a model that has no markers."""
         if self._channels is not None:

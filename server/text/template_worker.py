@@ -8,8 +8,8 @@ stays warm.
 
 A message is a length (u32, little-endian) and that many bytes. The first request is {"template": source,
 "seconds": limit}; each one after it {"context": variables, "max_chars": limit}. A reply is one of the status
-bytes below and text: what was rendered, or for "refused" the template's own message, or for "failed" what
-kind of error it was.
+bytes below and text: what was rendered, or for the first request a JSON list of the variables that the
+template reads; or for "refused" the template's own message, or for "failed" what kind of error it was.
 """
 
 import json
@@ -22,7 +22,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -161,7 +161,8 @@ def serve(connection: socket.socket) -> None:
             if template is None:
                 seconds = float(request["seconds"])
                 template = env.from_string(request["template"])
-                reply = DONE
+                names = meta.find_undeclared_variables(env.parse(request["template"]))
+                reply = DONE + json.dumps(sorted(names)).encode()
             else:
                 text = render(template, request["context"], request["max_chars"])
                 reply = DONE + text.encode("utf-8", "replace")

@@ -62,6 +62,7 @@ class ChatTemplate:
         self.source = source
         self._lock = threading.Lock()
         self._worker: _Worker | None = None
+        self._variables: frozenset[str] | None = None
         self._invalid = ""
         """Why the template does not compile, once that is known."""
 
@@ -76,18 +77,34 @@ class ChatTemplate:
         if len(request) > template_worker.MAX_MESSAGE:
             raise TemplateError("the conversation is too long")
         with self._lock:
-            if self._invalid:
-                raise TemplateError(self._invalid)
             try:
-                if self._worker is None:
-                    self._worker = _Worker(self.source)
-                return _text_of(self._worker.call(request, SECONDS))
-            except _InvalidTemplateError as e:
-                self._invalid = str(e)
-                raise TemplateError(self._invalid) from None
+                return _text_of(self._started().call(request, SECONDS))
             except _WorkerDiedError as e:
                 self._worker = None
                 raise TemplateError(f"the model's chat template {e}") from None
+
+    def variables(self) -> frozenset[str]:
+        """The names that the template reads and does not make itself. Blocks as `render` does, once.
+        TemplateError when the template is not valid."""
+        with self._lock:
+            if self._variables is None:
+                try:
+                    self._variables = self._started().variables
+                except _WorkerDiedError as e:
+                    raise TemplateError(f"the model's chat template {e}") from None
+            return self._variables
+
+    def _started(self) -> "_Worker":
+        """The child. Raises TemplateError, _WorkerDiedError."""
+        if self._invalid:
+            raise TemplateError(self._invalid)
+        if self._worker is None:
+            try:
+                self._worker = _Worker(self.source)
+            except _InvalidTemplateError as e:
+                self._invalid = str(e)
+                raise TemplateError(self._invalid) from None
+        return self._worker
 
     def close(self) -> None:
         """End the child process. A later `render` starts another."""
@@ -134,9 +151,10 @@ class _Worker:
             )
         self._socket = ours
         reply = self.call(msgspec.json.encode({"template": source, "seconds": SECONDS}), START_SECONDS)
-        if reply != template_worker.DONE:
+        if reply[:1] != template_worker.DONE:
             self.kill()
             raise _InvalidTemplateError(f"the model's chat template is not valid ({reply[1:].decode()})")
+        self.variables = frozenset(msgspec.json.decode(reply[1:], type=list[str]))
 
     def call(self, request: bytes, seconds: float) -> bytes:
         """Send one message and return the reply. On _WorkerDiedError the child has been killed."""

@@ -31,6 +31,7 @@ from ktransformers.server.routing import Service
 from ktransformers.server.tenants.directory import Directory
 from ktransformers.server.tenants.ledger import Ledger
 from ktransformers.server.tenants.limits import Limiter
+from ktransformers.server.text.messages import template_arguments, thinking_arguments
 from ktransformers.server.text.reasoning import Markers
 from ktransformers.server.text.tokenizer import TooLongError
 
@@ -68,9 +69,20 @@ class ByteText:
     tokenizer = ByteTokenizer()
     markers = Markers(tokenizer)
 
+    variables = frozenset({"enable_thinking"})
+
     async def chat_ids_async(
-        self, messages: Sequence[Mapping[str, object]], *, limit: int | None
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        arguments: Mapping[str, object] | None,
+        limit: int | None,
+        think: bool | str | None,
     ) -> list[int]:
+        given = dict(template_arguments(arguments or {}))
+        if think is not None:
+            given = thinking_arguments(think, self.variables, True) | given
+        messages = [*messages, *({"role": name, "content": value} for name, value in given.items())]
         return await self.prompt_ids_async("".join(f"{m['role']}: {m['content']}\n" for m in messages), limit)
 
     async def prompt_ids_async(self, text: str, limit: int | None) -> list[int]:

@@ -154,7 +154,9 @@ async def test_nothing_to_do_asks_for_loading(app: FastAPI, connect, body: dict[
     "changes",
     [
         {"format": "json"},
-        {"think": True},
+        {"think": "max"},
+        {"think": 1},
+        {"think": "low"},
         {"truncate": True},
         {"nope": 1},
         {"options": {"num_gpu": 1}},
@@ -225,6 +227,21 @@ async def test_about_the_model(app: FastAPI, connect, scheduler) -> None:
 async def test_somebody_is_running(app: FastAPI, connect) -> None:
     async with connect(app) as client:
         assert (await client.get("/")).text == "Ollama is running"
+
+
+@pytest.mark.anyio
+@ROUTES
+@pytest.mark.parametrize("think", [True, False])
+async def test_thinking_is_switched_by_the_template(
+    app: FastAPI, connect, scheduler, path: str, think: bool
+) -> None:
+    async with connect(app) as client:
+        answer = await client.post(path, json=request_of(path) | {"think": think})
+        assert answer.status_code == 200
+        assert f"enable_thinking: {think}\n".encode() in bytes(scheduler.submits[-1].tokens)
+        raw = {"model": "tiny", "prompt": "x", "raw": True, "think": think}
+        answer = await client.post("/api/generate", json=raw)
+        assert answer.status_code == 400 and "'think' needs a template" in answer.json()["error"]
 
 
 @pytest.mark.anyio

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI
 
@@ -410,6 +411,31 @@ async def test_models(app: FastAPI, connect) -> None:
 
 
 # ---- reasoning
+
+
+@pytest.mark.anyio
+async def test_thinking_is_switched_by_the_template(app: FastAPI, connect, scheduler) -> None:
+    async with connect(app) as client:
+
+        async def ask(**changes: Any) -> httpx.Response:
+            return await client.post("/v1/chat/completions", json=CHAT | changes)
+
+        for changes, prompt in (
+            ({"chat_template_kwargs": {"enable_thinking": False}}, b"enable_thinking: False\n"),
+            ({"chat_template_kwargs": {"reasoning_effort": "low"}}, b"reasoning_effort: low\n"),
+            ({"reasoning_effort": "none"}, b"enable_thinking: False\n"),
+        ):
+            assert (await ask(**changes)).status_code == 200
+            assert prompt in bytes(scheduler.submits[-1].tokens)
+        for name, value in (
+            ("reasoning_effort", "high"),
+            ("reasoning_effort", "none at all"),
+            ("chat_template_kwargs", {"add_generation_prompt": False}),
+            ("chat_template_kwargs", {"enable_thinking": 1}),
+            ("chat_template_kwargs", {str(i): True for i in range(17)}),
+        ):
+            answer = await ask(**{name: value})
+            assert answer.status_code == 400 and answer.json()["error"]["param"] == name
 
 
 @pytest.mark.anyio

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ktransformers.server.text.messages import MessageError
+from ktransformers.server.text.messages import ArgumentError, MessageError, ThinkingError
 from ktransformers.server.text.model import ModelFacts, NoTemplateError, TextModel
 from ktransformers.server.text.templates import TemplateError
 from ktransformers.server.text.tokenizer import Tokenizer, TooLongError
@@ -170,8 +170,14 @@ def test_what_the_template_does_not_know_is_refused(default_model: TextModel) ->
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     with pytest.raises(TemplateError, match="does not support tool_calls"):
         default_model.chat_text([{"role": "assistant", "tool_calls": [call]}])
-    with pytest.raises(TemplateError, match="does not know enable_thinking"):
-        default_model.chat_text(user("x"), arguments={"enable_thinking": False})
+    with pytest.raises(ArgumentError, match="does not know enable_thinking"):
+        default_model.chat_text(user("x"), arguments={"enable_thinking": True})
+    # It does not think: off is what it is.
+    default_model.chat_text(user("x"), arguments={"enable_thinking": False})
+    default_model.chat_text(user("x"), think=False)
+    for think in (True, "low"):
+        with pytest.raises(ThinkingError):
+            default_model.chat_text(user("x"), think=think)
 
 
 def test_tools_need_a_template_that_knows_them(default_model: TextModel) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ktransformers.server.text.answer import AnswerText
+from ktransformers.server.text.messages import ThinkingError
 from ktransformers.server.text.model import ModelFacts, TextModel
 from ktransformers.server.text.reasoning import PAIRS, Markers
 from ktransformers.server.text.tokenizer import Tokenizer
@@ -158,3 +159,51 @@ def test_it_does_not_matter_how_tokens_come(qwen: Tokenizer, said: str, prompt: 
                 shown = (thought + text).replace("<think>", "").replace("</think>", "")
                 assert "".join(shown.split()) == "".join(said.split())
     assert outcomes[0] == outcomes[1]
+
+
+QWEN3 = "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+DEEPSEEK = (
+    "{% if not thinking is defined %}{% set thinking = false %}{% endif %}"
+    "{{ '<think>' if thinking else '</think>' }}"
+)
+GPT_OSS = (
+    "{% if reasoning_effort is not defined %}{% set reasoning_effort = 'medium' %}{% endif %}"
+    "Reasoning: {{ reasoning_effort }}{% for m in messages %}{{ m.thinking }}{% endfor %}"
+)
+PROSE = "thinking, enable_thinking, reasoning_effort{{ messages[0].thinking }}{{ messages[0]['thinking'] }}"
+
+
+@pytest.mark.parametrize(
+    ("end", "think", "said"),
+    [
+        (QWEN3, False, "<think>\n\n</think>\n\n"),
+        (QWEN3, True, ""),
+        (QWEN3, None, ""),
+        (QWEN3, "low", ThinkingError),
+        (DEEPSEEK, True, "<think>"),
+        (DEEPSEEK, False, "</think>"),
+        (DEEPSEEK, None, "</think>"),
+        (GPT_OSS, "high", "Reasoning: high"),
+        (GPT_OSS, True, "Reasoning: medium"),
+        (GPT_OSS, False, ThinkingError),
+        (PROSE, True, ThinkingError),
+        (PROSE, False, ThinkingError),
+        (PROSE, "low", ThinkingError),
+        (PROSE, None, "thinking, enable_thinking, reasoning_effort"),
+    ],
+)
+def test_thinking_is_switched_where_the_template_reads_a_switch(
+    byte_level: Make, end: str, think: bool | str | None, said: str | type[Exception]
+) -> None:
+    """By the names of the models' own templates; a word of its text, or a field of a message, is none."""
+    model = TextModel(Tokenizer.from_metadata(byte_level("qwen2")[1]), TEMPLATE + end, FACTS)
+    try:
+        if isinstance(said, str):
+            ids = model.chat_ids([{"role": "user", "content": "x"}], think=think)
+            whole = "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n" + said
+            assert ids == model.tokenizer.encode(whole, special=True)
+        else:
+            with pytest.raises(said, match="this model"):
+                model.chat_text([{"role": "user", "content": "x"}], think=think)
+    finally:
+        model.close()
