@@ -23,6 +23,9 @@ from ktransformers.server.commands.curves import Panel, svg
 SAMPLES = 200
 """Points of the plot."""
 _MOST_ROWS = 20
+_MOST_TENANTS = 10_000
+_MOST_REQUESTS = 1_000_000
+"""Of one policy: some minutes. Nothing is said before it has been simulated."""
 _WIDTH = 150
 
 
@@ -71,7 +74,7 @@ def run(options: Options, plot_file: Path | None = None) -> int:
         print("ktransformers: simulate needs --tenants or --trace", file=sys.stderr)
         return 1
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
-    loads = [load for text in options.tenants for load in parse_load(text)]
+    loads = _loads(options)
     trace = read_trace(options.trace) if options.trace else None
     results = []
     for policy in options.policies:
@@ -85,6 +88,25 @@ def run(options: Options, plot_file: Path | None = None) -> int:
         plot(results, plot_file)
         console.print(f"service over time: {plot_file}", markup=False)
     return 0
+
+
+def _loads(options: Options) -> list[Load]:
+    """What the tenants ask for. Errors: ValueError, also for more than can be simulated in a while."""
+    for text in options.tenants:
+        copies = text.partition(":")[0].partition("*")[2]
+        if copies.isdecimal() and int(copies) > _MOST_TENANTS:  # before so many are made
+            raise ValueError(f"{text!r}: simulate takes at most {_MOST_TENANTS:,} copies")
+    loads = [load for text in options.tenants for load in parse_load(text)]
+    if len(loads) > _MOST_TENANTS:
+        raise ValueError(f"{len(loads):,} tenants: simulate takes at most {_MOST_TENANTS:,}")
+    at_once = ("flood", "closed")
+    asked = sum(load.count if load.kind in at_once else load.rate * options.seconds for load in loads)
+    if asked > _MOST_REQUESTS:
+        raise ValueError(
+            f"the tenants ask for about {asked:,.0f} requests in {options.seconds:g} s, simulate takes at "
+            f"most {_MOST_REQUESTS:,}: lower a rate, a count or --seconds"
+        )
+    return loads
 
 
 def _simulate(
