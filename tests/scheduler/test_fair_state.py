@@ -1,5 +1,6 @@
 """F20, F21: what is kept of tenants, and what a decision costs."""
 
+import gc
 import sys
 import tracemalloc
 
@@ -131,6 +132,27 @@ def calls_of_decisions(waiting, tenants):
     while len(decisions) < 500:
         sim.move()
     return sorted(decisions[150:])
+
+
+def test_f21_decisions_make_no_cycles():
+    """So Python's collector need not run in one (scheduler/__main__.py): whole lives of requests, with hits,
+    users, deadlines, preemptions and refusals, leave nothing that only it could find."""
+    loads = [
+        Load(name="a", kind="closed", count=30, prompt=300, output=300, users=3, topics=2, prefix=150),
+        Load(name="b", rate=3.0, prompt=200, output=50, deadline=3.0),
+    ]
+    sim = Simulation(arrivals_of(loads), "fair", SMALL, settings={"max_waiting": 24, "fair_preempt": 0.5})
+    gc.collect()
+    gc.disable()
+    try:
+        sim.run(60.0)
+        found = gc.collect()
+    finally:
+        gc.enable()
+    counters = sim.scheduler.counters
+    assert counters.steps > 500 and counters.preemptions and counters.prefix_hit_tokens
+    assert sum(t.refused for t in sim.tenants.values()) and sum(t.late for t in sim.tenants.values())
+    assert found == 0
 
 
 def test_f21_decision_time(capsys):
