@@ -27,8 +27,9 @@ class Layer:
         self.cpu = CPUInfer(pool)
         sizes = ((experts, ffn, hidden), (experts, ffn, hidden), (experts, hidden, ffn))
         gate, up, down = (torch.randn(size, dtype=torch.bfloat16) * 0.02 for size in sizes)
-        on_gpu = torch.zeros(experts, dtype=torch.bool)
-        config = moe.MOEConfig(experts, top, hidden, ffn, on_gpu.data_ptr())
+        # Asked in every forward by its address: experts that it marks are skipped, so it must outlive this function.
+        self.on_gpu = torch.zeros(experts, dtype=torch.bool)
+        config = moe.MOEConfig(experts, top, hidden, ffn, self.on_gpu.data_ptr())
         config.max_len, config.pool = MOST_TOKENS, self.cpu.backend_
         if kind == "bf16":  # wants a pointer for each expert
             config.gate_projs, config.up_projs, config.down_projs = (
