@@ -27,7 +27,7 @@ class Layer:
         self.cpu = CPUInfer(pool)
         sizes = ((experts, ffn, hidden), (experts, ffn, hidden), (experts, hidden, ffn))
         gate, up, down = (torch.randn(size, dtype=torch.bfloat16) * 0.02 for size in sizes)
-        # Asked in every forward by its address: experts that it marks are skipped, so it must outlive this function.
+        # Read by its address in every forward, where experts that it marks are skipped.
         self.on_gpu = torch.zeros(experts, dtype=torch.bool)
         config = moe.MOEConfig(experts, top, hidden, ffn, self.on_gpu.data_ptr())
         config.max_len, config.pool = MOST_TOKENS, self.cpu.backend_
