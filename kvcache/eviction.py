@@ -25,19 +25,30 @@ _CONTEXT_BLOCKS = 1024
 """Blocks of context that double what a token costs. Order of magnitude: it decides between leaves only."""
 
 
+def _entitled(owner: Owner, tier: Tier) -> float:
+    """Its quota in bytes, or its weight."""
+    return owner.quota[tier] or max(owner.weight, 1 / _MILLI)
+
+
 class _Account:
     """One owner's part of a tier."""
 
-    __slots__ = ("asked", "leaves", "owner", "used")
+    __slots__ = ("asked", "entitled", "leaves", "owner", "used")
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: Owner, tier: Tier) -> None:
         self.owner = owner
+        self.entitled = _entitled(owner, tier)
         self.used = 0
         """Bytes of all its copies."""
         self.leaves: list[tuple[float, int, Copy]] = []
         """A heap; items that hold no longer are dropped when they come up."""
         self.asked = -1.0
         """What it stands in the heap of accounts with; -1: it does not."""
+
+    @property
+    def standing(self) -> float:
+        """Used by quota, or by weight: comparable within its heap."""
+        return self.used / self.entitled
 
 
 class Shelf:
@@ -85,7 +96,7 @@ class Shelf:
         owner = copy.entry.owner
         account = self._accounts.get(owner.id)
         if account is None:
-            account = self._accounts[owner.id] = _Account(owner)
+            account = self._accounts[owner.id] = _Account(owner, self.tier)
             self._count(owner, 1)
         account.used += copy.bytes
         self.used += copy.bytes
@@ -120,15 +131,17 @@ class Shelf:
         """It has changed."""
         account = self._accounts.get(owner.id)
         if account is not None:
+            account.entitled = _entitled(owner, self.tier)
             self._ask(account)
 
     def rest(self, copy: Copy) -> None:
         """Nobody holds it any more."""
         self._rested += 1
         copy.rested = self._rested
-        entry = copy.entry
+        entry, uses = copy.entry, copy.entry.uses
         cost = 1 + entry.depth // _CONTEXT_BLOCKS  # in whole steps: within one, who has rested longest goes
-        copy.value = self._clock + min(max(entry.uses, 1), _MOST_USES) * cost
+        weight = 1 if uses < 1 else _MOST_USES if uses > _MOST_USES else uses
+        copy.value = self._clock + weight * cost
         self._idle[copy] = None
         if not entry.below[self.tier]:
             self._shelve(copy)
@@ -158,9 +171,8 @@ class Shelf:
             if own is None or not self._leaf_of(own):
                 return None
             account = own
-        copy = self._leaf_of(account)
-        if copy is not None:
-            self._clock = max(self._clock, copy.value)
+        copy = account.leaves[0][2]  # which was just seen to hold
+        self._clock = max(self._clock, copy.value)
         return copy
 
     def _shelve(self, copy: Copy) -> None:
@@ -190,29 +202,24 @@ class Shelf:
         else:
             self._weights += sign * max(1, round(owner.weight * _MILLI))
 
-    def _standing(self, account: _Account) -> float:
-        """Used by quota, or by weight: comparable within its heap."""
-        owner = account.owner
-        return account.used / (owner.quota[self.tier] or max(owner.weight, 1 / _MILLI))
-
     def _share(self, account: _Account) -> float:
         """Used by what it is entitled to."""
         if account.owner.quota[self.tier]:
-            return self._standing(account)
+            return account.standing
         unit = max(1.0, self.capacity - self._quotas) * _MILLI / max(1, self._weights)
-        return self._standing(account) / unit
+        return account.standing / unit
 
     def _ask(self, account: _Account) -> None:
         """Have it stand in its heap with no less than it has. When it has less, that is seen at the top."""
-        standing = self._standing(account)
-        if account.leaves and standing > account.asked:
+        if account.leaves and (standing := account.used / account.entitled) > account.asked:
             account.asked = standing
             heap = self._by_quota if account.owner.quota[self.tier] else self._by_weight
             heapq.heappush(heap, (-standing, account.owner.id))
 
     def _most(self) -> _Account | None:
         """The account with most by what it is entitled to, of those that have a leaf to give."""
-        by_weight, by_quota = self._top(self._by_weight), self._top(self._by_quota)
+        by_weight = self._top(self._by_weight)
+        by_quota = self._top(self._by_quota) if self._by_quota else None
         if by_weight is None or by_quota is None:
             return by_weight or by_quota
         return max(by_weight, by_quota, key=self._share)
@@ -226,7 +233,7 @@ class Shelf:
             elif self._leaf_of(account) is None:
                 heapq.heappop(heap)
                 account.asked = -1.0
-            elif (standing := self._standing(account)) < account.asked:
+            elif (standing := account.used / account.entitled) < account.asked:
                 account.asked = standing
                 heapq.heapreplace(heap, (-standing, name))
             else:

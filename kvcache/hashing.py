@@ -34,8 +34,10 @@ class Chain:
 
     def extend(self, tokens: list[int], blocks: int) -> None:
         """Name the first `blocks` full blocks of `tokens`, whose beginning must be what was named before."""
-        size = self._block_tokens
-        for i in range(len(self.keys), blocks):
-            content = self._block.pack(*tokens[i * size : (i + 1) * size])
-            self.keys.append(hashlib.sha256(self.parent(i) + content).digest())
+        size, named = self._block_tokens, len(self.keys)
+        key = self.parent(named)
+        for start in range(named * size, blocks * size, size):
+            content = self._block.pack(*tokens[start : start + size])
+            key = hashlib.sha256(key + content).digest()
+            self.keys.append(key)
             self.contents.append(content)

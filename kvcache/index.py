@@ -89,12 +89,12 @@ class PrefixIndex:
 
     def enter(self, chain: Chain, i: int, owner: Owner) -> Entry | None:
         """The entry of block i of the chain, made if need be; None if another content has its name."""
-        entry = self.known(chain.keys[i], chain.parent(i), owner)
+        parent, content = chain.parent(i), chain.contents[i]
+        entry = self.known(chain.keys[i], parent, owner)
         entry.depth = i
         if entry.content is None:
-            entry.content = chain.contents[i]
-        matches = entry.content == chain.contents[i] and entry.parent == chain.parent(i)
-        return entry if matches else None
+            entry.content = content
+        return entry if entry.content == content and entry.parent == parent else None
 
     def known(self, key: bytes, parent: bytes, owner: Owner) -> Entry:
         """The entry of that name, made if need be."""

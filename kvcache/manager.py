@@ -155,7 +155,8 @@ class KVCache:
             return False
         for chain in (table.chain, table.public):
             if chain is not None:
-                chain.extend(tokens, blocks)
+                if len(chain.keys) < blocks:
+                    chain.extend(tokens, blocks)
                 if self._index.get(chain.keys[blocks - 1]) is not None:
                     return True
         return False
@@ -254,16 +255,18 @@ class KVCache:
         full = computed // self.block_tokens
         if not self._reuse or full <= table.committed:
             return
-        table.chain.extend(tokens, full)
+        chain, owner = table.chain, table.owner
+        chain.extend(tokens, full)
+        wanted_below = self.tiered and owner.returns
         for i in range(table.committed, full):
-            entry = self._index.enter(table.chain, i, table.owner)
+            entry = self._index.enter(chain, i, owner)
             # If another sequence computed the same meanwhile, its block is the known one, ours stays private.
             if entry is not None and entry.copies[Tier.DEVICE] is None:
                 self.tiers.place(entry, Tier.DEVICE, table.blocks[i], State.COMMITTED)
                 self._used(entry)
-                if table.owner.returns:
+                if wanted_below:
                     # While it is held: in a small pool, it may be evicted as it comes to rest.
-                    self._worth_copies(entry, table.owner)
+                    self._worth_copies(entry, owner)
         table.committed = full
 
     # ---- states

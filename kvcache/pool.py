@@ -45,7 +45,8 @@ class BlockPool:
     def take(self) -> BlockId:
         """A free block, now held once, for the steps. Errors: KeyError when there is none."""
         block, _ = self._free.popitem()
-        self.hold(block)
+        self.used += 1
+        self.refs[block] = 1
         return block
 
     def take_settled(self, block: BlockId) -> BlockId:

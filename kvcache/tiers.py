@@ -20,21 +20,19 @@ class Tiers:
         self.index = PrefixIndex()
         self.states = KeptStates(states)
         self.block_bytes = block_bytes
-        self.pools = (BlockPool(blocks), BlockPool(host_blocks))
+        self.device = BlockPool(blocks)
+        """The pool that sequences compute in."""
+        self.pools = (self.device, BlockPool(host_blocks))
         sizes = (blocks * block_bytes, host_blocks * block_bytes, disk_bytes)
         self.shelves = tuple(Shelf(tier, size) for tier, size in zip(Tier, sizes, strict=True))
-        self._copy_in: tuple[list[Copy | None], ...] = ([None] * blocks, [None] * host_blocks)
+        self._on_device: list[Copy | None] = [None] * blocks
+        self._copy_in: tuple[list[Copy | None], ...] = (self._on_device, [None] * host_blocks)
         self.forgotten: list[bytes] = []
         """Names that the disk is to be told to forget."""
 
-    @property
-    def device(self) -> BlockPool:
-        """The pool that sequences compute in."""
-        return self.pools[Tier.DEVICE]
-
     def copy_in(self, block: BlockId) -> Copy | None:
         """What that block of the device is known for."""
-        return self._copy_in[Tier.DEVICE][block]
+        return self._on_device[block]
 
     # ---- copies come
 
@@ -76,10 +74,11 @@ class Tiers:
         return None
 
     def _evict(self, tier: Tier, owner: Owner, must: bool) -> bool:
-        victim = self.shelves[tier].victim(owner, must)
+        shelf = self.shelves[tier]
+        victim = shelf.victim(owner, must)
         if victim is None:
             return False
-        self.shelves[tier].evicted += 1
+        shelf.evicted += 1
         self.give_up(victim)
         return True
 
@@ -106,7 +105,7 @@ class Tiers:
     def let_go(self, block: BlockId) -> None:
         """A sequence lets go of this block of the device."""
         if self.device.drop(block):
-            copy = self.copy_in(block)
+            copy = self._on_device[block]
             if copy is None:
                 self.device.give_back(block)
             else:
@@ -148,7 +147,7 @@ class Tiers:
     def _remove(self, copy: Copy) -> None:
         shelf = self.shelves[copy.tier]
         shelf.remove(copy)
-        if copy.tier is Tier.DEVICE:
+        if copy.entry.state >= 0 and copy.tier is Tier.DEVICE:
             self.states.drop(copy.entry)
         leaf = self.index.remove(copy)
         if leaf is not None:

@@ -13,13 +13,15 @@ _MOST_IDLE_USERS = 64
 class User(Claimant):
     """A user of a tenant, and what it has waiting."""
 
-    __slots__ = ("open", "waiting")
+    __slots__ = ("open", "unsettled", "unsettled_promise", "waiting")
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.waiting: OrderedDict[str, Request] = OrderedDict()
         self.open = 0
         """Requests that wait or run."""
+        self.unsettled = self.unsettled_promise = 0
+        """Micro-units charged that are not in the order yet, and what had been promised of them."""
 
     def head(self) -> Request:
         """Its next request. Something waits."""

@@ -74,6 +74,10 @@ class Entrance:
         self._unfit: set[Request] = set()
         """They did not fit when last looked at, and nobody has left since."""
         self._profile: Profile | None = None
+        self._at_most = 0
+        """Blocks that all that runs would hold if each drew all that it may."""
+        self._together: int | None = None
+        """... if nobody left before all have grown as far as is expected."""
         self._runs: dict[Request, tuple[int, tuple[int, int]]] = {}
         """Of what runs, as long as it neither grows nor leaves: blocks that it holds alone; that and its
         prompt's yet to come, and the tokens that it will still draw."""
@@ -97,8 +101,9 @@ class Entrance:
         if request is self._kept_for:
             self._kept_for = None
 
-    def left(self) -> None:
-        """Somebody has left: all may be different."""
+    def left(self, request: Request) -> None:
+        """It has left: all may be different."""
+        self._at_most -= self._most_blocks(request)
         self._unfit.clear()
         self.grown()
 
@@ -108,8 +113,13 @@ class Entrance:
 
     def grown(self) -> None:
         """What runs has grown."""
-        self._profile = None
+        self._profile = self._together = None
         self._runs.clear()
+
+    def check(self, running: list[Request]) -> None:
+        """Errors: AssertionError when what is known of those that run is not so."""
+        if self._at_most != sum(map(self._most_blocks, running)):
+            raise AssertionError("the room that what runs may take is out of count")
 
     # ---- the next one
 
@@ -133,7 +143,8 @@ class Entrance:
     def entered(self, request: Request) -> None:
         """It was let in."""
         self._put_back -= request.most_computed
-        self._profile = None
+        self._at_most += self._most_blocks(request)
+        self._profile = self._together = None
         if request is self._went_ahead_last:
             self._went_ahead += self._ahead_cost
         if request is self._kept_for:
@@ -146,12 +157,14 @@ class Entrance:
         limit = account.key + self._window(self._queue.rules.window)
         best, best_rank = first, self._rank(first.request, account, first.found, now)
         worth = max(1, -(-_LEAST_HIT // self._cache.block_tokens))
+        may_find, some_fresh = self._cache.may_find, self._queue.has_fresh
         for looked, account in enumerate(self._queue.in_order()):
             if account.key > limit or looked >= _LOOK:
                 break
             request = account.head()
-            hits = self._cache.may_find(request.table, request.tokens, worth)
-            if not (hits or self._queue.is_fresh(account) or request.deadline < math.inf):
+            hits = may_find(request.table, request.tokens, worth)
+            fresh = some_fresh and self._queue.is_fresh(account)
+            if not (hits or fresh or request.deadline < math.inf):
                 continue  # nothing to go first for
             if request is first.request or request in self._unfit or self._not_yet(request):
                 continue
@@ -237,7 +250,7 @@ class Entrance:
             return True
         if len(running) >= self._slots:
             return False
-        return self._peak(entry, running) <= self._cache.total or self._fits_now(entry)
+        return self._has_room(entry, running, self._cache.total) or self._fits_now(entry)
 
     def _fits_now(self, entry: Entry) -> bool:
         """Whether there is room for all of it at this moment, and it is of one who has no backlog and stays
@@ -250,28 +263,45 @@ class Entrance:
         held = sum(self._final_blocks(r) for r in account.running)
         return size <= self._cache.available and held + size <= share * self._cache.total
 
-    def _peak(self, entry: Entry, running: list[Request]) -> int:
-        """The most blocks that will be held at once if it enters."""
+    def _has_room(self, entry: Entry, running: list[Request], blocks: int) -> bool:
+        """Whether no more than so many blocks will be held at once if it enters. In a roomy pool it makes no
+        difference who ends when, and in a large one not even how long they get."""
+        # (Moves hold blocks as well, those between tiers.)
+        if not self._cache.tiered and self._at_most + self._most_blocks(entry.request) <= blocks:
+            return True
+        size = self._cache.block_tokens
+        if self._together is None:
+            self._together, runs = self._shared_and_runs(running)
+            for own, left in runs:
+                self._together += own - left // -size
+        if self._together + entry.own + entry.idle - entry.left // -size <= blocks:
+            return True
         if self._profile is None:
             self._profile = self._profile_of(running)
-        return self._profile.peak_with(entry.own, entry.left) + entry.idle
+        return self._profile.peak_with(entry.own, entry.left) + entry.idle <= blocks
+
+    def _most_blocks(self, request: Request) -> int:
+        """One more than it may come to hold: what it has and what it will draw are rounded up apart."""
+        return 1 - (request.n_prompt + request.sampling.max_tokens) // -self._cache.block_tokens
 
     def _profile_of(self, running: list[Request]) -> Profile:
-        runs = []
-        alone = 0
-        for r in running:
-            known = self._runs.get(r)
-            if known is None:
-                known = self._runs[r] = self._run(r)
-            alone += known[0]
-            runs.append(known[1])
-        return Profile(self._cache.used - alone, runs, self._cache.block_tokens)
+        return Profile(*self._shared_and_runs(running), self._cache.block_tokens)
 
-    def _run(self, request: Request) -> tuple[int, tuple[int, int]]:
-        held = len(request.table.blocks)
-        own = held - request.table.hits
-        to_come = max(0, -(-request.total // self._cache.block_tokens) - held)
-        return own, (own + to_come, self._estimate.left(request))
+    def _shared_and_runs(self, running: list[Request]) -> tuple[int, list[tuple[int, int]]]:
+        """As Profile takes them."""
+        known, size, left = self._runs, self._cache.block_tokens, self._estimate.left
+        shared = self._cache.used
+        runs = []
+        for r in running:
+            run = known.get(r)
+            if run is None:
+                table = r.table
+                held = len(table.blocks)
+                own, whole = held - table.hits, -(-r.total // size)
+                run = known[r] = own, (own + whole - held if whole > held else own, left(r))
+            shared -= run[0]
+            runs.append(run[1])
+        return shared, runs
 
     def _over_share(self, account: Account, entry: Entry) -> bool:
         """Whether, while others wait, it would take more of the pool than its share times the setting.
@@ -305,7 +335,7 @@ class Entrance:
         full = len(running) + 1 > self._slots - slots
         if full and len(account.running) + 1 > share * self._slots:
             return True
-        if self._peak(entry, running) <= self._cache.total - blocks:
+        if self._has_room(entry, running, self._cache.total - blocks):
             return False
         held = sum(self._final_blocks(r) for r in account.running)
         return held + self._final_size(entry) > share * self._cache.total

@@ -10,7 +10,6 @@ V* back and newcomers would start with credit.
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from ktransformers.scheduler.accounts import RECENT_OUTPUTS, Account, User
 from ktransformers.scheduler.charges import UNIT
@@ -33,16 +32,6 @@ _MOST_LINGERING = 1024
 _MOST_IDLE_TENANTS = 16_384
 
 
-@dataclass(slots=True)
-class _Charge:
-    """Of one user, not yet in the order."""
-
-    account: Account
-    cost: int
-    settled: int
-    """Of what had been promised."""
-
-
 class FairQueue:
     """All waiting requests, and the account of every tenant that has something open or is in debt."""
 
@@ -56,8 +45,8 @@ class FairQueue:
         self._waiting: dict[Request, None] = {}
         self._whose: dict[Request, tuple[Account, User]] = {}
         """Of all that wait or run."""
-        self._charged: dict[User, _Charge] = {}
-        """Since `_settle`."""
+        self._charged: dict[User, Account] = {}
+        """Those with something `unsettled`."""
         self._lingering: OrderedDict[Account, float] = OrderedDict()
         self._fresh: OrderedDict[Account, float] = OrderedDict()
         """Light ones that had nothing waiting until lately, and since when they have."""
@@ -318,12 +307,9 @@ class FairQueue:
         pending = request.pending
         settled = cost if cost < pending else pending
         request.pending = pending - settled
-        charge = self._charged.get(user)
-        if charge is None:
-            self._charged[user] = _Charge(account, cost, settled)
-        else:
-            charge.cost += cost
-            charge.settled += settled
+        self._charged[user] = account
+        user.unsettled += cost
+        user.unsettled_promise += settled
 
     def _settle(self) -> None:
         """Keys only grow by this, which the order finds out by itself, but for who is next of a tenant's
@@ -331,22 +317,24 @@ class FairQueue:
         if not self._charged:
             return
         charged, self._charged = self._charged, {}
-        for user, charge in charged.items():
-            account, cost = charge.account, charge.cost
+        for user, account in charged.items():
+            cost, kept_promise = user.unsettled, user.unsettled_promise
+            user.unsettled = user.unsettled_promise = 0
             account.charge(cost)
             account.service += cost
-            account.pending -= charge.settled
+            account.pending -= kept_promise
             user.charge(cost)
-            user.pending -= charge.settled
+            user.pending -= kept_promise
+            users = account.users
             if not user.open:
-                account.users.rest(user)
+                users.rest(user)
             if account.waiting:
                 account.backlogged_service += cost
                 self._due += cost * 1000 / self._milli_waiting
-                if len(account.users.ready) > 1:
+                if len(users.members) > 1 and len(users.ready) > 1:
                     account.first = None
         fresh, lingering = self._fresh, self._lingering
-        for account in {charge.account: None for charge in charged.values()}:
+        for account in dict.fromkeys(charged.values()):
             if account.waiting:
                 if account.first is None or account in fresh:
                     self._place(account)

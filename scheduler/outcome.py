@@ -48,11 +48,12 @@ class Outcomes:
         # Less was computed than planned when a sequence had ended in the step before.
         if done.computed == plan.tokens:
             engine.step_time.observe(plan.features, done.seconds)
-        drawn = {token.slot: token for token in done.tokens}
+        token_of = {token.slot: token for token in done.tokens}.get
         cost, silent = 0, []
         executed, charge, note_done = self.prices.executed, self._queue.charge, engine.planner.done
+        take_draw = self._take_draw
         for work in plan.work:
-            request, token = work.request, drawn.get(work.slot)
+            request, token = work.request, token_of(work.slot)
             note_done(work)
             # Of one that has finished the engine knew before this step, and did nothing.
             if not request.finished:
@@ -67,7 +68,7 @@ class Outcomes:
             if request.ended:
                 continue  # meanwhile: the draw is nobody's
             if token is not None:
-                self._take_draw(request, token)
+                take_draw(request, token)
             elif work.draws:
                 silent.append(work.slot)
         self._queue.executed(cost, done.seconds)
@@ -78,14 +79,15 @@ class Outcomes:
         if finish == "error":
             self._end(request, Failed(request.id, "numerical_error", "the model's output was not finite"))
             return
-        request.tokens.append(token.token)
+        drawn = token.token
+        request.tokens.append(drawn)
         self._counters.generated_tokens += 1
         logprobs = [Logprobs(token.logprob, token.top)] if request.sampling.logprobs >= 0 else []
         if request.emitted:
-            event = TokenEvent(request.id, [token.token], logprobs, finish)
+            event = TokenEvent(request.id, [drawn], logprobs, finish)
         else:
             cached, waited = request.cached_tokens, request.queue_seconds
-            event = TokenEvent(request.id, [token.token], logprobs, finish, cached, waited)
+            event = TokenEvent(request.id, [drawn], logprobs, finish, cached, waited)
         request.emitted += 1
         if finish:
             self._estimate.ended(request.tenant.id, request.emitted)

@@ -172,7 +172,7 @@ class Planner:
         self.steps += 1
         self._cache.step_planned(self.steps)
         self._counters.recomputed_tokens += draft.recomputed
-        tokens = sum(go.n_tokens for go in draft.go_on)
+        tokens = draft.prompt + draft.decodes
         step = Step(self.steps, gone, draft.new, draft.go_on, draft.urgent)
         return Plan(step, draft.work, tokens, draft.features)
 
@@ -185,12 +185,12 @@ class Planner:
 
     def done(self, work: Work) -> None:
         """A step with this part is done: its full blocks, and the state that it kept, may be shared."""
-        request = work.request
+        request, until = work.request, work.until
         request.in_flight -= 1
         if request.slot == work.slot:
-            request.done = work.until
-            if work.until >= (request.table.committed + 1) * self._cache.block_tokens:
-                self._cache.commit(request.table, request.tokens, work.until)
+            request.done = until
+            if until >= (request.table.committed + 1) * self._cache.block_tokens:
+                self._cache.commit(request.table, request.tokens, until)
             if work.keep >= 0:
                 self._cache.state_kept(request.table, work.keep, work.keep_at)
         elif work.keep >= 0:
@@ -212,6 +212,7 @@ class Planner:
     def check(self) -> None:
         """Errors: AssertionError when blocks or slots are not conserved, or a count is out of order."""
         self._cache.check([request.table for request in self.running])
+        self._entrance.check(self.running)
         held = [request.slot for request in self.running]
         if sorted(held + self._free_slots) != list(range(len(held) + len(self._free_slots))):
             raise AssertionError(f"slots are not conserved: held {held}, free {self._free_slots}")
@@ -251,7 +252,7 @@ class Planner:
         return bool(draft.go_on)
 
     def _decode(self, draft: _Draft) -> None:
-        size = self._cache.block_tokens
+        size, add = self._cache.block_tokens, draft.add
         for request in [r for r in self.running if r.total - r.computed == 1]:
             if draft.budget == 0:
                 return
@@ -261,7 +262,7 @@ class Planner:
                 if request.slot < 0 or not self._make_room(request, draft):
                     continue
                 new_blocks = self._cache.grow(request.table, request.computed + 1)
-            draft.add(request, 1, new_blocks)
+            add(request, 1, new_blocks)
 
     def _go_on_with(self, requests: list[Request], draft: _Draft) -> None:
         for request in requests:
@@ -329,13 +330,16 @@ class Planner:
             self._cache.discard(request.table)
         request.leave()
         self._queue.leave(request)
-        self._entrance.left()
+        self._entrance.left(request)
 
     # ---- those that wait
 
     def _let_in(self, draft: _Draft, now: float, fresh: bool = False) -> None:
         while self._free_slots and len(self.running) < self._max_sequences:
             if not draft.budget or (fresh and not self._queue.has_fresh):
+                return
+            # Asking who is next also begins to load what it will need.
+            if self._chunking.is_full and not self._cache.tiered:
                 return
             entry = self._entrance.choose(self.running, now)
             if entry is None:

@@ -152,6 +152,16 @@ class Chunking:
             limit = min(limit, max(self._slo * HURRY, 2 * base, EMPTY_STEPS * empty))
         self._left = limit - base
 
+    @property
+    def is_full(self) -> bool:
+        """Not one more token of any prompt would be taken."""
+        if self._taken >= self._most:
+            return True
+        if self._left is None or self._taken < self._least:
+            return False
+        least = self._model.prompt_token(0.0)
+        return least > 0 and self._left < least
+
     def take(self, wanted: int, context: int) -> int:
         """Of `wanted` tokens of a prompt with `context` before them, how many may be computed."""
         fits, token = MOST_CHUNK, 0.0

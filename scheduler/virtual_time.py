@@ -57,6 +57,9 @@ class Claimant:
 
     def charge(self, cost: int) -> None:
         """So much was done for it. Nothing is lost to rounding."""
+        if self._milli == _MILLI:
+            self.counter += cost  # and there never is anything to carry
+            return
         grown, self._carry = divmod(cost * _MILLI + self._carry, self._milli)
         self.counter += grown
 
@@ -131,21 +134,25 @@ class Heap(Generic[C]):
         # Keys grow, so those out of date would all come first.
         if len(self._entries) > len(self._of) + len(self._of) // 8:
             self._clear()
-        entries = self._entries
+        entries, of, key_of = self._entries, self._of, self._key
+        push, count = heapq.heappush, len(entries)
         frontier = [(entries[0], 0)] if entries else []
         while frontier:
             entry, at = heapq.heappop(frontier)
             held, order, serial, item = entry
-            for child in (2 * at + 1, 2 * at + 2) if at >= 0 else ():
-                if child < len(entries):
-                    heapq.heappush(frontier, (entries[child], child))
-            if at >= 0 and self._of.get(item) is not entry:
-                continue
-            if (key := self._key(item)) == held:
+            if at >= 0:
+                left = 2 * at + 1
+                if left < count:
+                    push(frontier, (entries[left], left))
+                if left + 1 < count:
+                    push(frontier, (entries[left + 1], left + 1))
+                if of.get(item) is not entry:
+                    continue
+            if (key := key_of(item)) == held:
                 yield item
             else:
                 # It comes up again where it belongs; what hangs on it is there already.
-                heapq.heappush(frontier, ((key, order, serial, item), -1))
+                push(frontier, ((key, order, serial, item), -1))
 
 
 class Level(Generic[C]):
@@ -182,8 +189,8 @@ class Level(Generic[C]):
 
     def advance(self) -> None:
         """V* follows those that wait."""
-        if (least := self.ready.least()) is not None:
-            self.time = max(self.time, least.key)
+        if (least := self.ready.least()) is not None and (key := least.key) > self.time:
+            self.time = key
         self._collect()
 
     def _collect(self) -> None:

@@ -1,10 +1,16 @@
 """F13, F16, F24: the blocks of the KV cache, what is computed again, and what is found."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from measured import LOADS, SEEDS, SMALL, TIGHT, Measured, closed
 
+from ktransformers.scheduler import engine_life
+from ktransformers.scheduler.entrance import Entrance
+from ktransformers.scheduler.growth import Profile
 from ktransformers.scheduler.protocol import Cancel
 from ktransformers.scheduler.workload import Load
 
@@ -65,3 +71,37 @@ def test_f24_the_window_finds_prefixes(capsys):
         )
     assert windowed >= 0.9 * longest
     assert jain >= 0.95
+
+
+_RUNS = st.tuples(st.integers(0, 40), st.integers(0, 500))
+
+
+@given(st.integers(0, 100), st.lists(_RUNS, max_size=12), _RUNS, st.sampled_from([1, 4, 16]))
+def test_nobody_takes_more_room_than_all_at_their_ends_together(shared, runs, entry, size):
+    """So where that fits, it makes no difference who leaves when (`Entrance._has_room`)."""
+    together = shared + sum(own + -(-left // size) for own, left in [*runs, entry])
+    assert Profile(shared, runs, size).peak_with(*entry) <= together
+
+
+@pytest.mark.parametrize("blocks", [64, 128, 4096])
+def test_room_is_what_the_profile_says_it_is(blocks, monkeypatch):
+    said = Counter()
+
+    class Both(Entrance):
+        def _has_room(self, entry, running, blocks):
+            room = super()._has_room(entry, running, blocks)
+            profile = self._profile_of(running)
+            assert room == (profile.peak_with(entry.own, entry.left) + entry.idle <= blocks)
+            said[room] += 1
+            return room
+
+    monkeypatch.setattr(engine_life, "Entrance", Both)
+    loads = [
+        closed("a", prompt=50, output=300, max_tokens=600),
+        closed("b", prompt=300, output=20, prefix=200, topics=2),
+        Load(name="c", rate=1.0, prompt=200, output=100),
+    ]
+    m = Measured(loads, machine=replace(SMALL, blocks=blocks), seconds=40.0)
+    while m.now < 40.0 and m.move():
+        m.scheduler.check()
+    assert said[True] and (said[False] or blocks > 128)

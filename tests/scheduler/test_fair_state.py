@@ -96,8 +96,8 @@ def test_f20_memory():
     assert size < 64 << 20, size
 
 
-CALLS = 6000
-"""Of Python and C functions in a decision (5,300 at p99; 11,900 once took 1.32 ms of a Zen 5)."""
+CALLS = 3500
+"""Of Python and C functions in a decision (3,100 at p99; 11,900 once took 1.32 ms of a Zen 5)."""
 
 
 def calls_of_decisions(waiting, tenants):

@@ -9,6 +9,7 @@ from measured import LOADS, Measured
 from ktransformers.scheduler import entrance as entrance_module
 from ktransformers.scheduler import scheduler as scheduler_module
 from ktransformers.scheduler.simulator import Machine, Simulation, percentile
+from ktransformers.scheduler.step_time import Chunking, Features, StepTime
 from ktransformers.scheduler.workload import Arrival
 
 
@@ -156,3 +157,23 @@ def test_no_slot_is_kept_where_one_tenant_asks():
     m = Simulation(iter([Arrival(0.0, "only", 30, 100, again=True) for _ in range(24)]), "fair", machine)
     m.run(5.0)
     assert m.scheduler.status().running == 16
+
+
+@pytest.mark.parametrize("slo", [0.0, 0.05, 0.25])
+def test_where_a_step_is_full_nothing_more_is_taken(slo):
+    rng = random.Random(7)
+    model, full = StepTime(), 0
+    for _ in range(200):
+        chunking = Chunking(model, slo, interruptible=rng.random() < 0.5)
+        chunking.begin(Features(decodes=rng.randrange(40), context=rng.randrange(9000)), rng.random() < 0.5)
+        if rng.random() < 0.3:
+            chunking.pause(rng.random() * 0.1)
+        for _ in range(8):
+            was_full = chunking.is_full
+            taken = chunking.take(rng.choice([1, 20, 900]), rng.randrange(3000))
+            assert not (was_full and taken)
+            full += was_full
+        prompt, decodes, context = rng.randrange(500), rng.randrange(40), rng.randrange(9000)
+        seconds = 0.004 + 0.001 * prompt + 0.002 * decodes + 5e-7 * context
+        model.observe(Features(prompt, decodes, context, prompt * 100.0), seconds * rng.uniform(0.8, 1.2))
+    assert full or not slo
