@@ -8,6 +8,7 @@ A tenant at its own limit of running requests does not count as waiting: if it d
 V* back and newcomers would start with credit.
 """
 
+import heapq
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 
@@ -439,17 +440,19 @@ class FairQueue:
         longest = max(self._with_waiting, key=lambda a: a.waiting / a.weight, default=None)
         if longest is None or longest is asking or longest.waiting / longest.weight <= mine:
             return None
-        users = (u for u in longest.users.members.values() if u.waiting)
-        user = max(users, key=lambda u: len(u.waiting))
-        newest = next(reversed(user.waiting.values()))
-        # What has begun is not taken back.
-        return None if newest.entered else newest
+        found, most = None, 0
+        for user in longest.users.members.values():
+            if len(user.waiting) > most:
+                newest = next(reversed(user.waiting.values()))
+                if not newest.entered:  # what has begun is not taken back
+                    found, most = newest, len(user.waiting)
+        return found
 
     # ---- for the operator
 
     def status(self, most: int) -> list[TenantStatus]:
         """The accounts with most service."""
-        accounts = sorted(self._tenants.members.values(), key=lambda a: (-a.service, a.name))[:most]
+        accounts = heapq.nsmallest(most, self._tenants.members.values(), key=lambda a: (-a.service, a.name))
         return [
             TenantStatus(
                 a.name,

@@ -5,11 +5,14 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import request_maker
 from measured import SEEDS, SMALL, Measured, brute_peak, units
 
 from ktransformers.scheduler import engine_life
 from ktransformers.scheduler import scheduler as scheduler_module
 from ktransformers.scheduler.entrance import Entrance
+from ktransformers.scheduler.fair_queue import FairQueue
+from ktransformers.scheduler.rules import Rules
 from ktransformers.scheduler.simulator import percentile
 from ktransformers.scheduler.workload import Arrival, Load
 
@@ -97,6 +100,23 @@ def test_f6_f17_a_light_tenant_waits_no_longer_than_the_bound_and_is_never_refus
     assert flood.refused > 1000
     waits = [r.queue_seconds for r in m.charged_requests.values() if r.tenant.id == "light"]
     assert percentile(waits, 0.99) <= dispatch_bound(m, ["flood", "light"], "light")
+
+
+def test_f17_another_users_request_makes_room_where_the_first_ones_has_begun():
+    queue = FairQueue(Rules())
+    begun, waits = (request_maker.request(n, "flood", f"u{n}") for n in (1, 2))
+    queue.push(begun)
+    queue.enter(begun, 0)
+    queue.leave(begun)
+    begun.entered = True
+    queue.push_front(begun)
+    queue.push(waits)
+    light = request_maker.request(3, "light").tenant
+    assert queue.to_shed(light) is waits
+    queue.remove(waits)
+    queue.push(request_maker.request(4, "flood", "u1"))
+    assert queue.to_shed(light).id == "r4"
+    assert queue.to_shed(begun.tenant) is None
 
 
 @pytest.mark.parametrize("seed", SEEDS)
