@@ -255,6 +255,36 @@ async def test_a_reader_that_catches_up_is_forgiven(client, channel, clock):
 
 
 @world
+async def test_a_step_of_many_leaves_room_for_others(client, channel, clock):
+    """Whoever asks while the readers of a step's tokens work waits for a few of them, not for all."""
+    read, in_a_turn = [], []
+
+    async def reader(id_):
+        nonlocal read
+        async for _ in client.submit(submit(id_)):
+            read += [id_]
+
+    async def turns():
+        while True:
+            before = len(read)
+            await asyncio.sleep(0)
+            in_a_turn.append(len(read) - before)
+
+    ids = [f"r{i}" for i in range(32)]
+    tasks = [asyncio.create_task(reader(id_)) for id_ in ids]
+    await asyncio.sleep(0)
+    other = asyncio.create_task(turns())
+    channel.news.put_nowait(Tokens([event(id_) for id_ in ids]))
+    while len(read) < len(ids):
+        await asyncio.sleep(0)
+    channel.news.put_nowait(Tokens([event(id_, finish="stop") for id_ in ids]))
+    await asyncio.gather(*tasks)
+    other.cancel()
+    assert read == ids + ids
+    assert max(in_a_turn) <= 8
+
+
+@world
 async def test_hello_once_a_second(client, channel, clock):
     channel.sent.clear()
     begin = time.monotonic()
