@@ -4,8 +4,9 @@
     python tests/bench/fairness.py noisy       one floods with long requests, another asks once a second
     python tests/bench/fairness.py overload    ten times of what the server can do
 
-Each starts its own servers with the default model on free ports, stops them, prints a table, and takes less
-than four minutes. `--seconds` makes it shorter. Where two are compared both are up, and asked in turns.
+Each starts its own servers with the default model on free ports, stops them, prints a table, and takes about
+four minutes; `shares` as long as this machine needs for its figures to mean something. `--seconds` says how
+long instead. Where two are compared both are up, and asked in turns.
 """
 
 import argparse
@@ -84,13 +85,18 @@ WEIGHTS = {
 }
 CLIENTS_PER_WEIGHT, MORE_CLIENTS = 5, 4
 WARM_SECONDS = 12.0
+PACE_SECONDS = 8.0
+LONGEST_WINDOW = 120.0
+ENOUGH_REQUESTS = 40
+"""Of the lightest tenant in each window: one more or less, as a window begins or ends, is then 2.5 % of it,
+and there are two windows."""
 
 
-async def saturate(server: Server, seconds: float) -> dict[str, float]:
+async def saturate(server: Server, seconds: float, replies: list[Reply]) -> dict[str, float]:
     """Service of each tenant in so many seconds of a full load."""
     tasks = [
         asyncio.create_task(
-            keep_asking(server, name, MORE_CLIENTS + round(CLIENTS_PER_WEIGHT * weight), 40, 24, [])
+            keep_asking(server, name, MORE_CLIENTS + round(CLIENTS_PER_WEIGHT * weight), 40, 24, replies)
         )
         for name, weight in WEIGHTS.items()
     ]
@@ -103,16 +109,29 @@ async def saturate(server: Server, seconds: float) -> dict[str, float]:
     return {name: (after[name] - before.get(name, 0.0)) / elapsed for name in WEIGHTS}
 
 
-def shares(folder: Path, seconds: float) -> None:
+def long_enough(server: Server) -> float:
+    """Seconds in which the lightest tenant is served ENOUGH_REQUESTS at this machine's pace."""
+    replies: list[Reply] = []
+    rates = asyncio.run(saturate(server, PACE_SECONDS, replies))
+    lightest = sum(rates.values()) * min(WEIGHTS.values()) / sum(WEIGHTS.values())
+    each = statistics.mean(cost(reply) for reply in replies if reply.status == 200)
+    return min(LONGEST_WINDOW, ENOUGH_REQUESTS * each / lightest)
+
+
+def shares(folder: Path, seconds: float | None) -> None:
     """Shares against shares due, Jain's index, and throughput against first come, first served."""
     rounds = 2
-    each = (seconds - 20) / (2 * rounds) - WARM_SECONDS - 2
     totals: dict[str, list[dict[str, float]]] = {"fair": [], "fifo": []}
     with started(folder / "fair", WEIGHTS) as fair, started(folder / "fifo", WEIGHTS, policy="fifo") as fifo:
+        if seconds is None:
+            each = long_enough(fair)
+        else:
+            each = max(3.0, (seconds - 20) / (2 * rounds) - WARM_SECONDS - 2)
+        print(f"{rounds} windows of {each:.0f} s for each policy", flush=True)
         for turn in range(rounds):
             both = [("fair", fair), ("fifo", fifo)]
             for name, server in both if turn % 2 == 0 else both[::-1]:
-                totals[name].append(asyncio.run(saturate(server, max(each, 3.0))))
+                totals[name].append(asyncio.run(saturate(server, each, [])))
     whole = sum(WEIGHTS.values())
     row("tenant", "due", "fair", "off by", "fifo")
     got = {p: {n: sum(r[n] for r in rounds_) for n in WEIGHTS} for p, rounds_ in totals.items()}
@@ -184,9 +203,9 @@ async def steps(server: Server) -> tuple[float, float]:
     return found["ktransformers_engine_steps_total", ""], found["ktransformers_engine_step_seconds_total", ""]
 
 
-def noisy(folder: Path, seconds: float) -> None:
+def noisy(folder: Path, seconds: float | None) -> None:
     """B's time to the first token alone, beside A's flood under fair, and under fifo."""
-    each = (seconds - 40) / 3.5
+    each = ((seconds or 190.0) - 40) / 3.5
     with started(folder / "fair", NOISY) as fair, started(folder / "fifo", NOISY, policy="fifo") as fifo:
         asyncio.run(once_a_second(fair, 3))
         alone = asyncio.run(once_a_second(fair, each / 2))
@@ -263,8 +282,9 @@ async def probe(server: Server, seconds: float) -> list[float]:
     return firsts
 
 
-def overload(folder: Path, seconds: float) -> None:
+def overload(folder: Path, seconds: float | None) -> None:
     """Refusals, accepted requests, memory and recovery at ten times of what the server can do."""
+    seconds = seconds or 180.0
     with started(folder / "fair", OVERLOAD, max_waiting=MAX_WAITING, device_bytes=POOL_BYTES) as server:
         before = asyncio.run(probe(server, 3.0))
         full = asyncio.run(capacity(server))
@@ -322,16 +342,15 @@ def overload(folder: Path, seconds: float) -> None:
 
 def main() -> None:
     """One of the three."""
-    kinds = {"shares": (shares, 190.0), "noisy": (noisy, 190.0), "overload": (overload, 180.0)}
+    kinds = {"shares": shares, "noisy": noisy, "overload": overload}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("kind", choices=kinds)
     parser.add_argument("--seconds", type=float, help="about how long it measures")
     arguments = parser.parse_args()
-    run, seconds = kinds[arguments.kind]
     with tempfile.TemporaryDirectory(prefix="ktransformers-bench-") as folder:
-        run(Path(folder), arguments.seconds or seconds)
+        kinds[arguments.kind](Path(folder), arguments.seconds)
 
 
 if __name__ == "__main__":
