@@ -21,7 +21,7 @@ namespace kt {
 namespace {
 
 KvFormat kv_format_of(const std::string& name) {
-  if (name == "f16") return KvFormat::kF16;
+  if (name == "bf16") return KvFormat::kBF16;
   if (name == "int8") return KvFormat::kInt8;
   if (name == "latent") return KvFormat::kLatent;
   throw std::invalid_argument("kv_format: '" + name + "' is not known");
@@ -140,7 +140,7 @@ void bind_program(py::module_& m) {
   py::class_<Program>(m, "Program")
       .def(py::init(&make_program), py::arg("pool"), py::arg("isa"), py::arg("ops"), py::arg("widths"),
            py::arg("weights"), py::arg("layers"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("blocks"),
-           py::arg("max_tokens"), py::arg("max_rows"), py::arg("expert_bytes") = 0, py::arg("kv_format") = "f16",
+           py::arg("max_tokens"), py::arg("max_rows"), py::arg("expert_bytes") = 0, py::arg("kv_format") = "bf16",
            py::arg("state") = py::none(), py::arg("state_slots") = 0,
            py::keep_alive<1, 6>())
       .def("within", &Program::within, py::arg("max_tokens"), py::arg("max_rows"), py::keep_alive<0, 1>(),

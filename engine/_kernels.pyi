@@ -160,8 +160,8 @@ class Program:
     """A compiled program with its KV pool.
 
     `ops` are tuples (kind, fields in the order of engine.program's dataclasses); linear parts are tuples.
-    `kv_format` is "f16", "int8", or "latent" for a cache of latent rows (float16; kv_heads 1). `state` is the
-    fields of engine.program.StateShape, with `state_slots` places for states.
+    `kv_format` is "bf16", "int8", or "latent" for a cache of latent rows (float16; kv_heads 1). `state` is
+    the fields of engine.program.StateShape, with `state_slots` places for states.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Program:
         max_tokens: int,
         max_rows: int,
         expert_bytes: int = 0,
-        kv_format: str = "f16",
+        kv_format: str = "bf16",
         state: tuple[int, int, int, int, int, int] | None = None,
         state_slots: int = 0,
     ) -> None: ...

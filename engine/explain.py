@@ -55,7 +55,7 @@ class Row:
 
 
 def explain(
-    program: Program, limits: Limits, *, tokens: int = 1, context: int = 0, kv_format: KvFormat = "f16"
+    program: Program, limits: Limits, *, tokens: int = 1, context: int = 0, kv_format: KvFormat = "bf16"
 ) -> list[Row]:
     """One row for each op, for a step of `tokens` tokens of a sequence that has `context` tokens already."""
     rows: list[Row] = []

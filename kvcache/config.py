@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-KvFormat = Literal["f16", "int8"]
+KvFormat = Literal["bf16", "int8"]
 
 
 class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,7 +27,7 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     what is free on the disk, 16 GiB at most."""
     cache_dir: str = ""
     """Folder of the disk tier; "" is `kv` in the user's cache folder."""
-    kv_format: KvFormat = "f16"
+    kv_format: KvFormat = "bf16"
     """int8 holds nearly twice the tokens in the same memory, each token's keys and values of a head with a
     scale of their own, and costs some fidelity. Only the native executor has it."""
     prefix_reuse: bool = True

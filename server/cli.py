@@ -131,7 +131,7 @@ def serve(
     cache_dir: Annotated[
         str | None, _option("Folder of the prefixes on disk [kv in the user's cache folder].")
     ] = None,
-    kv_format: Annotated[str | None, _option("f16 or int8, half the memory for some fidelity [f16].")] = None,
+    kv_format: Annotated[str | None, _option("bf16, or int8: half the memory, less fidelity [bf16].")] = None,
     prefix_reuse: Annotated[bool | None, _option("Reuse the KV of common beginnings [on].")] = None,
 ) -> None:
     """Serve a model to OpenAI and Ollama clients, with a chat page.

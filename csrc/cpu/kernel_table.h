@@ -34,15 +34,17 @@ inline constexpr int64_t kSampleRun = 64;
 // computed by different threads.
 inline constexpr int64_t kSpanTokens = 512;
 
-// How keys and values are kept.
+// How keys and values are kept. (kBF16 is bfloat16.)
 //   kInt8: each token's key, and each token's value, of a head is about scale * q with a scale of its own
 //   kLatent: rows that all heads read as keys and, in their first part, as values, in float16: [kBlockTokens][head_dim]
-enum class KvFormat : int32_t { kF16, kInt8, kLatent };
+enum class KvFormat : int32_t { kBF16, kInt8, kLatent };
 
-// The KV of one layer and one kv head in one block:
-//   keys   [head_dim][kBlockTokens]   (transposed: 16 scores are one vector)
-//   values [kBlockTokens][head_dim]
-// and, for kInt8, float scales [kBlockTokens] of the keys, then of the values.
+// The KV of one layer and one kv head in one block. kBF16, in the pairs that a dot product takes:
+//   keys   [head_dim / 2][kBlockTokens][2]   (transposed: 16 scores are one vector)
+//   values [kBlockTokens / 2][head_dim][2]   (two positions side by side)
+// kInt8:
+//   keys [head_dim][kBlockTokens], values [kBlockTokens][head_dim], float scales [kBlockTokens] of the keys, then of the
+//   values
 inline constexpr int64_t kv_head_bytes(KvFormat format, int64_t head_dim) {
   const int64_t elements = 2 * head_dim * kBlockTokens;
   if (format == KvFormat::kLatent) return elements;

@@ -42,6 +42,20 @@ inline Floats exp2_of_negative(Floats x) {
   return p * as_floats(shift_left<23>(n + set1_int(127)));
 }
 
+// The same to 1e-4, for what is rounded to bfloat16. 1.5 * 2^23 + 127 rounds to integers, and leaves those with their
+// bias in the lowest bits.
+inline Floats coarse_exp2_of_negative(Floats x) {
+  const Floats rounder = set1(12583039.0f);
+  x = max(set1(-126.75f), x);
+  const Floats n = x + rounder;
+  const Floats r = x - (n - rounder);
+  Floats p = set1(0.055008933f);
+  p = fma(p, r, set1(0.242211f));
+  p = fma(p, r, set1(0.6932829f));
+  p = fma(p, r, set1(1.0f));
+  return p * as_floats(shift_left<23>(as_ints(n)));
+}
+
 // tanh x to about 2 ulp: Cephes' odd polynomial below 0.625, 1 - 2 / (e^2|x| + 1) beyond.
 inline Floats tanh(Floats x) {
   const Ints sign = as_ints(x) & set1_int(INT32_MIN);

@@ -33,7 +33,7 @@ class KvPool {
 
  private:
   Mapping memory_;
-  KvFormat format_ = KvFormat::kF16;
+  KvFormat format_ = KvFormat::kBF16;
   int64_t blocks_ = 0, kv_heads_ = 0, head_bytes_ = 0, block_bytes_ = 0;
 };
 

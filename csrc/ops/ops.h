@@ -99,7 +99,7 @@ using Op = std::variant<op::Embed, op::RmsNorm, op::Linear, op::Rope, op::Positi
 
 struct CacheShape {
   int64_t layers, kv_heads, head_dim;
-  KvFormat format = KvFormat::kF16;
+  KvFormat format = KvFormat::kBF16;
 };
 
 // What a sequence has beside its KV; no layers: nothing.

@@ -45,7 +45,7 @@ def _native(config: EngineConfig, program: Program, plan: Plan, progress: Progre
 
 
 def _torch(config: EngineConfig, program: Program, plan: Plan, progress: Progress) -> Executor:
-    if config.cache.kv_format != "f16":
+    if config.cache.kv_format != "bf16":
         raise ModelError(f"cache.kv_format: only the native executor has {config.cache.kv_format!r}")
     if config.expert_bytes is not None:
         raise ModelError("expert_bytes: only the native executor can leave experts on disk")

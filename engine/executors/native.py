@@ -37,12 +37,12 @@ class NativeExecutor:
         max_tokens: int,
         max_rows: int,
         expert_bytes: int | None = None,
-        kv_format: KvFormat = "f16",
+        kv_format: KvFormat = "bf16",
         states: int = 0,
         pretended_nodes: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        if program.cache.kind != "kv" and kv_format != "f16":
+        if program.cache.kind != "kv" and kv_format != "bf16":
             raise ValueError(f"kv_format: {kv_format!r} is not supported for latent rows")
         self.isa = isa or _kernels.isas()[0]
         self.blocks = blocks

@@ -164,7 +164,7 @@ class TorchExecutor:
         """Dequantise all weights to `device`, in `dtypes` (one each; float32); `progress` is told bytes of
         the file done and in total. `elsewhere` computes the routed experts, and has their weights.
 
-        Keys and values are rounded to `kv_dtype` in the pool and read from there (float16 is what the native
+        Keys and values are rounded to `kv_dtype` in the pool and read from there (bfloat16 is what the native
         executor does). `states`: places for states of sequences, of a program that has them.
         """
         if threads is not None:

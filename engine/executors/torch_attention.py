@@ -1,5 +1,6 @@
 """Attention over paged KV for the torch executor: scores are materialised, one sequence at a time."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,19 +37,28 @@ def attention(
     keys, values = pool
     q = q.reshape(-1, op.kv_heads, op.heads // op.kv_heads, op.head_dim)
     k, v = (x.reshape(-1, op.kv_heads, op.head_dim) for x in (k, v))
+    # The scale of the native executor's queries, whose scores are logarithms to base 2.
+    queries = _as(pool.dtype, q, op.scale / op.softcap if op.softcap else op.scale * math.log2(math.e))
     out = torch.empty_like(q)
     for span in spans:
         here = slice(span.begin, span.end)
         new = span.cells[span.context :]
         keys[new], values[new] = k[here].to(keys.dtype), v[here].to(values.dtype)
-        scores = torch.einsum("tkgd,ckd->kgtc", q[here], keys[span.cells].float()) * op.scale
+        scores = torch.einsum("tkgd,ckd->kgtc", queries[here], keys[span.cells].float()) * op.scale
         scores = softcap(scores, op.softcap).masked_fill(_hidden(span, op.window, op.chunk), -torch.inf)
+        top = scores.amax(-1, keepdim=True)
+        weights = (scores - top).exp()
+        total = weights.sum(-1)
         if sinks is not None:
-            extra = sinks.reshape(op.kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)
-            scores = torch.cat((scores, extra), -1)
-        weights = scores.softmax(-1)[..., : len(span.cells)]
-        out[here] = torch.einsum("kgtc,ckd->tkgd", weights, values[span.cells].float())
+            total += (sinks.reshape(op.kv_heads, -1, 1) - top.squeeze(-1)).exp()
+        sums = torch.einsum("kgtc,ckd->tkgd", _as(keys.dtype, weights), values[span.cells].float())
+        out[here] = sums / total.permute(2, 0, 1).unsqueeze(-1)
     return out.flatten(1)
+
+
+def _as(dtype: torch.dtype, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """x, but where keys are bfloat16 what is multiplied with them is, too: x after that scale."""
+    return (x * scale).to(dtype).float() / scale if dtype == torch.bfloat16 else x
 
 
 def mla_attention(

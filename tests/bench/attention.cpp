@@ -45,7 +45,7 @@ int main(int argc, char** argv) {
   const int64_t rows = std::atoll(argv[2]), context = std::atoll(argv[3]), group = std::atoll(argv[4]);
   const int64_t head_dim = std::atoll(argv[5]), kv_heads = std::atoll(argv[6]), length = context + rows;
   const int64_t blocks = (length + kt::kBlockTokens - 1) / kt::kBlockTokens;
-  const kt::KvFormat format = argc == 8 ? kt::KvFormat::kInt8 : kt::KvFormat::kF16;
+  const kt::KvFormat format = argc == 8 ? kt::KvFormat::kInt8 : kt::KvFormat::kBF16;
   const int64_t head = kt::kv_head_bytes(format, head_dim);
   const size_t bytes = static_cast<size_t>(blocks * kv_heads * head);
   uint8_t* kv = huge_pages(bytes);

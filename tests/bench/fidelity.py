@@ -132,10 +132,10 @@ def main() -> None:
         native.close()
 
     for isa in given.isas.split(","):
-        found[f"ktransformers, {isa}"] = compare(oracle, ours(isa, "f16"), text)
+        found[f"ktransformers, {isa}"] = compare(oracle, ours(isa, "bf16"), text)
         found[f"ktransformers, {isa}, int8 KV"] = compare(oracle, ours(isa, "int8"), text)
-        float16 = [log_softmax(logits) for logits in ours(isa, "f16")]
-        found["  that against float16 KV"] = compare(float16, ours(isa, "int8"), text)
+        sixteen = [log_softmax(logits) for logits in ours(isa, "bf16")]
+        found["  that against bfloat16 KV"] = compare(sixteen, ours(isa, "int8"), text)
     if given.peer_python:
         with tempfile.TemporaryDirectory() as folder:
             logits = llamacpp(given.peer_python, model, given.threads, tokens, Path(folder))

@@ -1,4 +1,4 @@
-"""The native executor against float32 on real text: what int8 activations and float16 KV cost.
+"""The native executor against float32 on real text: what int8 activations and bfloat16 attention cost.
 
 Roundings of equal accuracy differ in perplexity by chance, relatively by sqrt(2 KL / positions): on one short
 text that is as much as they cost. So all that is asserted is of two texts together.

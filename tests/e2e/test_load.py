@@ -12,7 +12,7 @@ from clients import PROMPT, client, drained, stream
 from ktransformers.kvcache.config import CacheConfig
 
 BLOCK = CacheConfig().block_tokens
-BLOCK_BYTES = 30 * 2 * 3 * 64 * 2 * BLOCK  # layers, keys and values, kv heads, head size, float16
+BLOCK_BYTES = 30 * 2 * 3 * 64 * 2 * BLOCK  # layers, keys and values, kv heads, head size, bfloat16
 
 
 def test_64_streams_in_a_quarter_of_the_room(start) -> None:

@@ -246,7 +246,7 @@ def test_int8_kv(default_program: Program, some: Prompts, expected: dict[str, An
         stack.submit(name, tokens, sampling)
         alone |= stack.run()
         stack.close()
-    assert alone != {name: expected[name] for name in few}  # it is not float16
+    assert alone != {name: expected[name] for name in few}  # it is not bfloat16
     stack = Stack(executor, chunk=64, blocks=FEW, host_blocks=512)
     for name, (tokens, sampling) in few.items():
         stack.submit(name, tokens, sampling)

@@ -193,6 +193,11 @@ def torch_executor(program: Program, kv_dtype: torch.dtype = torch.float32) -> T
     )
 
 
+def rounded_executor(program: Program) -> TorchExecutor:
+    """With the native executor's roundings in attention: bfloat16, but float16 of latent rows."""
+    return torch_executor(program, torch.float16 if program.cache.kind == "latent" else torch.bfloat16)
+
+
 CHUNKS: dict[str, Callable[[int], int]] = {
     "whole": lambda s: 256,
     "chunks": lambda s: (16, 13, 5, 1)[s],

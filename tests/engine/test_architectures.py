@@ -16,6 +16,7 @@ from checkpoints import (
     i32,
     load,
     rope,
+    rounded_executor,
     torch_executor,
 )
 from converters import LLAMA3, convert
@@ -157,18 +158,18 @@ def test_torch(checkpoint: tuple[Program, list[Any]], sequences: list[Any], chun
 @pytest.mark.parametrize("isa", _kernels.isas())
 @pytest.mark.parametrize("chunk", list(CHUNKS))
 def test_native(checkpoint: tuple[Program, list[Any]], sequences: list[Any], chunk: str, isa: str) -> None:
-    """Float32 weights are computed in float32: what differs is the float16 of keys and values.
+    """Float32 weights are computed in float32: what differs is the bfloat16 of attention.
 
-    With the same rounding in the oracle only those keys and values differ that rounding decides.
+    With the same roundings in the oracle only those numbers differ that rounding decides.
     """
     program, expected = checkpoint
     executor = NativeExecutor(program, isa=isa, threads=2, blocks=24, max_tokens=256, max_rows=256)
     ours = Driver(executor, sequences).finish(CHUNKS[chunk])
     for mine, theirs in zip(ours, expected, strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=0, atol=6e-3)
-    oracle = Driver(torch_executor(program, torch.float16), sequences).finish(CHUNKS[chunk])
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=6e-2)
+    oracle = Driver(rounded_executor(program), sequences).finish(CHUNKS[chunk])
     for mine, theirs in zip(ours, oracle, strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-3)
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-2)
 
 
 def test_only_rows_that_draw_are_computed_after_the_last_attention(tmp_path: Path) -> None:

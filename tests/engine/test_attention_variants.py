@@ -23,11 +23,22 @@ VARIANTS = {
 }
 
 
+# Each weight is rounded to eight bits; of scaled positions queries are, too.
+ROUNDED = {name: 0.02 if name == "position scale" else 0.008 for name in VARIANTS}
+
+
+def bf16(x: Any) -> Any:
+    return torch.from_numpy(x.astype(np.float32)).to(torch.bfloat16).float().numpy()
+
+
 def variant(small: ModuleType, name: str) -> Program:
     """Attention over random queries, keys and values, with one thing more."""
     rng = np.random.default_rng(1)
     shape = small.AttentionShape(heads=4, kv_heads=2, head_dim=32, window=VARIANTS[name].get("window", 0))
-    q, k, v = (rng.standard_normal((shape.vocab, h * 32)).astype(np.float32) for h in (4, 2, 2))
+    q, k, v = (rng.standard_normal((shape.vocab, h * 32)) for h in (4, 2, 2))
+    # bfloat16 can hold keys and values, and queries once they are scaled.
+    to_base_two = shape.scale * np.log2(np.e)
+    q, k, v = (bf16(q * to_base_two) / to_base_two).astype(np.float32), bf16(k), bf16(v)
     program: Program = small.attention_program(shape, q, k, v)
     sinks = small.tensor(rng.standard_normal(4) + 3, "sinks")
     ops: list[Any] = list(program.ops)
@@ -49,16 +60,16 @@ def test_against_torch(small: ModuleType, name: str) -> None:
     sizes = {"blocks": 64, "max_tokens": N, "max_rows": N}
     whole = small.executor(program, threads=2, **sizes).logits(small.batch(small.Part(tokens, 0, BLOCKS)))
     oracle = TorchExecutor(
-        program, blocks=64, block_tokens=16, max_tokens=N, kv_dtype=torch.float16, threads=1
+        program, blocks=64, block_tokens=16, max_tokens=N, threads=1
     )
     expected = oracle.logits(small.batch(small.Part(tokens, 0, BLOCKS)))
-    np.testing.assert_allclose(whole, expected, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(whole, expected, rtol=0, atol=ROUNDED[name])
     plain = replace(program, ops=tuple(
         replace(op, sinks=None, chunk=0) if isinstance(op, Attention) else op
         for op in program.ops if not isinstance(op, PositionScale)
     ))  # fmt: skip
     without = small.executor(plain, **sizes).logits(small.batch(small.Part(tokens, 0, BLOCKS)))
-    assert np.abs(without - whole).max() > 0.01, "the variant should matter"
+    assert np.abs(without - whole).max() > 0.1, "the variant should matter"
     for isa in _kernels.isas():
         small_steps = small.chunked(small.executor(program, isa, **sizes), tokens, BLOCKS, 37)
         np.testing.assert_array_equal(small_steps, whole)

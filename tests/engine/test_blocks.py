@@ -21,7 +21,7 @@ def executor(small: ModuleType, kind: str) -> tuple[Any, Any]:
     return program, small.executor(program, blocks=16, kv_format=kind)
 
 
-@pytest.mark.parametrize("kind", ["f16", "int8", "torch"])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "torch"])
 def test_copied_blocks_are_the_same_kv(small: ModuleType, kind: str) -> None:
     program, ex = executor(small, kind)
     tokens = list(np.random.default_rng(2).integers(0, program.vocab, LENGTH))
@@ -39,7 +39,7 @@ def test_copied_blocks_are_the_same_kv(small: ModuleType, kind: str) -> None:
     np.testing.assert_allclose(got, want[32:], rtol=0, atol=1e-6 if kind == "torch" else 0)
 
 
-@pytest.mark.parametrize("kind", ["f16", "torch"])
+@pytest.mark.parametrize("kind", ["bf16", "torch"])
 def test_what_does_not_exist_is_refused(small: ModuleType, kind: str) -> None:
     _, ex = executor(small, kind)
     whole = np.zeros(ex.block_bytes, np.uint8)

@@ -144,7 +144,7 @@ def test_native_blocks_have_their_size(config: EngineConfig) -> None:
         build_executor(odd, program, plan(odd, program, facts), lambda done, total: None)
 
 
-@pytest.mark.parametrize("kv_format", ["f16", "int8"])
+@pytest.mark.parametrize("kv_format", ["bf16", "int8"])
 def test_native_blocks_cost_what_the_plan_says(config: EngineConfig, kv_format: KvFormat) -> None:
     native = msgspec.structs.replace(config, executor="native", cache=CacheConfig(kv_format=kv_format))
     program, facts = open_model(native)

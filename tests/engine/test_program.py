@@ -142,9 +142,7 @@ def test_llama_against_float64(small: ModuleType, llama: Llama, isa: str, thread
     got = small.executor(llama.program, isa, threads).logits(
         small.batch(small.Part(text(70), 0, [9, 3, 5, 1, 0]))
     )
-    np.testing.assert_allclose(
-        got, llama.logits(text(70)), rtol=3e-3, atol=3e-3
-    )  # keys and values in float16
+    np.testing.assert_allclose(got, llama.logits(text(70)), rtol=3e-3, atol=3e-3)  # attention in bfloat16
 
 
 def test_bits_do_not_depend_on_chunks_or_neighbours(small: ModuleType, ex: NativeExecutor) -> None:
