@@ -26,7 +26,7 @@ from ktransformers.engine.program import (
     ValueId,
     WeightId,
 )
-from ktransformers.engine.weights.formats import FORMATS
+from ktransformers.engine.weights.formats import BF16, FORMATS
 from ktransformers.kvcache.config import KvFormat
 
 
@@ -119,7 +119,8 @@ def _dot(program: Program, op: Op, isa: str) -> Dot:
     """What a product's weights ask for; the parts of a Linear share their input, so the first speaks."""
     if isinstance(op, Linear | HeadLinear | Experts | Logits):
         return _kernels.activation(isa, program.weights[weights_of(op)[0]].format)
-    return "f32"
+    # Attention multiplies bfloat16 where weights of that format are so multiplied.
+    return "bf16" if isinstance(op, Attention) and _kernels.activation(isa, BF16) == "bf16" else "f32"
 
 
 def _read_bytes(program: Program, op: Op, weight: WeightId, computed: int) -> int:

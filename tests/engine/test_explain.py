@@ -1,5 +1,6 @@
 """The cost of a program, against what is known of the default model."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def test_predicted_time(model: tuple[Program, Facts]) -> None:
     prefill = total(explain(program, MACHINE, tokens=512))
     rows = [r for r in explain(program, MACHINE, tokens=512) if not r.drawn]
     products = sum(r.flops / MACHINE.peaks["int8"] for r in rows if r.kind == "Linear")
-    rest = sum(r.flops / MACHINE.peaks["f32"] for r in rows if r.kind != "Linear")
+    rest = sum(r.flops / MACHINE.peaks[r.dot] for r in rows if r.kind != "Linear")
     assert prefill == pytest.approx(products + rest, rel=0.05)
     assert total(explain(program, MACHINE, context=4096)) > decode
 
@@ -84,7 +85,12 @@ def test_attention_reads_its_window(model: tuple[Program, Facts]) -> None:
 def test_ops_say_where_their_time_goes(model: tuple[Program, Facts]) -> None:
     rows = explain(model[0], MACHINE)
     assert {r.dot for r in rows if r.kind in ("Linear", "Logits")} == {"int8"}
-    assert {r.dot for r in rows if r.kind in ("Attention", "RmsNorm", "Add")} == {"f32"}
+    assert {r.dot for r in rows if r.kind in ("RmsNorm", "Add")} == {"f32"}
+    # Its pairs are multiplied by the instruction where there is one, else as float32.
+    for isa in _kernels.isas():
+        rows = explain(model[0], replace(MACHINE, isa=isa))
+        pairs = "bf16" if isa in ("avx512_bf16", "amx") else "f32"
+        assert {r.dot for r in rows if r.kind == "Attention"} == {pairs}
     gather = next(r.index for r in rows if r.kind == "GatherRows")
     assert [r.drawn for r in rows] == [r.index >= gather for r in rows]
 
