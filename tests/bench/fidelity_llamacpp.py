@@ -13,6 +13,7 @@ def main() -> None:
     lib.llama_log_set(silent, ctypes.c_void_p())
     engine = Engine(sys.argv[1], int(sys.argv[2]))
     tokens = np.load(sys.argv[3]).tolist()
+    engine.open(1, len(tokens))
     logits = np.lib.format.open_memmap(sys.argv[4], "w+", np.float32, (len(tokens), engine.vocab))
     for begin in range(0, len(tokens), STEP_TOKENS):
         part = tokens[begin : begin + STEP_TOKENS]

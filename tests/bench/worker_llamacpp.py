@@ -34,7 +34,7 @@ class Engine:
             lib.llama_free(self.context)
         params = lib.llama_context_default_params()
         params.n_seq_max = streams
-        params.n_ctx = streams * (LONGEST if streams == 1 else context) + streams * ROUND
+        params.n_ctx = streams * (max(LONGEST, context) if streams == 1 else context) + streams * ROUND
         params.n_batch = params.n_ubatch = STEP_TOKENS
         params.n_threads = params.n_threads_batch = self.threads
         self.context = lib.llama_init_from_model(self.model, params)
