@@ -92,7 +92,7 @@ def strict_json(body: bytes) -> Any:
 
 def _place(error: Exception) -> str:
     """Where a document is wrong, without a word of what is in it."""
-    if isinstance(error, UnicodeDecodeError):
+    if isinstance(error, UnicodeDecodeError) or "UTF-8" in str(error):  # the first until msgspec 0.22
         return ": a text in it is not UTF-8"
     at = re.search(r"\(byte (\d+)\)$", str(error))
     return "" if at is None else f", from byte {at[1]} on"
