@@ -8,7 +8,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -154,7 +154,7 @@ class Target:
         reader, writer = await self._send("POST", "/v1/completions", body)
         last = b""
         try:
-            while line := await reader.readline():
+            async for line in lines(reader):
                 if not line.startswith(b"data: {"):
                     continue
                 if b'"error"' in line[:16]:
@@ -196,6 +196,16 @@ class Target:
             writer.close()
             raise ServerError(f"{self.url}: {status}: {said}")
         return reader, writer
+
+
+async def lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """As they come, without their ends: awaited once for all that has come, not for each of them,
+    and an event has two."""
+    rest = b""
+    while data := await reader.read(_LINE_BYTES):
+        *whole, rest = (rest + data).split(b"\n")
+        for line in whole:
+            yield line
 
 
 def _completion_tokens(line: bytes) -> int:

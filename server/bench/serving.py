@@ -1,6 +1,5 @@
 """A server under closed-loop traffic, beside the engine alone and other servers under the same."""
 
-import asyncio
 import signal
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
+
+import uvloop
 
 from ktransformers.server.bench.clients import Measured, ServerError, Target, Traffic
 from ktransformers.server.bench.processes import Usage, listener, signal_tree, usage
@@ -113,8 +114,8 @@ def asleep(peers: Sequence[Peer]) -> Iterator[None]:
 
 def footprint(target: Target, pid: int, begin: float) -> tuple[float, float]:
     """Seconds from the start to the first token, and CPUs used when idle afterwards."""
-    asyncio.run(target.open())
-    asyncio.run(target.first_token())
+    uvloop.run(target.open())
+    uvloop.run(target.first_token())
     first = time.monotonic() - begin
     time.sleep(_IDLE_SECONDS)  # what the first request left to do
     before, at = sum(usage(pid).cpu.values()), time.monotonic()
@@ -140,15 +141,15 @@ def measure(
     alone(warm)
     for server in servers:
         with server.awake():
-            asyncio.run(server.target.open())
-            asyncio.run(server.target.calibrate(traffic.prompt))
-            asyncio.run(server.target.load(warm, -1))
+            uvloop.run(server.target.open())
+            uvloop.run(server.target.calibrate(traffic.prompt))
+            uvloop.run(server.target.load(warm, -1))
     for turn in range(rounds):
         serving.alone.append(alone(traffic))
         for server in servers[:: 1 if turn % 2 else -1]:
             before = usage(pid)
             with server.awake():
-                measured = asyncio.run(server.target.load(traffic, turn))
+                measured = uvloop.run(server.target.load(traffic, turn))
             serving.rounds.setdefault(server.name, []).append(measured)
             if server.target is target:
                 _note_cpu(serving, before, usage(pid), measured.output_tokens)

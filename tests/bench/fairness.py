@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import uvloop
 from tenants_load import Reply, Server, prompt, started
 
 PROMPT, OUTPUT = 1.0, 2.0
@@ -112,7 +113,7 @@ async def saturate(server: Server, seconds: float, replies: list[Reply]) -> dict
 def long_enough(server: Server) -> float:
     """Seconds in which the lightest tenant is served ENOUGH_REQUESTS at this machine's pace."""
     replies: list[Reply] = []
-    rates = asyncio.run(saturate(server, PACE_SECONDS, replies))
+    rates = uvloop.run(saturate(server, PACE_SECONDS, replies))
     lightest = sum(rates.values()) * min(WEIGHTS.values()) / sum(WEIGHTS.values())
     each = statistics.mean(cost(reply) for reply in replies if reply.status == 200)
     return min(LONGEST_WINDOW, ENOUGH_REQUESTS * each / lightest)
@@ -131,7 +132,7 @@ def shares(folder: Path, seconds: float | None) -> None:
         for turn in range(rounds):
             both = [("fair", fair), ("fifo", fifo)]
             for name, server in both if turn % 2 == 0 else both[::-1]:
-                totals[name].append(asyncio.run(saturate(server, each, [])))
+                totals[name].append(uvloop.run(saturate(server, each, [])))
     whole = sum(WEIGHTS.values())
     row("tenant", "due", "fair", "off by", "fifo")
     got = {p: {n: sum(r[n] for r in rounds_) for n in WEIGHTS} for p, rounds_ in totals.items()}
@@ -207,12 +208,12 @@ def noisy(folder: Path, seconds: float | None) -> None:
     """B's time to the first token alone, beside A's flood under fair, and under fifo."""
     each = ((seconds or 190.0) - 40) / 3.5
     with started(folder / "fair", NOISY) as fair, started(folder / "fifo", NOISY, policy="fifo") as fifo:
-        asyncio.run(once_a_second(fair, 3))
-        alone = asyncio.run(once_a_second(fair, each / 2))
-        beside, rate = asyncio.run(flooded(fair, each))
+        uvloop.run(once_a_second(fair, 3))
+        alone = uvloop.run(once_a_second(fair, each / 2))
+        beside, rate = uvloop.run(flooded(fair, each))
         time.sleep(1.0)
-        alone += asyncio.run(once_a_second(fair, each / 2))
-        waiting, fifo_rate = asyncio.run(flooded(fifo, each))
+        alone += uvloop.run(once_a_second(fair, each / 2))
+        waiting, fifo_rate = uvloop.run(flooded(fifo, each))
     row("B's first token", "p50", "p95", "max", "requests")
     firsts = {"alone": alone, "beside A, fair": beside, "beside A, fifo": waiting}
     for name, replies in firsts.items():
@@ -286,15 +287,15 @@ def overload(folder: Path, seconds: float | None) -> None:
     """Refusals, accepted requests, memory and recovery at ten times of what the server can do."""
     seconds = seconds or 180.0
     with started(folder / "fair", OVERLOAD, max_waiting=MAX_WAITING, device_bytes=POOL_BYTES) as server:
-        before = asyncio.run(probe(server, 3.0))
-        full = asyncio.run(capacity(server))
-        asyncio.run(overloaded(server, 10 * full, seconds / 6))
+        before = uvloop.run(probe(server, 3.0))
+        full = uvloop.run(capacity(server))
+        uvloop.run(overloaded(server, 10 * full, seconds / 6))
         begin_memory = server.memory()
-        replies = asyncio.run(overloaded(server, 10 * full, seconds))
+        replies = uvloop.run(overloaded(server, 10 * full, seconds))
         ended = time.perf_counter()
         recovered = None
         while recovered is None and time.perf_counter() < ended + 30:
-            if quantile(asyncio.run(probe(server, 1.0)), 0.5) <= 2 * quantile(before, 0.95):
+            if quantile(uvloop.run(probe(server, 1.0)), 0.5) <= 2 * quantile(before, 0.95):
                 recovered = time.perf_counter() - ended
             if recovered is None:
                 time.sleep(0.2)

@@ -8,11 +8,12 @@ Random weights route evenly, which is the worst case for what is kept: a trained
 """
 
 import argparse
-import asyncio
 import os
 import sys
 import tempfile
 from pathlib import Path
+
+import uvloop
 
 from ktransformers.engine.bench.synthetic import SHAPES, write
 from ktransformers.server.bench.clients import Target, Traffic
@@ -28,8 +29,8 @@ def serve(model: Path, threads: int, traffic: Traffic, what: str) -> None:
         url, pid, begin = server
         target = Target(url)
         first, _ = footprint(target, pid, begin)
-        asyncio.run(target.calibrate(traffic.prompt))
-        measured = asyncio.run(target.load(traffic, 0))
+        uvloop.run(target.calibrate(traffic.prompt))
+        measured = uvloop.run(target.load(traffic, 0))
         peak = usage(pid).peak_bytes["engine"]
         rate = f"{measured.tokens_per_second:.2f} tokens/s, first after {measured.first_p50:.1f} s"
         print(

@@ -22,6 +22,7 @@ from urllib.request import Request, urlopen
 
 import psutil
 
+from ktransformers.server.bench.clients import lines
 from ktransformers.server.tenants.store import Store
 
 START_SECONDS = 120.0
@@ -121,7 +122,7 @@ async def _read(reader: asyncio.StreamReader, begin: float) -> Reply:
         headers[name.lower()] = value.strip()
     reply = Reply(status, headers)
     usage, last = b"", 0.0
-    async for line in reader:
+    async for line in lines(reader):
         if status != 200:
             if line.startswith(b"{"):
                 reply.code = str(json.loads(line)["error"]["code"])
