@@ -85,10 +85,6 @@ class Shelf:
         account = self._accounts.get(owner.id)
         return account.used if account is not None else 0
 
-    def owners(self) -> list[tuple[Owner, int]]:
-        """Who has how many bytes here."""
-        return [(account.owner, account.used) for account in self._accounts.values()]
-
     # ---- what is here
 
     def add(self, copy: Copy) -> None:

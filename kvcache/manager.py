@@ -12,6 +12,7 @@ Below the device there may be a host pool and a disk; the same holds for their c
 
 import hashlib
 from collections.abc import Callable, Iterable
+from weakref import WeakValueDictionary
 
 from ktransformers.kvcache.blocks import BlockId, BlockTable, Owner, State, Tier
 from ktransformers.kvcache.hashing import Chain, root_key
@@ -110,8 +111,10 @@ class KVCache:
         owner = self._owners.get(name)
         if owner is None:
             if len(self._owners) >= _MOST_OWNERS:
-                here = {o.id for shelf in self.tiers.shelves for o, _ in shelf.owners()}
-                self._owners = {name: o for name, o in self._owners.items() if name in here}
+                # Left are those that a block or a sequence still names: a tenant is never two.
+                named = WeakValueDictionary(self._owners)
+                self._owners.clear()
+                self._owners.update(named)
             owner = self._owners[name] = Owner(name)
         return owner
 

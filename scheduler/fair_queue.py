@@ -432,21 +432,19 @@ class FairQueue:
 
     def to_shed(self, terms: Tenant) -> Request | None:
         """Who is to make room for a request of this tenant when the queue is full: the newest of the tenant
-        whose queue is longest for its weight; None when that would be the asking tenant itself."""
+        whose queue is longest for its weight, of those that have one that has not begun; None when that would
+        be the asking tenant itself."""
         if self.rules.by_arrival:
             return None
         asking = self._tenants.members.get(terms.id)
         mine = ((asking.waiting if asking else 0) + 1) / max(terms.weight, 1 / 1000)
-        longest = max(self._with_waiting, key=lambda a: a.waiting / a.weight, default=None)
-        if longest is None or longest is asking or longest.waiting / longest.weight <= mine:
-            return None
-        found, most = None, 0
-        for user in longest.users.members.values():
-            if len(user.waiting) > most:
-                newest = next(reversed(user.waiting.values()))
-                if not newest.entered:  # what has begun is not taken back
-                    found, most = newest, len(user.waiting)
-        return found
+        longer = [a for a in self._with_waiting if a.waiting / a.weight > mine and a is not asking]
+        while longer:
+            longest = max(longer, key=lambda a: a.waiting / a.weight)
+            if (newest := _newest(longest)) is not None:
+                return newest
+            longer.remove(longest)
+        return None
 
     # ---- for the operator
 
@@ -487,3 +485,14 @@ class FairQueue:
         }
         if wrong := [name for name, bad in problems.items() if bad]:
             raise AssertionError(f"the fair queue is out of order: {', '.join(wrong)}")
+
+
+def _newest(account: Account) -> Request | None:
+    """Of its user who waits with most, of those whose newest has not begun: that is not taken back."""
+    found, most = None, 0
+    for user in account.users.members.values():
+        if len(user.waiting) > most:
+            newest = next(reversed(user.waiting.values()))
+            if not newest.entered:
+                found, most = newest, len(user.waiting)
+    return found

@@ -5,6 +5,7 @@ import random
 import pytest
 import three_tiers
 
+from ktransformers.kvcache import manager
 from ktransformers.kvcache.blocks import Tier
 from ktransformers.kvcache.manager import KVCache, owner_id
 
@@ -199,6 +200,19 @@ def test_the_weight_and_the_quota_say_what_one_is_entitled_to():
     shelf = cache.tiers.shelves[Tier.DEVICE]
     held = {n: shelf.of(cache._owners[owner_id(n)]) / BYTES for n in ("heavy", "light", "fixed")}
     assert abs(held["fixed"] - 30) <= 3 and abs(held["heavy"] - 20) <= 3 and abs(held["light"] - 10) <= 3
+
+
+def test_a_tenant_that_a_sequence_names_stays_itself_when_idle_ones_are_forgotten(monkeypatch):
+    monkeypatch.setattr(manager, "_MOST_OWNERS", 8)
+    cache = cache_of()
+    table = cache.open(b"", cache.owner("open"))
+    serve(cache, text(8, 1), "cached")
+    cached = cache.owner("cached")
+    for i in range(20):
+        cache.owner(f"idle {i}")
+    assert cache.owner("open") is table.owner
+    assert cache.owner("cached") is cached
+    assert len(cache._owners) <= 8
 
 
 def test_unused_space_is_borrowed():

@@ -119,6 +119,22 @@ def test_f17_another_users_request_makes_room_where_the_first_ones_has_begun():
     assert queue.to_shed(begun.tenant) is None
 
 
+def test_f17_the_next_longest_makes_room_where_all_of_the_longest_has_begun():
+    queue = FairQueue(Rules())
+    begun = [request_maker.request(n, "flood") for n in (1, 2, 3)]
+    for request in begun:
+        queue.push(request)
+        queue.enter(request, 0)
+        queue.leave(request)
+        request.entered = True
+    for request in begun:
+        queue.push_front(request)
+    for n in (4, 5):
+        queue.push(request_maker.request(n, "second"))
+    assert queue.to_shed(request_maker.request(6, "light").tenant).id == "r5"
+    assert queue.to_shed(request_maker.request(6, "second").tenant) is None
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_f6_nothing_starves(seed):
     """All that was let into the queue of an overloaded server is dispatched in the end."""
