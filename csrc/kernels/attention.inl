@@ -7,11 +7,15 @@
 // memory behind it may hold anything, NaN among it.
 //
 // Fast because queries (rows x heads of the group) are taken kQueries at a time: each key and value is loaded once for
-// all of them, and their sums stay in registers.
+// all of them, and their sums stay in registers. The softmax of some goes on while the scores of the next ones are summed.
 #pragma once
 
 namespace kt {
 namespace {
+
+// Vectors that cross lines take twice as long to store, so everything begins at a line of its own.
+constexpr int64_t kLine = 64 / sizeof(float);
+constexpr int64_t whole_lines(int64_t floats) { return (floats + kLine - 1) / kLine * kLine; }
 
 // What has been folded so far: for each query a maximum of its scores, a vector of sums of weights, and value_dim sums
 // of weighted values.
@@ -19,11 +23,11 @@ template <class Float>
 struct State {
   Float *maximum, *sum, *out;
   State(const AttentionTask& t, Float* at)
-      : maximum(at), sum(at + t.rows * t.group), out(sum + t.rows * t.group * kLanes) {}
+      : maximum(at), sum(at + whole_lines(t.rows * t.group)), out(sum + t.rows * t.group * kLanes) {}
 };
 
 size_t attention_state_floats(const AttentionTask& t) {
-  return static_cast<size_t>(t.rows * t.group * (1 + kLanes + t.value_dim));
+  return static_cast<size_t>(whole_lines(t.rows * t.group) + t.rows * t.group * (kLanes + t.value_dim));
 }
 
 // The working memory of a task.
@@ -40,15 +44,16 @@ struct Scratch {
     return kTileBlocks / 4 * (kSplitsPairs ? wide_block_bytes<FloatUnits>(t.head_dim) : wide_block_bytes<PairUnits>(t.head_dim));
   }
   static size_t floats(const AttentionTask& t) {
-    return static_cast<size_t>(t.rows * t.group * t.head_dim + kFolded * kTile + kWeights + wide_floats(t)) +
-           2 * attention_state_floats(t);
+    const int64_t q = whole_lines(t.rows * t.group * t.head_dim);
+    return static_cast<size_t>(kLine + wide_floats(t) + kFolded * kTile + kWeights + q) + 2 * attention_state_floats(t);
   }
   Scratch(const AttentionTask& t, float* at) {
-    wide = reinterpret_cast<uint8_t*>(at);  // first: as well aligned as the memory
+    at = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(at) + 63) / 64 * 64);
+    wide = reinterpret_cast<uint8_t*>(at);
     scores = at + wide_floats(t);
     weights = reinterpret_cast<Pair*>(scores + kFolded * kTile);
     q = scores + kFolded * kTile + kWeights;
-    part = q + t.rows * t.group * t.head_dim;
+    part = q + whole_lines(t.rows * t.group * t.head_dim);
     total = part + attention_state_floats(t);
   }
 };
@@ -80,8 +85,6 @@ inline Front make_front(const AttentionTask& t, int64_t first, int count, int64_
   f.all_high = most(f.all_low, f.all_high / 2 * 2);
   return f;
 }
-
-constexpr Front kSeesAll = {{}, {kTile, kTile, kTile, kTile, kTile, kTile}, 0, kTile, 0, kTile};
 
 // The queries, scaled so that scores are logarithms to base 2 (or, with a softcap, what its tanh takes).
 inline void prepare_queries(const AttentionTask& t, float* q) {
@@ -130,15 +133,22 @@ inline void widen_tile(const AttentionTask& t, uint8_t* wide, Tile& tile) {
 struct Folding {
   void (*widen)(const AttentionTask&, uint8_t*, Tile&);
   void (*fold)(const AttentionTask&, const Front*, int, const Queries&, const Tile&);
+  void (*fold_whole)(const AttentionTask&, const Front*, int, const Queries&, const Tile&);  // where all see all of it
   int64_t q_floats;  // of a query
 };
 
 inline Folding folding_of(const AttentionTask& t) {
-  if (t.format == KvFormat::kLatent) return {nullptr, fold_tile<RowCells>, RowCells::q_floats(t)};
+  if (t.format == KvFormat::kLatent) return {nullptr, fold_tile<RowCells>, fold_tile<RowCells>, RowCells::q_floats(t)};
   const int64_t q_floats = PairCells<PairUnits>::q_floats(t);
   if constexpr (kSplitsPairs)
-    if (t.rows * t.group >= kSplitFrom) return {widen_tile<FloatUnits>, fold_tile<PairCells<FloatUnits>>, q_floats};
-  return {t.format == KvFormat::kInt8 ? widen_tile<PairUnits> : nullptr, fold_tile<PairCells<PairUnits>>, q_floats};
+    if (t.rows * t.group >= kSplitFrom) {
+      const auto fold = fold_tile<PairCells<FloatUnits>>;
+      return {widen_tile<FloatUnits>, fold, fold, q_floats};
+    }
+  const auto fold = fold_tile<PairCells<PairUnits>>;
+  if constexpr (kOverlaps)
+    if (t.format == KvFormat::kBF16 && t.softcap == 0.0f) return {nullptr, fold, fold_whole_tile<PairUnits>, q_floats};
+  return {t.format == KvFormat::kInt8 ? widen_tile<PairUnits> : nullptr, fold, fold, q_floats};
 }
 
 void fold_span(const AttentionTask& t, int64_t span, float* at, const Scratch& scratch) {
@@ -161,7 +171,7 @@ void fold_span(const AttentionTask& t, int64_t span, float* at, const Scratch& s
         fronts[m / kQueries] = all ? kSeesAll : make_front(t, i + m, least(kQueries, count - m), start);
       const Queries x = {scratch.q + i * folding.q_floats, state.maximum + i, state.sum + i * kLanes, state.out + i * t.value_dim,
                          scratch.scores, scratch.weights};
-      folding.fold(t, fronts, count, x, tile);
+      (all ? folding.fold_whole : folding.fold)(t, fronts, count, x, tile);
       for (int b = 0; b < kTileBlocks; ++b) tile.ahead[b] = tile.block[b];
     }
   }
@@ -170,26 +180,28 @@ void fold_span(const AttentionTask& t, int64_t span, float* at, const Scratch& s
 // total becomes what total and then part, the state of `span`, have seen. Queries that the span does not reach stay,
 // and those for which it is the first start with it: which ones depends on positions only.
 void merge(const AttentionTask& t, int64_t span, const State<float>& total, const State<const float>& part) {
-  for (int64_t i = 0; i < t.rows * t.group; ++i) {
-    const int64_t position = t.first_position + i / t.group;
-    const int64_t from = first_seen(t, position);
-    if (span < from / kSpanTokens || span > position / kSpanTokens) continue;
-    float factors[kLanes] = {kMinusInfinity, 0.0f};
-    float top = part.maximum[i];
-    if (span > from / kSpanTokens) {
-      top = total.maximum[i] > top ? total.maximum[i] : top;
-      const float shift = top == kMinusInfinity ? 0.0f : top;
-      factors[0] = total.maximum[i] - shift;
-      factors[1] = part.maximum[i] - shift;
+  const int64_t queries = t.rows * t.group;
+  const auto first_span = [&](int64_t i) { return first_seen(t, t.first_position + i / t.group) / kSpanTokens; };
+  for (int64_t some = 0; some < queries; some += kLanes) {
+    const int n = static_cast<int>(queries - some < kLanes ? queries - some : kLanes);
+    float before[kLanes], of_total[kLanes], of_part[kLanes], tops[kLanes];
+    for (int i = 0; i < n; ++i) before[i] = span > first_span(some + i) ? total.maximum[some + i] : kMinusInfinity;
+    const Floats old = load_n(before, n), now = load_n(part.maximum + some, n), top = max(old, now);
+    const Floats shift = select_less(set1(kMinusInfinity), top, top, set1(0.0f));
+    store(tops, top);
+    store(of_total, exp2(old - shift));
+    store(of_part, exp2(now - shift));
+    for (int m = 0; m < n; ++m) {
+      const int64_t i = some + m, first = first_span(i);
+      if (span < first || span > (t.first_position + i / t.group) / kSpanTokens) continue;
+      total.maximum[i] = tops[m];
+      const auto add = [&](float* into, const float* from_part) {
+        const Floats x = load(from_part) * set1(of_part[m]);
+        store(into, span == first ? x : fma(load(into), set1(of_total[m]), x));
+      };
+      add(total.sum + i * kLanes, part.sum + i * kLanes);
+      for (int64_t d = i * t.value_dim; d < (i + 1) * t.value_dim; d += kLanes) add(total.out + d, part.out + d);
     }
-    store(factors, exp2_of_negative(load(factors)));
-    total.maximum[i] = top;
-    const auto add = [&](float* into, const float* from_part) {
-      const Floats x = load(from_part) * set1(factors[1]);
-      store(into, span == from / kSpanTokens ? x : fma(load(into), set1(factors[0]), x));
-    };
-    add(total.sum + i * kLanes, part.sum + i * kLanes);
-    for (int64_t d = i * t.value_dim; d < (i + 1) * t.value_dim; d += kLanes) add(total.out + d, part.out + d);
   }
 }
 
@@ -199,7 +211,7 @@ inline float last_factor(const AttentionTask& t, const State<float>& total, int6
   if (t.sinks == nullptr) return 1.0f / sum;
   const float sink = t.sinks[i % t.group] * kLog2E, top = total.maximum[i] > sink ? total.maximum[i] : sink;
   float factors[kLanes] = {total.maximum[i] - top, sink - top};
-  store(factors, exp2_of_negative(load(factors)));
+  store(factors, exp2(load(factors)));
   return factors[0] / (sum * factors[0] + factors[1]);
 }
 
@@ -217,7 +229,10 @@ void attention(const AttentionTask& t, float* memory) {
   const State<float> total(t, scratch.total);
   const State<const float> part(t, scratch.part);
   const int64_t last = (t.first_position + t.rows - 1) / kSpanTokens;
-  for (int64_t span = first_seen(t, t.first_position) / kSpanTokens; span <= last; ++span) {
+  int64_t span = first_seen(t, t.first_position) / kSpanTokens;
+  // The first of every query needs no merging.
+  if (first_seen(t, t.first_position + t.rows - 1) / kSpanTokens == span) fold_span(t, span++, scratch.total, scratch);
+  for (; span <= last; ++span) {
     fold_span(t, span, scratch.part, scratch);
     merge(t, span, total, part);
   }

@@ -18,7 +18,7 @@ struct RowCells {
   }
   static Floats weigh(const Queries& x, const Tile&, int first, int last, Floats shift, Floats total) {
     for (int b = first; b < last; ++b) {
-      const Floats weights = exp2_of_negative(kt::load(x.scores + b * kBlock) - shift);
+      const Floats weights = exp2(kt::load(x.scores + b * kBlock) - shift);
       store(x.scores + b * kBlock, weights);
       total = total + weights;
     }

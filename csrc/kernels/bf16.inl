@@ -14,7 +14,12 @@ using Pair = uint32_t;  // the even element in the lower half
 inline void store_bf16(uint16_t* out, Floats x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)));
 }
-inline void store_pairs(Pair* out, Floats x) { store_bf16(reinterpret_cast<uint16_t*>(out), x); }
+// Returns what it has stored, as floats.
+inline Floats store_pairs(Pair* out, Floats x) {
+  const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), rounded);
+  return as_floats(shift_left<16>(Ints{_mm512_cvtepu16_epi32(rounded)}));
+}
 // acc + the products of both elements
 inline Floats dot_pair(Floats acc, Ints both, const Pair& pair) {
   return dot_bf16(acc, both, set1_int(static_cast<int32_t>(pair)));
@@ -39,7 +44,11 @@ inline void store_bf16(uint16_t* out, Floats x) {
   store_ints(rounded, as_ints(round_to_bf16(x)));
   for (int i = 0; i < kLanes; ++i) out[i] = static_cast<uint16_t>(static_cast<uint32_t>(rounded[i]) >> 16);
 }
-inline void store_pairs(Pair* out, Floats x) { store(&out->even, round_to_bf16(x)); }
+inline Floats store_pairs(Pair* out, Floats x) {
+  const Floats rounded = round_to_bf16(x);
+  store(&out->even, rounded);
+  return rounded;
+}
 inline Floats dot_pair(Floats acc, Ints both, const Pair& pair) {
   acc = fma(as_floats(both & set1_int(-65536)), set1(pair.odd), acc);
   return fma(as_floats(shift_left<16>(both)), set1(pair.even), acc);

@@ -26,9 +26,9 @@ inline Floats exp(Floats x) {
   return (p * as_floats(shift_left<23>(half + bias))) * as_floats(shift_left<23>(n - half + bias));
 }
 
-// 2^x for x <= 0, to about 1 ulp. Exactly 1 at 0; 0 below -126; NaN for NaN only. x is rounded downwards, so that no
+// 2^x for x <= 126, to about 1 ulp. Exactly 1 at 0; 0 below -126; NaN for NaN only. x is rounded downwards, so that no
 // result is denormal.
-inline Floats exp2_of_negative(Floats x) {
+inline Floats exp2(Floats x) {
   x = max(set1(-126.75f), x);
   const Ints n = round_to_ints(x - set1(0.5f));
   const Floats r = x - to_floats(n);
@@ -44,7 +44,7 @@ inline Floats exp2_of_negative(Floats x) {
 
 // The same to 1e-4, for what is rounded to bfloat16. 1.5 * 2^23 + 127 rounds to integers, and leaves those with their
 // bias in the lowest bits.
-inline Floats coarse_exp2_of_negative(Floats x) {
+inline Floats coarse_exp2(Floats x) {
   const Floats rounder = set1(12583039.0f);
   x = max(set1(-126.75f), x);
   const Floats n = x + rounder;

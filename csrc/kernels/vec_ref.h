@@ -83,6 +83,12 @@ inline Floats max(Floats a, Floats b) {
 inline Floats select_less(Floats a, Floats b, Floats x, Floats y) {
   return lanes<Floats>([&](int i) { return a.v[i] < b.v[i] ? x.v[i] : y.v[i]; });
 }
+// Bit i: a < b in lane i.
+inline uint32_t which_less(Floats a, Floats b) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(a.v[i] < b.v[i]) << i;
+  return bits;
+}
 // Halves added together until one is left: the one order of every horizontal sum.
 inline float hsum(Floats a) {
   for (int w = kLanes / 2; w > 0; w /= 2)

@@ -54,6 +54,13 @@ RowFunction make_store_latent(const KernelTable& table, const Values& values, co
 
 namespace {
 
+constexpr size_t kLine = 64 / sizeof(float);
+
+// Vectors that cross lines take longer to store.
+float* first_line(std::vector<float>& memory) {
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+}
+
 // Heads that read the same latent rows one after another, in one unit of work.
 int64_t latent_group(int64_t heads) {
   for (int64_t group = 8; group > 1; --group)
@@ -79,7 +86,6 @@ AttentionMemory::AttentionMemory(const KernelTable& table, const std::vector<Op>
     } else {
       continue;
     }
-    constexpr size_t kLine = 64 / sizeof(float);
     stride = std::max(stride, (table.attention_scratch_floats(task) + kLine - 1) / kLine * kLine);
   }
   scratch.resize(stride * threads);
@@ -150,11 +156,11 @@ class Attention {
         floats += table_.attention_state_floats(t);
       }
     }
-    if (memory_.states.size() < floats) memory_.states.resize(floats);
+    if (memory_.states.size() < floats + kLine) memory_.states.resize(floats + kLine);
+    float* states = first_line(memory_.states);
     pool.parallel_for(static_cast<int64_t>(parts.size()), [&](int64_t i, int thread) {
       const AttentionMemory::Part& part = parts[i];
       const AttentionTask t = task(step, part.unit);
-      float* states = memory_.states.data();
       table_.attention_span(t, part.span, states + part.state, scratch(thread));
       if (memory_.unfinished[part.unit].fetch_sub(1, std::memory_order_acq_rel) == 1)
         table_.attention_merge(t, states + part.states, scratch(thread));

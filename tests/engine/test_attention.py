@@ -134,6 +134,23 @@ def test_bits_do_not_depend_on_chunks_or_neighbours(small: Any, shape: Any, isa:
     np.testing.assert_array_equal(got[30:-1], whole[64:])
 
 
+def test_maxima_that_rise(small: Any, shape: Any) -> None:
+    """Scores so far apart that what was summed has to be scaled again and again: right, and of equal bits on
+    every instruction set and in any chunks."""
+    q, k, v = tables(shape)
+    tables_ = exact_queries(shape, q * 15), k, v
+    program = small.attention_program(shape, *tables_)
+    tokens, blocks = tokens_of(shape, LENGTH, 11), list(range(13))
+    executors = [small.executor(program, isa, threads=2) for isa in ISAS]
+    results = [ex.logits(small.batch(small.Part(tokens, 0, blocks))) for ex in executors]
+    q, k, v = (t[tokens] for t in tables_)
+    want, most = oracle(shape, q, k, v), oracle(shape, q, k, np.abs(v))
+    np.testing.assert_array_less(np.abs(results[0] - want), (2**-8 + 1e-3) * most + 2e-5)
+    for ex, got in zip(executors, results, strict=True):
+        np.testing.assert_array_equal(got, results[0])
+        np.testing.assert_array_equal(small.chunked(ex, tokens, blocks, 23), got)
+
+
 @pytest.mark.parametrize("isa", [i for i in ISAS if i != "reference"] or ISAS)
 def test_bits_do_not_depend_on_who_computes_the_spans(small: Any, shape: Any, isa: str) -> None:
     """Law 1 over three spans: one thread a unit in the large step, spans apart in the small ones."""
