@@ -12,7 +12,9 @@ long instead. Where two are compared both are up, and asked in turns.
 import argparse
 import asyncio
 import random
+import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -350,6 +352,7 @@ def main() -> None:
     parser.add_argument("kind", choices=kinds)
     parser.add_argument("--seconds", type=float, help="about how long it measures")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is stopped
     with tempfile.TemporaryDirectory(prefix="ktransformers-bench-") as folder:
         kinds[arguments.kind](Path(folder), arguments.seconds)
 
