@@ -20,7 +20,8 @@ SCOPES = (READ, REQUEST, READ_ALL)
 KEY_PREFIX, ADMIN_KEY_PREFIX = "kt-", "kt-admin-"
 MAX_NAME = 64
 
-Limit = Annotated[int, Meta(ge=1, le=(1 << 53) - 1)]
+MAX_LIMIT = (1 << 53) - 1
+Limit = Annotated[int, Meta(ge=1, le=MAX_LIMIT)]
 
 
 class StoreError(ValueError):
@@ -177,6 +178,15 @@ def check_weight(weight: float) -> float:
     if not MIN_WEIGHT <= weight <= MAX_WEIGHT:  # NaN is neither
         raise StoreError(f"a weight is between {MIN_WEIGHT:g} and {MAX_WEIGHT:g}")
     return weight
+
+
+def check_limits(limits: Limits) -> Limits:
+    """What the store could not read back is not written. Errors: StoreError."""
+    for name in Limits.__struct_fields__:
+        value = getattr(limits, name)
+        if value is not None and not 1 <= value <= MAX_LIMIT:
+            raise StoreError(f"{name.replace('_', ' ')}: a limit is between 1 and {MAX_LIMIT}")
+    return limits
 
 
 def check_scopes(scopes: frozenset[str]) -> frozenset[str]:

@@ -24,6 +24,7 @@ from ktransformers.server.tenants.records import (
     Project,
     PublicPrefix,
     StoreError,
+    check_limits,
     check_name,
     check_scopes,
     check_weight,
@@ -125,8 +126,8 @@ class Store:
         """Errors: StoreError, Conflict."""
         _check_priority(priority)
         project = Project(
-            new_id("proj"), check_name(name), now(), None, check_weight(weight), priority, limits,
-            frozenset(models),
+            new_id("proj"), check_name(name), now(), None, check_weight(weight), priority,
+            check_limits(limits), frozenset(models),
         )  # fmt: skip
         details = {"name": name, "weight": weight, "priority": priority, "limits": limits}
         try:
@@ -143,6 +144,7 @@ class Store:
         project = msgspec.structs.replace(before, **changes)
         check_name(project.name)
         check_weight(project.weight)
+        check_limits(project.limits)
         _check_priority(project.priority)
         details = {k: sorted(v) if isinstance(v, frozenset) else v for k, v in changes.items()}
         try:
@@ -299,7 +301,7 @@ class Store:
         project = account.project if account else ""
         key = Key(
             new_id("key"), project, account.id if account else "", check_name(name), digest, redacted,
-            check_scopes(frozenset(scopes)), limits, now(), expires_at, None,
+            check_scopes(frozenset(scopes)), check_limits(limits), now(), expires_at, None,
         )  # fmt: skip
         details = {"name": name, "scopes": sorted(key.scopes), "expires_at": expires_at, "limits": limits}
         action = "api_key.created" if account else "tenant.admin_api_key.created"
@@ -311,6 +313,7 @@ class Store:
         """Change scopes, expires_at or limits. Errors: StoreError."""
         changed = msgspec.structs.replace(key, **changes)
         check_scopes(changed.scopes)
+        check_limits(changed.limits)
         details = {k: sorted(v) if isinstance(v, frozenset) else v for k, v in changes.items()}
         with self.database.act(actor, "api_key.updated", key.project, key.id, details) as db:
             db.execute(

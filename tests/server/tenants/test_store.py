@@ -92,6 +92,21 @@ def test_bad_weights(store: Store, weight: float) -> None:
         store.create_project("a", "test", weight=weight)
 
 
+@pytest.mark.parametrize("limit", [0, -1, 1 << 53, 10**20])
+def test_a_limit_that_could_not_be_read_back_is_not_written(store: Store, limit: int) -> None:
+    bad, project = Limits(tokens_per_day=limit), store.create_project("a", "test")
+    key, _ = store.create_key(store.create_account(project.id, "b", "test"), "b", "test")
+    for write in (
+        lambda: store.create_project("c", "test", limits=bad),
+        lambda: store.change_limits(project.id, "test", {"tokens_per_day": limit}),
+        lambda: store.create_key(None, "d", "test", limits=bad),
+        lambda: store.change_key(key, "test", limits=bad),
+    ):
+        with pytest.raises(StoreError, match="tokens per day"):
+            write()
+    assert store.projects() == [project] and store.keys(project.id) == [key]
+
+
 def test_a_key_is_kept_as_its_hash_only(store: Store) -> None:
     project = store.create_project("a", "test")
     account = store.create_account(project.id, "u", "test")
