@@ -93,7 +93,9 @@ async def tokens_of(generator: Generator, body: dict[str, object]) -> list[int]:
     """What a prompt that begins with it begins with. Raises RequestError for what is neither."""
     text, messages = body.get("text"), body.get("messages")
     if isinstance(text, str) and messages is None:
-        return await generator.text_prompt(text)
+        if tokens := await generator.text_prompt(text):
+            return tokens
+        raise RequestError("invalid_value", "a public prefix must not be empty")
     if isinstance(messages, list) and text is None:
         return await generator.chat_prompt(messages)
     raise RequestError("invalid_value", "a public prefix is either a text or a list of messages")

@@ -183,11 +183,25 @@ def publish(name: str, file: str, messages: bool) -> None:
     try:
         text = Path(file).read_text(encoding="utf-8")
         body = {"messages": json.loads(text)} if messages else {"text": text}
+        if messages:
+            _check_messages(body["messages"])
+        elif not text:
+            raise ValueError("is empty")
     except (OSError, ValueError) as error:
-        raise StoreError(f"{file}: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise StoreError(f"{file}: {why}") from None
     with _store() as (store, actor):
         made = store.publish(name, body, actor)
     print(f"{made.name}  {made.id}")
+
+
+def _check_messages(messages: object) -> None:
+    """Whether a conversation may begin so. Errors: ValueError."""
+    from ktransformers.server.text.messages import template_messages
+
+    if not isinstance(messages, list):
+        raise ValueError("is not a list of messages")
+    template_messages(messages)
 
 
 def published() -> None:

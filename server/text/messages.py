@@ -80,12 +80,14 @@ def template_messages(messages: Sequence[Mapping[str, object]]) -> list[dict[str
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
-def _message(message: Mapping[str, object], where: str) -> dict[str, object]:
+def _message(message: object, where: str) -> dict[str, object]:
+    if not isinstance(message, Mapping):
+        raise MessageError(f"{where}: must be an object")
     if unknown := sorted(message.keys() - _FIELDS):
         raise MessageError(f"{where}.{unknown[0]:.40}: not supported")
     role = message.get("role")
     role = "system" if role == "developer" else role
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise MessageError(f"{where}.role: must be one of system, developer, user, assistant, tool")
     calls = message.get("tool_calls")
     out: dict[str, object] = {"role": role, "content": _content(message.get("content"), f"{where}.content")}

@@ -134,6 +134,31 @@ def test_what_is_wrong_is_said_in_a_line(run, store: Store, arguments: list[str]
     assert [p.name for p in store.projects()] == ["taken"] and store.keys(store.project("taken").id) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "flags", "says"),
+    [
+        ("", [], "empty"),
+        ("no JSON", ["--messages"], "line 1"),
+        ('{"role": "user"}', ["--messages"], "list of messages"),
+        ("[]", ["--messages"], "must not be empty"),
+        ("[1]", ["--messages"], "messages[0]"),
+        ('[{"role": ["user"], "content": "x"}]', ["--messages"], "role"),
+        ('[{"role": "user"}]', ["--messages"], "content"),
+        (None, [], "No such file"),
+    ],
+)
+def test_what_cannot_be_a_prompt_is_not_published(
+    run, store: Store, tmp_path: Path, text: str | None, flags: list[str], says: str
+) -> None:
+    file = tmp_path / "prefix"
+    if text is not None:
+        file.write_text(text)
+    code, out, err = run("publish", "p", str(file), *flags)
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert err.startswith(f"ktransformers: {file}: ") and says in err and "Errno" not in err
+    assert store.public_prefixes() == []
+
+
 def test_a_damaged_store_is_said_in_a_line(run, tmp_path: Path) -> None:
     folder = tmp_path / "ktransformers" / "tenants"
     folder.mkdir(parents=True)

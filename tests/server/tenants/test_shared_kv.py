@@ -93,6 +93,20 @@ async def test_what_is_registered_is_computed_in_public_and_withdrawn(office, co
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("body", [{"text": ""}, {"messages": {}}, {}])
+async def test_what_cannot_be_a_prompt_keeps_nothing_else_from_being_public(
+    office, scheduler, body: dict[str, object]
+) -> None:
+    office.store.publish("bad", body, "test")
+    office.store.publish("good", {"text": "hi there"}, "test")
+    office.tenant("last")  # when the server has seen it, it has seen the others
+    app = office.app()
+    office.follow()
+    await PublicPrefixes(app.state.service.generator, office.directory).follow()
+    assert len(scheduler.submits) == 1 and scheduler.submits[0].tokens
+
+
+@pytest.mark.anyio
 async def test_no_tenant_may_publish(office, connect) -> None:
     _, key = office.tenant("alice")
     office.admin()

@@ -105,6 +105,8 @@ def test_marks_leave_the_text_as_it_was(tiny: TextModel) -> None:
         ([], "messages: must not be empty"),
         ([{"role": "root", "content": "x"}], r"messages\[0\].role"),
         ([{"content": "x"}], r"messages\[0\].role"),
+        ([{"role": ["user"], "content": "x"}], r"messages\[0\].role"),
+        ([1], r"messages\[0\]: must be an object"),
         (user(None), r"messages\[0\].content: missing"),
         (user(3), r"messages\[0\].content: must be"),
         (user({"text": "x"}), r"messages\[0\].content: must be"),
