@@ -41,11 +41,13 @@ def local_models() -> list[LocalModel]:
     named = [(path.stem, path) for path in models_dir().glob("*.gguf")]
     named += [(path.parent.name, path.parent) for path in models_dir().glob("*/config.json")]
     found += sorted(named)
-    return [LocalModel(name, path, _size(path)) for name, path in found]
+    # A link into nowhere is none.
+    return [LocalModel(name, path, _size(path)) for name, path in found if path.exists()]
 
 
 def _size(path: Path) -> int:
-    return sum(p.stat().st_size for p in path.glob("*.safetensors")) if path.is_dir() else path.stat().st_size
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.exists())
 
 
 def resolve(name: str) -> Path:

@@ -195,9 +195,10 @@ def test_models_and_names(said: Said, home: Path) -> None:
     folder = home / ".local/share/ktransformers/models"
     folder.mkdir(parents=True)
     (folder / "mine.gguf").write_bytes(b"GGUF" + bytes(996))
+    (folder / "gone.gguf").symlink_to(home / "moved.gguf")
     code, out, _ = said.run("models")
     assert code == 0
-    assert str(folder / "mine.gguf") in out
+    assert str(folder / "mine.gguf") in out and "gone" not in out
     file = folder / "mine.gguf"
     assert resolve("mine") == resolve("mine.gguf") == resolve(str(file)) == file
     assert [model.name for model in local_models()][-1] == "mine"
