@@ -62,8 +62,10 @@ class Server:
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         method = "GET" if body is None else "POST"
+        # What was typed, or piped, in another encoding has surrogates, which no JSON may.
+        data = None if body is None else json.dumps(body, ensure_ascii=False).encode(errors="replace")
         try:
-            connection.request(method, self._path + path, None if body is None else json.dumps(body), headers)
+            connection.request(method, self._path + path, data, headers)
             response = connection.getresponse()
             if response.status != 200:
                 raise ChatError(_refusal(response))

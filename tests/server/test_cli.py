@@ -354,6 +354,15 @@ def test_conversation(said: Said, url: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert Fake.bodies[2]["messages"] == [system, {"role": "user", "content": "four"}]
 
 
+def test_what_is_no_utf8_is_sent_as_question_marks(
+    said: Said, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9 \xc3\xa9\n"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", typed)
+    said.run("chat", "--url", url)
+    assert Fake.bodies[0]["messages"] == [{"role": "user", "content": "caf? é"}]
+
+
 def test_refusal_and_silence(said: Said, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("refuse\nagain\n"))
     code, out, err = said.run("chat", "--url", url)
