@@ -343,4 +343,6 @@ def check_listening(config: ServerConfig) -> ServerConfig:
             errno.EACCES: "; ports below 1024 need a privilege, take a higher --port",
         }.get(error.errno or 0, "")
         where = f"{config.host} port {config.port}"
-        raise ConfigError(f"cannot listen on {where}: {os.strerror(error.errno or 0)}{hint}") from None
+        # A name that is not found has numbers of its own.
+        why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        raise ConfigError(f"cannot listen on {where}: {why}{hint}") from None

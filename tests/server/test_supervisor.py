@@ -383,6 +383,17 @@ def test_port_is_checked_before_anything_starts() -> None:
         check_listening(msgspec.structs.replace(make_config(), host="192.0.2.1"))
 
 
+def test_a_host_that_is_not_found_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config()
+
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "create_server", unknown)
+    with pytest.raises(ConfigError, match="Name or service not known"):
+        check_listening(config)
+
+
 def test_folder_is_ours_alone_and_removed(tmp_path: Path) -> None:
     base = tmp_path / "runtime"
     with run_folder([base]) as folder:
