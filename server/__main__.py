@@ -133,14 +133,15 @@ async def _serve(config: ServerConfig, directory: Directory, limiter: Limiter) -
 
 async def _serve_admin(service: Service, listener: socket.socket | None) -> None:
     """Serve the admin API, as soon as there is a key that opens it."""
-    config = service.config
+    config, said = service.config, ""
     while listener is None:
         await asyncio.sleep(ADMIN_POLL_SECONDS)
         if service.directory.view.has_admin:
             try:
                 listener = _listen_for_admin(config)
             except ConfigError as error:
-                log.error("no admin API: %s", error)
+                if said != (said := str(error)):
+                    log.error("no admin API until it can: %s", error)
     log.info("admin API on %s port %d", *listener.getsockname()[:2])
     app = make_admin_app(replace(service, keys=AdminKeys(service.directory)))
     await AdminServer(_uvicorn(app)).serve([listener])

@@ -1,12 +1,17 @@
 """The official client, unmodified, drives the admin API; what it must not do is refused by name."""
 
+import asyncio
+import logging
+import socket
 import time
+from types import SimpleNamespace
 
 import httpx
 import msgspec
 import openai
 import pytest
 
+import ktransformers.server.__main__ as api_process
 from ktransformers.scheduler.protocol import TenantStatus
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -260,3 +265,23 @@ def test_tenants_in_metrics_are_bounded(both, office, scheduler) -> None:
     assert 'ktransformers_tenant_due_units_total{tenant="tenant 3"} 5.0' in text
     assert 'ktransformers_tenant_backlogged_service_units_total{tenant="tenant 3"} 4.0' in text
     assert 'ktransformers_tenant_service_units_total{tenant="other"} 60.0' in text
+
+
+@pytest.mark.anyio
+async def test_a_port_that_is_taken_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(api_process, "ADMIN_POLL_SECONDS", 0.01)
+    caplog.set_level(logging.ERROR)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        service = SimpleNamespace(
+            config=SimpleNamespace(admin_port=taken.getsockname()[1]),
+            directory=SimpleNamespace(view=SimpleNamespace(has_admin=True)),
+        )
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await api_process._serve_admin(service, None)  # type: ignore[arg-type]
+    assert [record.message for record in caplog.records if "admin" in record.message] == [
+        f"no admin API until it can: setting 'admin_port': cannot listen on 127.0.0.1 "
+        f"port {service.config.admin_port}: Address already in use"
+    ]
