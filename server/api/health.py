@@ -39,6 +39,7 @@ async def readyz(request: Request) -> Response:
     return PlainTextResponse(detail + "\n", 200 if ready else 503, {} if ready else {"Retry-After": "1"})
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", operation_id="healthz")
 @requires(Role.PUBLIC)
 async def healthz(request: Request) -> Response:

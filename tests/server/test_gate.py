@@ -299,7 +299,7 @@ async def test_every_answer_carries_the_headers(app: FastAPI, connect, path: str
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("path", ["/", "/livez", "/readyz", "/api/version", "/api/tags"])
+@pytest.mark.parametrize("path", ["/", "/livez", "/readyz", "/healthz", "/api/version", "/api/tags"])
 async def test_head_for_those_who_only_look(app: FastAPI, connect, path: str) -> None:
     async with connect(app) as client:
         assert (await client.head(path)).status_code == (await client.get(path)).status_code == 200
