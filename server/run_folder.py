@@ -58,8 +58,12 @@ def write_configurations(config: ServerConfig, folder: Path) -> ServerConfig:
             encoded = msgspec.json.encode(settings)
         except UnicodeEncodeError as error:
             raise ConfigError(f"{error.object!r}: not UTF-8, as paths and text have to be") from None
-        with open(os.open(folder / f"{role}.json", flags, 0o600), "wb") as stream:
-            stream.write(encoded)
+        path = folder / f"{role}.json"
+        try:
+            with open(os.open(path, flags, 0o600), "wb") as stream:
+                stream.write(encoded)
+        except OSError as error:  # of a write it does not name the file
+            raise ConfigError(f"cannot write {path}: {error.strerror}") from None
     return config
 
 

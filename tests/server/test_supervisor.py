@@ -419,6 +419,19 @@ def test_a_path_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
         write_configurations(config, folder)
 
 
+def test_a_configuration_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # without a file, as of a write
+
+    with run_folder([tmp_path / "runtime"]) as folder:
+        monkeypatch.setattr(os, "open", full)
+        with pytest.raises(ConfigError, match=rf"{folder}/engine\.json: No space left"):
+            write_configurations(make_config(), folder)
+        monkeypatch.undo()
+
+
 def test_folders_of_killed_servers_are_swept_and_no_others(tmp_path: Path) -> None:
     code = "import sys, os, signal; from pathlib import Path\n"
     code += "from ktransformers.server.run_folder import run_folder\n"
