@@ -30,6 +30,8 @@ EXIT_OK, EXIT_CONFIG, EXIT_INTERNAL, EXIT_DRAIN_TIMEOUT = 0, 1, 70, 75
 
 STOP_SECONDS = 5.0
 """What scheduler and engine may take to end, and the API beyond its drain timeout."""
+SAME_SIGNAL_SECONDS = 0.25
+"""A second signal so soon is the first again: `timeout` sends it to us and to our group."""
 READY_POLL_SECONDS = 0.05
 ANSWER_SECONDS = 2.0
 PROBE_SECONDS = 5.0
@@ -95,6 +97,7 @@ class Supervisor:
         """Children that are being started: they run, and their numbers are not known yet."""
         self._stopping = False
         self._hurry = asyncio.Event()
+        self._signalled = 0.0
 
     async def run(self, announce: Callable[[str], None]) -> int:
         """Until a signal or an error that restarting does not help; the exit code.
@@ -126,10 +129,12 @@ class Supervisor:
                     await process.wait()
 
     def _on_signal(self) -> None:
-        if self._end.done():
-            self._hurry.set()
-        else:
+        now = time.monotonic()
+        if not self._end.done():
             self._end.set_result(None)
+            self._signalled = now
+        elif now - self._signalled > SAME_SIGNAL_SECONDS:
+            self._hurry.set()
 
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         """What a task cannot handle must end the server: nobody would restart that child any more."""
