@@ -1,6 +1,7 @@
 """`python -m ktransformers.server CONFIG.json`: the API process. The supervisor starts it."""
 
 import asyncio
+import errno
 import gc
 import logging
 import os
@@ -174,8 +175,10 @@ def _listen(setting: str, host: str, port: int) -> socket.socket:
     try:
         listener = socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
-        message = f"setting '{setting}': cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}"
-        raise ConfigError(message) from None
+        why = os.strerror(error.errno or 0)
+        if error.errno == errno.EADDRINUSE:
+            why += f"; stop what listens there, or take another --{setting.replace('_', '-')}"
+        raise ConfigError(f"setting '{setting}': cannot listen on {host} port {port}: {why}") from None
     listener.setblocking(False)
     log.debug("listening on %s port %d", *listener.getsockname()[:2])
     return listener

@@ -13,6 +13,7 @@ from contextlib import aclosing
 
 import msgspec
 
+from ktransformers.engine.logs import frames
 from ktransformers.scheduler.client import RequestFailed
 from ktransformers.scheduler.protocol import PRIORITIES, PUBLIC_SCOPE, Sampling, Submit, Tenant
 from ktransformers.server.errors import RequestError
@@ -42,16 +43,20 @@ class PublicPrefixes:
     async def run(self) -> None:
         """Until cancelled."""
         while True:
+            pause = LOOK_SECONDS
             try:
                 await self.follow()
             except (RequestError, RequestFailed) as error:
                 log.debug("public prefixes wait: %s", error)
-            await asyncio.sleep(LOOK_SECONDS)
+            except Exception as error:  # of one of them, with which the others must not end
+                log.error("public prefixes cannot be followed: %s", frames(error))
+                pause = AGAIN_SECONDS
+            await asyncio.sleep(pause)
 
     async def follow(self) -> None:
         """Withdraw what is registered no more, compute what is new or may be lost.
 
-        Errors: RequestError, RequestFailed while the engine is not ready or is full.
+        Errors: RequestError while the engine is not ready; RequestFailed when some could not be computed.
         """
         wanted = {prefix.id: prefix for prefix in self._directory.view.prefixes}
         gone = [name for name in self._tokens if name not in wanted]
@@ -61,9 +66,15 @@ class PublicPrefixes:
             # What was withdrawn may have been the beginning of others, too.
             self._tokens.clear()
             self._due = time.monotonic() + AGAIN_SECONDS
+        failure: RequestFailed | None = None
         for prefix in wanted.values():
             if prefix.id not in self._tokens:
-                self._tokens[prefix.id] = await self._compute(prefix)
+                try:
+                    self._tokens[prefix.id] = await self._compute(prefix)
+                except RequestFailed as error:
+                    failure = failure or error
+        if failure is not None:
+            raise failure
 
     def _is_another_engine(self) -> bool:
         status = self._generator.scheduler.status

@@ -283,5 +283,6 @@ async def test_a_port_that_is_taken_is_said_once(
                 await api_process._serve_admin(service, None)  # type: ignore[arg-type]
     assert [record.message for record in caplog.records if "admin" in record.message] == [
         f"no admin API until it can: setting 'admin_port': cannot listen on 127.0.0.1 "
-        f"port {service.config.admin_port}: Address already in use"
+        f"port {service.config.admin_port}: Address already in use; "
+        "stop what listens there, or take another --admin-port"
     ]

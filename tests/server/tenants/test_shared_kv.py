@@ -1,12 +1,15 @@
 """Who shares KV with whom: scopes, quotas, and what an administrator makes public."""
 
+import asyncio
 import dataclasses
 import json
 
 import msgspec
 import pytest
 
-from ktransformers.scheduler.protocol import PUBLIC_SCOPE, Status
+from ktransformers.scheduler.client import RequestFailed
+from ktransformers.scheduler.protocol import PUBLIC_SCOPE, Status, Submit
+from ktransformers.server import public_prefixes
 from ktransformers.server.public_prefixes import PublicPrefixes
 from ktransformers.server.tenants.directory import Directory, narrowed
 from ktransformers.server.tenants.records import Limits
@@ -104,6 +107,48 @@ async def test_what_cannot_be_a_prompt_keeps_nothing_else_from_being_public(
     office.follow()
     await PublicPrefixes(app.state.service.generator, office.directory).follow()
     assert len(scheduler.submits) == 1 and scheduler.submits[0].tokens
+
+
+@pytest.mark.anyio
+async def test_one_that_fails_keeps_nothing_else_from_being_public(office, scheduler) -> None:
+    office.store.publish("fails", {"text": "no"}, "test")
+    office.store.publish("good", {"text": "hi there"}, "test")
+    office.tenant("last")
+    app = office.app()
+    office.follow()
+
+    def fail_once(submit: Submit) -> None:
+        if len(scheduler.submits) == 1:
+            raise RequestFailed("overloaded", "full", 1.0)
+
+    scheduler.on_submit = fail_once
+    keeper = PublicPrefixes(app.state.service.generator, office.directory)
+    with pytest.raises(RequestFailed):
+        await keeper.follow()
+    assert len(scheduler.submits) == 2
+    await keeper.follow()
+    assert [submit.tokens for submit in scheduler.submits[::2]] == [scheduler.submits[0].tokens] * 2
+
+
+@pytest.mark.anyio
+async def test_the_keeper_outlives_what_nobody_expects(office, scheduler, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(public_prefixes, "AGAIN_SECONDS", 0.0)
+    office.store.publish("good", {"text": "hi there"}, "test")
+    office.tenant("last")
+    app = office.app()
+    office.follow()
+    computed = asyncio.Event()
+
+    def surprise_once(submit: Submit) -> None:
+        if len(scheduler.submits) == 1:
+            raise TypeError("a surprise")
+        computed.set()
+
+    scheduler.on_submit = surprise_once
+    running = asyncio.create_task(PublicPrefixes(app.state.service.generator, office.directory).run())
+    await asyncio.wait_for(computed.wait(), 30)
+    running.cancel()
+    assert "TypeError" in caplog.text
 
 
 @pytest.mark.anyio
