@@ -308,7 +308,7 @@ class Generator:
         prompt: int,
     ) -> AsyncGenerator[Delta, None]:
         """The deltas of one choice. Leaving it early, as a stop string does, cancels the work."""
-        answer = AnswerText(
+        answer: AnswerText[TokenLogprob] = AnswerText(
             self.text.tokenizer, stop, self.text.markers.reasoning(submit.tokens), continues
         )
         ends = submit.sampling.stop_tokens
@@ -386,17 +386,16 @@ class Generator:
         return cut_off == 0
 
 
-def _delta(index: int, event: TokenEvent, ends: Sequence[int], answer: AnswerText) -> Delta:
+def _delta(index: int, event: TokenEvent, ends: Sequence[int], answer: AnswerText[TokenLogprob]) -> Delta:
     """What an event adds to an answer. The token of `ends` that ended it is no part of it."""
     tokens = event.tokens
     if event.finish == "stop" and tokens and tokens[-1] in ends:
         tokens = tokens[:-1]
-    text, reasoning, finish, kept = answer.feed(tokens, event.finish)
-    logprobs = []
-    if event.logprobs:
-        found = event.logprobs
-        logprobs = [TokenLogprob(tokens[i], found[i].logprob, found[i].top) for i in kept]
-    return Delta(index, text, finish, logprobs, reasoning)
+    marks: Sequence[TokenLogprob] = ()
+    if found := event.logprobs:
+        marks = [TokenLogprob(token, found[i].logprob, found[i].top) for i, token in enumerate(tokens)]
+    piece = answer.feed(tokens, event.finish, marks)
+    return Delta(index, piece.text, piece.finish, piece.marks, piece.reasoning)
 
 
 def _invalid(name: str, why: str) -> RequestError:

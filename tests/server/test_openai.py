@@ -92,6 +92,25 @@ async def test_chat_logprobs(app: FastAPI, connect, scheduler, stream: bool) -> 
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("stop", "said"),
+    [(["lo, w"], "Hel"), (["o"], "Hell"), (["lots", "world?"], "Hello, world!"), (["H"], "")],
+)
+async def test_what_a_stop_string_takes_has_no_logprobs(
+    app: FastAPI, connect, stop: list[str], said: str, stream: bool
+) -> None:
+    body = CHAT | {"logprobs": True, "stop": stop, "stream": stream}
+    async with connect(app) as client:
+        answer = await client.post("/v1/chat/completions", json=body)
+    choices = [c["choices"][0] for c in events(answer.text)[:-1]] if stream else answer.json()["choices"]
+    found = [entry["token"] for c in choices if c["logprobs"] for entry in c["logprobs"]["content"]]
+    assert "".join(found) == said
+    texts = [c["delta"].get("content") or "" if stream else c["message"]["content"] for c in choices]
+    assert "".join(texts) == said
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize(
     ("prompt", "count"),
     [
@@ -458,7 +477,7 @@ async def test_what_a_model_thinks_comes_apart(
         for token in (choice["logprobs"] or {"content": []})["content"]:
             one["tokens"] += token["token"]
     # The stop string is looked for in the answer alone, and so are the log-probabilities.
-    whole = {"content": "Hello, ", "reasoning_content": "They greet: world? ", "tokens": "\n\nHello, world"}
+    whole = {"content": "Hello, ", "reasoning_content": "They greet: world? ", "tokens": "\n\nHello, "}
     assert said == [whole] * n
     usage = (events(answer.text)[-2] if stream else answer.json())["usage"]
     assert usage["completion_tokens_details"]["reasoning_tokens"] == 20 * n

@@ -143,14 +143,15 @@ def test_it_does_not_matter_how_tokens_come(qwen: Tokenizer, said: str, prompt: 
     outcomes = []
     for cut in (lambda left: 1, lambda left: data.draw(st.integers(1, left))):
         found = Markers(qwen).reasoning(qwen.encode(prompt))
-        answer, left = AnswerText(qwen, ("STOP",), found), tokens
-        text, thought, finish, kept = "", "", "", []
-        while left and not finish:
-            n = cut(len(left))
-            more, thinks, finish, which = answer.feed(left[:n], "length" if n == len(left) else "")
-            text, thought, left = text + more, thought + thinks, left[n:]
-            kept += which
-        outcomes.append((text, thought, finish))
+        answer: AnswerText[int] = AnswerText(qwen, ("STOP",), found)
+        text, thought, finish, marks, at = "", "", "", [], 0
+        while at < len(tokens) and not finish:
+            to = at + cut(len(tokens) - at)
+            last = "length" if to == len(tokens) else ""
+            piece = answer.feed(tokens[at:to], last, range(at, to))
+            text, thought, finish, at = text + piece.text, thought + piece.reasoning, piece.finish, to
+            marks += piece.marks
+        outcomes.append((text, thought, finish, marks))
         if finish == "length":
             assert found is not None and found.tokens <= len(tokens)
             for mark in PAIRS[0]:
