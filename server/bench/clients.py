@@ -206,6 +206,8 @@ async def lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
         *whole, rest = (rest + data).split(b"\n")
         for line in whole:
             yield line
+    if rest:
+        yield rest
 
 
 def _completion_tokens(line: bytes) -> int:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from ktransformers.engine.bench.synthetic import Shape, write
 from ktransformers.engine.limits import Limits
-from ktransformers.server.bench.clients import Measured, ServerError, Target, Traffic, quantile
+from ktransformers.server.bench.clients import Measured, ServerError, Target, Traffic, lines, quantile
 from ktransformers.server.bench.processes import listener, usage
 from ktransformers.server.bench.report import (
     OURS,
@@ -332,3 +332,17 @@ def test_a_side_that_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     )
     assert bench.run(options) == 1
     assert "absent" in capsys.readouterr().out and (tmp_path / "out" / "bench.json").exists()
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_lines_come_whole_however_they_arrive(end: str) -> None:
+    """The last one, too: the body of an error ends without one."""
+
+    async def read() -> list[bytes]:
+        reader = asyncio.StreamReader()
+        for piece in ("a", "b\n", "\nc\nd", end):
+            reader.feed_data(piece.encode())
+        reader.feed_eof()
+        return [line async for line in lines(reader)]
+
+    assert asyncio.run(read()) == [b"ab", b"", b"c", b"d"]
