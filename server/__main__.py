@@ -141,8 +141,9 @@ async def _serve_admin(service: Service, listener: socket.socket | None) -> None
             try:
                 listener = _listen_for_admin(config)
             except ConfigError as error:
-                if said != (said := str(error)):
-                    log.error("no admin API until it can: %s", error)
+                if str(error) != said:
+                    said = str(error)
+                    log.error("no admin API until it can: %s", said)
     log.info("admin API on %s port %d", *listener.getsockname()[:2])
     app = make_admin_app(replace(service, keys=AdminKeys(service.directory)))
     await AdminServer(_uvicorn(app)).serve([listener])

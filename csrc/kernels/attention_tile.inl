@@ -19,7 +19,8 @@ template <int M>
 constexpr int kWide = kTileRowsFloat >= 12 ? 4 : M == 1 ? 4 : M == 2 ? 2 : 1;
 // So many queries make it worth while to split a tile's pairs once, where that is done at all.
 constexpr int64_t kSplitFrom = 2 * kQueries;
-// Where a tile's sums of kQueries fit in registers, softmax goes on while the next ones are made, on units that these leave idle.
+// Where a tile's sums of kQueries fit in registers, softmax goes on while the next ones are made, on units that these leave
+// idle.
 constexpr bool kOverlaps = kWide<kQueries> == kTileBlocks;
 constexpr float kMinusInfinity = -__builtin_inff();
 
@@ -69,8 +70,8 @@ inline void dot_units(Floats (&s)[M][B], const Pair* q, const uint8_t* const (&k
   }
 }
 
-// scores[m][b * kBlock + lane] = q_m . k, which `s` has too. Meanwhile also(u) for each u below `count`, or, where that is 0, the
-// blocks ahead are prefetched.
+// scores[m][b * kBlock + lane] = q_m . k, which `s` has too. Meanwhile also(u) for each u below `count`, or, where that is 0,
+// the blocks ahead are prefetched.
 template <class Units, int M, int B, class Also>
 inline void dot_keys(const Pair* q, const Tile& tile, int first, int64_t head_dim, float* scores, int64_t count,
                      const Also& also, Floats (&s)[M][B]) {
