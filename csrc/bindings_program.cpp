@@ -67,7 +67,7 @@ void sample(const F32& logits, const F32& temperature, const I32& top_k, const F
   const py::gil_scoped_release release;
   check_sampling(sampling, drawn, rows, vocab);
   ThreadPool pool(1);
-  Sampler(*best_table(), 1, vocab).draw(pool, x, sampling, drawn);
+  Sampler(*best_table(), 1, vocab).draw(pool, x, vocab, sampling, drawn);
 }
 
 std::unique_ptr<Program> make_program(std::shared_ptr<ThreadPool> pool, const std::string& isa,

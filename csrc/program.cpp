@@ -54,10 +54,12 @@ Program::Program(std::shared_ptr<ThreadPool> pool, const KernelTable& table, Mod
   if (model_.state.layers > 0) states_ = StatePool(model_.state, sizes.states);
   size_t bytes = 0;
   std::vector<size_t> offsets;
+  const size_t logits = std::get<op::Logits>(model_.ops.back()).out;
   for (size_t v = 0; v < model_.widths.size(); ++v) {
     offsets.push_back(bytes);
     const Rows rows = rows_.token_rows[v] ? Rows::kTokens : Rows::kLogits;
-    bytes += align(model_.widths[v] * max_rows(rows) * sizeof(float));
+    const int64_t stride = v == logits ? logits_stride(model_.widths[v]) : model_.widths[v];
+    bytes += align(stride * max_rows(rows) * sizeof(float));
   }
   value_memory_ = Mapping(bytes);
   std::memset(value_memory_.data(), 0, bytes);  // no page fault in the first step
@@ -283,7 +285,7 @@ void Program::step(const Batch& batch, const Sampling& sampling, const Drawn& dr
   prepare(batch);
   compute(between);
   const op::Logits& last = std::get<op::Logits>(model_.ops.back());
-  timed(model_.ops.size(), [&] { sampler_.draw(*pool_, values_.data[last.out], sampling, drawn); });
+  timed(model_.ops.size(), [&] { sampler_.draw(*pool_, values_.data[last.out], logits_stride(rows_.vocab), sampling, drawn); });
 }
 
 void Program::logits(const Batch& batch, std::span<float> logits) {
@@ -293,7 +295,8 @@ void Program::logits(const Batch& batch, std::span<float> logits) {
   prepare(batch);
   compute();
   const op::Logits& last = std::get<op::Logits>(model_.ops.back());
-  std::memcpy(logits.data(), values_.data[last.out], logits.size_bytes());
+  for (size_t r = 0; r < batch.logit_rows.size(); ++r)
+    std::copy_n(values_.data[last.out] + r * logits_stride(rows_.vocab), rows_.vocab, logits.data() + r * rows_.vocab);
 }
 
 void Program::copy_state(int64_t source, int64_t target) {

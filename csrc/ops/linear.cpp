@@ -75,19 +75,19 @@ struct Presented {
   }
 };
 
-// Panels [begin, end) of one weight for the rows of one chunk; y is that of row 0.
+// Panels [begin, end) of one weight for the rows of one chunk; y is that of row 0, its rows `stride` floats apart.
 void multiply_chunk(const KernelTable& table, const Weight& w, const Presented& input, const Grid& grid, int64_t chunk,
-                    int64_t begin, int64_t end, const float* bias, float* y) {
+                    int64_t begin, int64_t end, const float* bias, float* y, int64_t stride) {
   const int64_t piece = chunk / grid.panel_chunks, first_row = piece * grid.row_chunk;
   const int64_t step = input.index_bytes > 0 ? kFarOutPanels : end - begin;
-  y += first_row * w.rows();
+  y += first_row * stride;
   for (; begin < end; begin += step) {
     const int64_t stop = std::min(end, begin + step);
     table.gemm(w.format(), w.packed(), w.rows(), w.cols(), input.activation, input.rows + first_row * input.row_bytes,
-               grid.rows_of(piece), begin, stop, bias, y, w.rows());
+               grid.rows_of(piece), begin, stop, bias, y, stride);
     if (input.index_bytes > 0)
       table.add_far_out(w.format(), w.packed(), w.rows(), w.cols(), input.indices + piece * input.index_bytes, begin, stop,
-                        y, w.rows());
+                        y, stride);
   }
 }
 
@@ -110,13 +110,14 @@ void product(ThreadPool& pool, const Weight& weight, const float* x, int64_t row
                            index_bytes(table, activation, rows, cols)};
   input.make_indices(table, grid, cols);
   pool.parallel_for(grid.chunks, [&](int64_t chunk, int) {
-    multiply_chunk(table, weight, input, grid, chunk, grid.first_panel(chunk), grid.end_panel(chunk), nullptr, y);
+    multiply_chunk(table, weight, input, grid, chunk, grid.first_panel(chunk), grid.end_panel(chunk), nullptr, y,
+                   weight.rows());
   });
 }
 
 Product::Product(const KernelTable& table, const Model& model, const Values& values, Rows rows, const op::Linear& op)
     : table_(table), x_(values.data[op.x]), cols_(values.widths[op.x]), rows_(rows), precise_(op.precise) {
-  for (const op::LinearPart& part : op.parts) add(model, part, values);
+  for (const op::LinearPart& part : op.parts) add(model, part, values.data[part.out], values.widths[part.out]);
 }
 
 Product::Product(const KernelTable& table, const Model& model, const Values& values, Rows rows, const op::Logits& op)
@@ -126,10 +127,10 @@ Product::Product(const KernelTable& table, const Model& model, const Values& val
       rows_(rows),
       softcap_(op.softcap),
       precise_(op.precise) {
-  add(model, {op.weight, op::kNone, op.out}, values);
+  add(model, {op.weight, op::kNone, op.out}, values.data[op.out], logits_stride(values.widths[op.out]));
 }
 
-void Product::add(const Model& model, const op::LinearPart& part, const Values& values) {
+void Product::add(const Model& model, const op::LinearPart& part, float* out, int64_t stride) {
   const Weight& weight = *model.weights[part.weight];
   const Activation activation = activation_of(table_, weight, precise_);
   size_t input = 0;
@@ -140,7 +141,7 @@ void Product::add(const Model& model, const op::LinearPart& part, const Values& 
     activation_bytes_ += row_bytes;
   }
   std::vector<float> bias = part.bias == op::kNone ? std::vector<float>() : vector_of(*model.weights[part.bias]);
-  parts_.push_back({&weight, std::move(bias), values.data[part.out], input});
+  parts_.push_back({&weight, std::move(bias), out, stride, input});
   panels_ += weight.panels();
   packed_bytes_ += weight.bytes();
 }
@@ -197,12 +198,12 @@ void Product::multiply(const Step& step, ThreadPool& pool, uint8_t* activations,
       const int64_t first = std::max(begin, int64_t{0}), last = std::min(end, w.panels());
       if (first < last) {
         multiply_chunk(table_, w, inputs[part.input], grid, chunk, first, last,
-                       part.bias.empty() ? nullptr : part.bias.data(), part.out);
+                       part.bias.empty() ? nullptr : part.bias.data(), part.out, part.stride);
         if (softcap_ > 0.0f) {
           const int64_t piece = chunk / grid.panel_chunks, n = grid.rows_of(piece);
-          float* const y = part.out + piece * grid.row_chunk * w.rows();
+          float* const y = part.out + piece * grid.row_chunk * part.stride;
           const int64_t o = first * kPanelRows, outputs = std::min(last * kPanelRows, w.rows()) - o;
-          for (int64_t r = 0; r < n; ++r) table_.softcap(y + r * w.rows() + o, outputs, softcap_);
+          for (int64_t r = 0; r < n; ++r) table_.softcap(y + r * part.stride + o, outputs, softcap_);
         }
       }
       begin -= w.panels();

@@ -34,7 +34,8 @@ class Product {
     const Weight* weight;
     std::vector<float> bias;  // empty: none
     float* out;
-    size_t input;  // index in inputs_
+    int64_t stride;  // floats between its rows
+    size_t input;    // index in inputs_
   };
   struct Input {
     Activation activation;
@@ -42,7 +43,7 @@ class Product {
     size_t offset;  // of its first row, in units of max_rows bytes
   };
 
-  void add(const Model& model, const op::LinearPart& part, const Values& values);
+  void add(const Model& model, const op::LinearPart& part, float* out, int64_t stride);
   void multiply(const Step& step, ThreadPool& pool, uint8_t* activations, int64_t max_rows) const;
 
   const KernelTable& table_;

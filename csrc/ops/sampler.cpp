@@ -64,9 +64,9 @@ Sampler::Sampler(const KernelTable& table, int threads, int64_t vocab)
   }
 }
 
-void Sampler::draw(ThreadPool& pool, const float* logits, const Sampling& sampling, const Drawn& drawn) {
+void Sampler::draw(ThreadPool& pool, const float* logits, int64_t stride, const Sampling& sampling, const Drawn& drawn) {
   pool.parallel_for(static_cast<int64_t>(sampling.temperature.size()), [&](int64_t row, int thread) {
-    draw_row(scratch_[thread], logits + row * vocab_, row, sampling, drawn);
+    draw_row(scratch_[thread], logits + row * stride, row, sampling, drawn);
   });
 }
 
