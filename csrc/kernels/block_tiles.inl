@@ -33,11 +33,11 @@ template <class Group, int R>
 [[gnu::noinline]] void block_tile(const Product& p, const Block<Group>& b, int64_t panel, int64_t row) {
   Floats sum[kBlockPanels * R];
   float* const y = p.y + row * p.ldy + panel * kPanelRows;
+  // What the next tile begins with or writes: rows of wide outputs lie too far apart for the processor to guess.
+  for (int r = R; r < 2 * R; ++r)
+    for (int i = 0; i < kBlockPanels; ++i) __builtin_prefetch(y + r * p.ldy + i * kPanelRows, 1);
   if (b.first == 0) {
     for (Floats& s : sum) s = set1(0.0f);
-    // What the next tile writes: rows of wide outputs lie too far apart for the processor to guess.
-    for (int r = R; r < 2 * R; ++r)
-      for (int i = 0; i < kBlockPanels; ++i) __builtin_prefetch(y + r * p.ldy + i * kPanelRows, 1);
   } else {
     for (int i = 0; i < kBlockPanels; ++i)
       for (int r = 0; r < R; ++r) sum[i * R + r] = load(y + r * p.ldy + i * kPanelRows);
