@@ -20,10 +20,11 @@ TABLES = {
     "amx": "kt::kAmxTiles",
     "amx_emulated": "kt::kEmulatedTiles",
 }
-# What the compiler itself may call: libc's memory functions, libm's exact ones, libgcc's float16 conversions.
+# What the compiler itself may call: libc's memory functions, libm's exact ones, libgcc's float16 conversions;
+# and what cpu/isa.h knows of the processor.
 MAY_NEED = {
     "_GLOBAL_OFFSET_TABLE_", "memcpy", "memmove", "memset", "fmaf", "rintf", "sqrtf",
-    "__extendhfsf2", "__truncsfhf2",
+    "__extendhfsf2", "__truncsfhf2", "kt::kRoomyFirstLevel",
 }  # fmt: skip
 # Tables that are built on another one; the emulated tiles are a thread's own.
 AND_THESE = {

@@ -73,4 +73,6 @@ const Isa& isa() {
   return detected;
 }
 
+const bool kRoomyFirstLevel = sysconf(_SC_LEVEL1_DCACHE_SIZE) >= 48 << 10;
+
 }  // namespace kt

@@ -15,4 +15,7 @@ struct Isa {
 // ask, which this does.
 const Isa& isa();
 
+// Whether the first-level data cache has 48 KiB or more (Zen 5; Intel since Ice Lake), not 32 (Zen 4 and before).
+extern const bool kRoomyFirstLevel;
+
 }  // namespace kt
