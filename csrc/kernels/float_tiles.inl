@@ -28,15 +28,15 @@ inline void float_tile(const uint8_t* panel, int64_t ahead, const uint8_t* act, 
 template <class F, int R>
 inline void bf16_tile(const uint8_t* panel, int64_t ahead, const uint8_t* act, int64_t stride, int64_t cols,
                       Floats* sum) {
-  for (int r = 0; r < R; ++r) sum[r] = set1(0.0f);
+  unroll<R>([&](auto r) { sum[r] = set1(0.0f); });
   for (int64_t k = 0; k < cols; k += 2, panel += F::kPairBytes) {
     if (ahead) __builtin_prefetch(panel + ahead);
     const Ints weights = F::bf16_pair(panel);
-    for (int r = 0; r < R; ++r) {
+    unroll<R>([&](auto r) {
       int32_t pair;
       __builtin_memcpy(&pair, act + r * stride + 2 * k, sizeof pair);
       sum[r] = dot_bf16(sum[r], weights, set1_int(pair));
-    }
+    });
   }
 }
 #endif

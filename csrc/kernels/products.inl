@@ -4,6 +4,8 @@
 // own chain of sums in the order of k, the same whatever the number of rows and the kind of tile, and all but dot_bf16
 // is equal on every instruction set.
 #pragma once
+#include <utility>
+
 // In this order: each uses what is above it.
 #include "kernels/product.inl"
 #include "kernels/group_product.inl"
@@ -16,6 +18,12 @@ namespace {
 
 // Activations of this many bytes stay in the second-level cache while all panels pass over them.
 constexpr int64_t kChunkBytes = 384 * 1024;
+
+template <class F>
+constexpr bool kIsBf16Dot = false;
+template <class F>
+  requires(kIsFloat<F> || kIsScaledFloat<F>)
+constexpr bool kIsBf16Dot<F> = F::kActivation == Activation::kBF16;
 
 template <class F>
 constexpr int kMaxTile = kIsFloat<F> || kIsScaledFloat<F> ? kTileRowsFloat : kTileRows;
@@ -32,7 +40,7 @@ template <class F, int R>
   } else {
     any_float_tile<F, R>(weights, ahead, act, p.stride, p.cols, sum);
   }
-  for (int r = 0; r < R; ++r) finish_outputs(p, panel, row + r, sum[r]);
+  unroll<R>([&](auto r) { finish_outputs(p, panel, row + r, sum[r]); });
 }
 
 // Rows [row, end) of a panel in the largest tiles that fit.
@@ -45,12 +53,26 @@ inline void tiles(const Product& p, int64_t panel, int64_t row, int64_t end, int
   if constexpr (R > 1) tiles<F, fewer_rows(R)>(p, panel, row, end, ahead);
 }
 
+// The same of floats by the dot product of bfloat16. Rows have one sum each, which goes on after six cycles of two products, so
+// a tile of a few rows takes as long as one of 12: the last one has up to four more instead. (In tiles of 20 or 24 addresses
+// cost more than what is saved.)
+constexpr int kLastRows = 16;
+template <class F, int... R>
+inline void bf16_tiles(const Product& p, int64_t panel, int64_t row, int64_t end, int64_t ahead,
+                       std::integer_sequence<int, R...>) {
+  constexpr void (*kLast[])(const Product&, int64_t, int64_t, int64_t) = {tile<F, R + 1>...};
+  for (; end - row > kLastRows; row += kMaxTile<F>, ahead = 0) tile<F, kMaxTile<F>>(p, panel, row, ahead);
+  kLast[end - row - 1](p, panel, row, ahead);
+}
+
 // Panels [begin, end) of rows [row, stop), in tiles that go along k once.
 template <class F>
 inline void stream(const Product& p, int64_t begin, int64_t end, int64_t row, int64_t stop) {
   for (int64_t panel = begin; panel < end; ++panel) {
     if constexpr (kIsCodebook<F>) {
       codebook_tiles<kTileRows>(p, unpack_groups<F>, panel, row, stop, kAhead);
+    } else if constexpr (kIsBf16Dot<F>) {
+      bf16_tiles<F>(p, panel, row, stop, kAhead, std::make_integer_sequence<int, kLastRows>());
     } else {
       tiles<F, kMaxTile<F>>(p, panel, row, stop, kAhead);
     }

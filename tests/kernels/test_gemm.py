@@ -10,7 +10,7 @@ F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
 OUT_ROWS = [1, 15, 17, 33]
-ROWS = [*range(1, 14), 16, 17, 64, 65]  # tiles of every number of rows, and several of them
+ROWS = [*range(1, 18), 28, 64, 65]  # tiles of every number of rows, and several of them
 GROUP = 32
 
 
