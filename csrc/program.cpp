@@ -20,6 +20,10 @@ constexpr size_t kAlignment = 64;
 // Between two calls of `between`: who asks for something urgent waits half of it, and a call costs some microseconds.
 constexpr auto kBetween = std::chrono::milliseconds(2);
 
+// Whole lines, an odd number of them: vocabularies are multiples of large powers of two, and rows that far apart would all fall
+// into the same few lines of a cache.
+int64_t logits_stride(int64_t vocab) { return ((vocab + 15) / 16 | 1) * 16; }
+
 size_t align(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 const ProgramSizes& checked(const ProgramSizes& sizes) {
@@ -52,18 +56,17 @@ Program::Program(std::shared_ptr<ThreadPool> pool, const KernelTable& table, Mod
       throw std::invalid_argument("weights[" + std::to_string(i) + "]: packed for " + model_.weights[i]->table().name +
                                   ", not for " + table.name);
   if (model_.state.layers > 0) states_ = StatePool(model_.state, sizes.states);
+  values_.widths = values_.strides = model_.widths;
+  values_.strides[std::get<op::Logits>(model_.ops.back()).out] = logits_stride(rows_.vocab);
   size_t bytes = 0;
   std::vector<size_t> offsets;
-  const size_t logits = std::get<op::Logits>(model_.ops.back()).out;
   for (size_t v = 0; v < model_.widths.size(); ++v) {
     offsets.push_back(bytes);
     const Rows rows = rows_.token_rows[v] ? Rows::kTokens : Rows::kLogits;
-    const int64_t stride = v == logits ? logits_stride(model_.widths[v]) : model_.widths[v];
-    bytes += align(stride * max_rows(rows) * sizeof(float));
+    bytes += align(values_.strides[v] * max_rows(rows) * sizeof(float));
   }
   value_memory_ = Mapping(bytes);
   std::memset(value_memory_.data(), 0, bytes);  // no page fault in the first step
-  values_.widths = model_.widths;
   for (const size_t offset : offsets) values_.data.push_back(reinterpret_cast<float*>(value_memory_.data() + offset));
   build_products();
   build_expert_cache();
@@ -285,7 +288,7 @@ void Program::step(const Batch& batch, const Sampling& sampling, const Drawn& dr
   prepare(batch);
   compute(between);
   const op::Logits& last = std::get<op::Logits>(model_.ops.back());
-  timed(model_.ops.size(), [&] { sampler_.draw(*pool_, values_.data[last.out], logits_stride(rows_.vocab), sampling, drawn); });
+  timed(model_.ops.size(), [&] { sampler_.draw(*pool_, values_.data[last.out], values_.strides[last.out], sampling, drawn); });
 }
 
 void Program::logits(const Batch& batch, std::span<float> logits) {
@@ -296,7 +299,7 @@ void Program::logits(const Batch& batch, std::span<float> logits) {
   compute();
   const op::Logits& last = std::get<op::Logits>(model_.ops.back());
   for (size_t r = 0; r < batch.logit_rows.size(); ++r)
-    std::copy_n(values_.data[last.out] + r * logits_stride(rows_.vocab), rows_.vocab, logits.data() + r * rows_.vocab);
+    std::copy_n(values_.data[last.out] + r * values_.strides[last.out], rows_.vocab, logits.data() + r * rows_.vocab);
 }
 
 void Program::copy_state(int64_t source, int64_t target) {

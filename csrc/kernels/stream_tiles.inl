@@ -27,8 +27,8 @@ inline void prefetch_group(const uint8_t* packed, int place) {
 //     Each line fetched by us would take one of those buffers from the loads (Q8_0 read 22 % slower from the third-level cache,
 //     15 % and more from memory). Where it does not keep up (Zen 3 read half as fast), each is.
 //   What is unpacked first: so many instructions lie between two lines that the loads do not look far enough themselves. Each
-//     line to the first level, then, where that has room (Zen 5: Q4_K 0.85 -> 0.95 of what reading alone gets, Q6_K 0.78 ->
-//     0.91; on Zen 4, whose cache is smaller, it was 0.94 instead of 1.03).
+//     line to the first level, then, where that has room (Zen 5: Q4_K 0.84 -> 0.94 of what reading alone gets, Q6_K 0.76 ->
+//     0.93; on Zen 4, whose cache is smaller, it was 0.94 instead of 1.03).
 template <class F, int R>
 inline void lead(const uint8_t* packed, int place) {
   if constexpr (R > 2 || kLeadsByLines) {

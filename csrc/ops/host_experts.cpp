@@ -63,8 +63,8 @@ int64_t HostExperts::add(const HostLayer& given) {
   bias(given.up_bias, op.up_bias);
   bias(given.down_bias, op.down_bias);
   // Values are written by other ops of a program; here nobody writes x and route.
-  layer->values = {{const_cast<float*>(given.x), const_cast<float*>(given.route), given.out},
-                   {given.gate->cols(), 2 * given.top, given.down->expert_rows()}};
+  const std::vector<int64_t> widths = {given.gate->cols(), 2 * given.top, given.down->expert_rows()};
+  layer->values = {{const_cast<float*>(given.x), const_cast<float*>(given.route), given.out}, widths, widths};
   layer->experts = std::make_unique<Experts>(given.gate->table(), layer->model, layer->values, Rows::kTokens, op);
   layer->experts->reserve(memory_, max_rows_, pool_->threads());
   const size_t bytes = layer->experts->activation_bytes() * max_rows_;

@@ -117,7 +117,7 @@ void product(ThreadPool& pool, const Weight& weight, const float* x, int64_t row
 
 Product::Product(const KernelTable& table, const Model& model, const Values& values, Rows rows, const op::Linear& op)
     : table_(table), x_(values.data[op.x]), cols_(values.widths[op.x]), rows_(rows), precise_(op.precise) {
-  for (const op::LinearPart& part : op.parts) add(model, part, values.data[part.out], values.widths[part.out]);
+  for (const op::LinearPart& part : op.parts) add(model, part, values);
 }
 
 Product::Product(const KernelTable& table, const Model& model, const Values& values, Rows rows, const op::Logits& op)
@@ -127,10 +127,10 @@ Product::Product(const KernelTable& table, const Model& model, const Values& val
       rows_(rows),
       softcap_(op.softcap),
       precise_(op.precise) {
-  add(model, {op.weight, op::kNone, op.out}, values.data[op.out], logits_stride(values.widths[op.out]));
+  add(model, {op.weight, op::kNone, op.out}, values);
 }
 
-void Product::add(const Model& model, const op::LinearPart& part, float* out, int64_t stride) {
+void Product::add(const Model& model, const op::LinearPart& part, const Values& values) {
   const Weight& weight = *model.weights[part.weight];
   const Activation activation = activation_of(table_, weight, precise_);
   size_t input = 0;
@@ -141,7 +141,7 @@ void Product::add(const Model& model, const op::LinearPart& part, float* out, in
     activation_bytes_ += row_bytes;
   }
   std::vector<float> bias = part.bias == op::kNone ? std::vector<float>() : vector_of(*model.weights[part.bias]);
-  parts_.push_back({&weight, std::move(bias), out, stride, input});
+  parts_.push_back({&weight, std::move(bias), values.data[part.out], values.strides[part.out], input});
   panels_ += weight.panels();
   packed_bytes_ += weight.bytes();
 }

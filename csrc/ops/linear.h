@@ -43,7 +43,7 @@ class Product {
     size_t offset;  // of its first row, in units of max_rows bytes
   };
 
-  void add(const Model& model, const op::LinearPart& part, float* out, int64_t stride);
+  void add(const Model& model, const op::LinearPart& part, const Values& values);
   void multiply(const Step& step, ThreadPool& pool, uint8_t* activations, int64_t max_rows) const;
 
   const KernelTable& table_;

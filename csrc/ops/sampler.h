@@ -24,8 +24,8 @@ class Sampler {
  public:
   Sampler(const KernelTable& table, int threads, int64_t vocab);
 
-  // logits, rows of [vocab] that are `stride` floats apart, stay as they are. In parallel over rows. A row with a NaN or infinite logit, or with nothing
-  // left to draw, gets token -1; logprob is 0 where none was asked for.
+  // logits, rows of [vocab] `stride` floats apart, stay as they are. In parallel over rows. A row with a NaN or infinite logit,
+  // or with nothing left to draw, gets token -1; logprob is 0 where none was asked for.
   void draw(ThreadPool& pool, const float* logits, int64_t stride, const Sampling& sampling, const Drawn& drawn);
 
  private:

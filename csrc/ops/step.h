@@ -29,16 +29,12 @@ struct Step {
   }
 };
 
-// Where the values of a program live: value v has rows of widths[v] floats from data[v]. Rows follow each other without a
-// gap, but for those of logits.
+// Where the values of a program live: value v has rows of widths[v] floats from data[v], strides[v] apart. That is their
+// width, but for those of logits.
 struct Values {
   std::vector<float*> data;
-  std::vector<int64_t> widths;
+  std::vector<int64_t> widths, strides;
 };
-
-// Floats from one row of logits to the next: whole lines, an odd number of them. Vocabularies are multiples of large powers
-// of two; rows that far apart would all fall into the same few lines of a cache.
-inline constexpr int64_t logits_stride(int64_t vocab) { return ((vocab + 15) / 16 | 1) * 16; }
 
 // Work that each row can do without the others: rows [begin, end).
 using RowFunction = std::function<void(const Step&, int64_t begin, int64_t end)>;

@@ -4,12 +4,14 @@ import asyncio
 import random
 import signal
 import time
+from pathlib import Path
 
 import httpx
 import pytest
 from clients import PROMPT, client, drained, stream
 
 from ktransformers.kvcache.config import CacheConfig
+from ktransformers.server.bench.processes import usage
 
 BLOCK = CacheConfig().block_tokens
 BLOCK_BYTES = 30 * 2 * 3 * 64 * 2 * BLOCK  # layers, keys and values, kv heads, head size, bfloat16
@@ -155,6 +157,19 @@ def test_kill_mid_stream(start, victim: str) -> None:
     )
     assert reply.status_code == 200
     assert drained(server)["ktransformers_kv_blocks_used"] == 0
+
+
+def test_memory_is_the_model_the_pool_and_little_else(start, default_model: Path) -> None:
+    """The engine's largest resident size, with a pool that prompts have filled twice."""
+    pool = 5000 // BLOCK * BLOCK_BYTES
+    server = start(device_bytes=pool)
+    body = {"model": "default", "prompt": [f"{i} {PROMPT}" * 60 for i in range(16)], "max_tokens": 2}
+    reply = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120)
+    assert reply.status_code == 200, reply.text
+    assert drained(server)["ktransformers_computed_tokens_total"] * BLOCK_BYTES > 2 * pool * BLOCK
+    peak = usage(server.process.pid).peak_bytes["engine"]
+    print(f"{peak / 1e6:.0f} MB")
+    assert pool < peak < 1.3 * default_model.stat().st_size + pool + 200e6
 
 
 def test_an_idle_server_burns_nothing(server) -> None:
